@@ -1,0 +1,149 @@
+"""The sparse Cholesky factor of a precision matrix, and the fused likelihood on its tensors."""
+
+from collections.abc import Sequence
+
+import gmrf_kernels
+import torch
+from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor
+from torch import Tensor
+
+from .stencil import Stencil
+
+
+class StencilCholesky:
+    """Lower-triangular factor L of a precision Λ = L Lᵀ whose columns have the shape of a stencil.
+
+    Column j holds ``exp(log_diag[j])`` on the diagonal and ``off_diag[k, j]`` at row ``j + offsets[k]``. Entries whose row lies
+    outside the grid do not exist: what is stored there is ignored, NaN included, and its gradient is 0.
+
+    Args:
+        log_diag: (*batch, *grid).
+        off_diag: (*batch, K-1, *grid), offsets in the stencil's order. Views and strides are accepted; the batches of the two
+            tensors are broadcast.
+        stencil: the stencil, with as many axes as the grid.
+
+    float16 and bfloat16 coefficients are computed with in float32.
+
+    Raises:
+        TypeError: not floating-point tensors of one dtype.
+        ValueError: numbers of offsets, grids, batches or devices that do not fit, or an empty grid.
+    """
+
+    def __init__(self, log_diag: Tensor, off_diag: Tensor, stencil: Stencil):
+        if not isinstance(stencil, Stencil):
+            raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
+        self._batch_shape = check_factor(log_diag, off_diag, len(stencil), stencil.ndim, "log_diag")
+        self._grid = log_diag.shape[log_diag.ndim - stencil.ndim :]
+        self.log_diag = log_diag.expand(*self._batch_shape, *self._grid)
+        self.off_diag = off_diag.expand(*self._batch_shape, len(stencil), *self._grid)
+        self.stencil = stencil
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        return self._batch_shape
+
+    @property
+    def grid(self) -> torch.Size:
+        return self._grid
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.log_diag.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.log_diag.device
+
+    @property
+    def diag(self) -> Tensor:
+        """The diagonal of L, exp(log_diag): (*batch, *grid), in float32 for float16 and bfloat16 coefficients."""
+        return self.log_diag.to(accumulate_dtype(self.dtype)).exp()
+
+    def matvec(self, x: Tensor, transpose: bool = False) -> Tensor:
+        """L x, or Lᵀx with ``transpose``: (*sample, *batch, *grid), ``x`` broadcast against the batch as torch does.
+
+        Raises:
+            TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
+            ValueError: another grid or device, or a batch that does not broadcast.
+        """
+        return gmrf_kernels.matvec(self.diag, self.off_diag, x, self.stencil.offsets, self.stencil.ndim, transpose)
+
+    def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
+        """L⁻¹b, or L⁻ᵀb with ``transpose``; shapes and errors as for `matvec`."""
+        return gmrf_kernels.solve(self.diag, self.off_diag, b, self.stencil.offsets, self.stencil.ndim, transpose)
+
+    def logdet(self) -> Tensor:
+        """log |L| = ½ log |Λ| in nats: (*batch,), in float32 for float16 and bfloat16 coefficients."""
+        return self.log_diag.to(accumulate_dtype(self.dtype)).flatten(-self.stencil.ndim).sum(-1)
+
+    def expand(self, batch_shape: Sequence[int]) -> "StencilCholesky":
+        """A view with a larger batch shape; it repeats the factor without copying it."""
+        batch_shape = torch.Size(batch_shape)
+        if broadcast_batch("batch_shape", batch_shape, "the factor", self._batch_shape) != batch_shape:
+            raise ValueError(f"batch_shape is {tuple(batch_shape)}, expected an expansion of {tuple(self._batch_shape)}")
+        return StencilCholesky(
+            self.log_diag.expand(*batch_shape, *self._grid),
+            self.off_diag.expand(*batch_shape, len(self.stencil), *self._grid),
+            self.stencil,
+        )
+
+    def to_dense(self) -> Tensor:
+        """L as a dense matrix: (*batch, n, n), sites in raster order. Meant for small grids: n² entries."""
+        n = self._grid.numel()
+        dtype = accumulate_dtype(self.dtype)
+        columns = torch.eye(n, dtype=dtype, device=self.device).reshape(n, *[1] * len(self._batch_shape), *self._grid)
+        return self.matvec(columns).flatten(-self.stencil.ndim).movedim(0, -1)
+
+    def to_scipy(self):
+        """L as a ``scipy.sparse.csr_array`` (n, n), sites in raster order, for a factor without batch axes.
+
+        Raises:
+            ValueError: the factor has batch axes.
+        """
+        import numpy as np
+        import scipy.sparse
+
+        if self._batch_shape:
+            raise ValueError(f"to_scipy takes a factor without batch axes, got batch shape {tuple(self._batch_shape)}")
+        n = self._grid.numel()
+        dtype = accumulate_dtype(self.dtype)
+        sites = np.arange(n)
+        strides = np.cumprod([1, *reversed(self._grid[1:])])[::-1]
+        rows, cols, values = [sites], [sites], [self.diag.detach().cpu().numpy().ravel()]
+        exists = self.stencil.mask(self._grid).flatten(1).numpy()
+        off_diag = self.off_diag.detach().to(dtype).cpu().flatten(1).numpy()
+        for k, offset in enumerate(self.stencil.offsets):
+            rows.append(sites[exists[k]] + int(np.dot(strides, offset)))
+            cols.append(sites[exists[k]])
+            values.append(off_diag[k, exists[k]])
+        entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols)))
+        return scipy.sparse.csr_array(entries, shape=(n, n))
+
+    def __repr__(self) -> str:
+        return (
+            f"StencilCholesky(batch_shape={tuple(self._batch_shape)}, grid={tuple(self._grid)}, "
+            f"offsets={len(self.stencil)}, dtype={self.dtype}, device={self.device})"
+        )
+
+
+def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor, stencil: Stencil) -> Tensor:
+    """-log N(residual; 0, (L Lᵀ)⁻¹) in nats, the ½ and the constant included, as one fused operation.
+
+    The forward pass reads each coefficient once; the backward pass writes each gradient once and, for the factor alone, does
+    not read the coefficients again.
+
+    Args:
+        residual: (*sample, *batch, *grid), broadcast against the factor's batch as torch does.
+        log_diag: (*batch, *grid).
+        off_diag: (*batch, K-1, *grid).
+        stencil: the stencil.
+
+    Returns:
+        (*sample, *batch), in float32 where ``residual`` is float16 or bfloat16, else in its dtype.
+
+    Raises:
+        TypeError, ValueError: as for `StencilCholesky` and `StencilCholesky.matvec`.
+    """
+    if not isinstance(stencil, Stencil):
+        raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
+    return gmrf_kernels.negative_log_likelihood(residual, log_diag, off_diag, stencil.offsets, stencil.ndim)

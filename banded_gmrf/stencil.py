@@ -1,0 +1,127 @@
+"""Stencils: which neighbours a site's column of the Cholesky factor reaches."""
+
+import itertools
+import operator
+from collections.abc import Iterable, Sequence
+
+import torch
+from gmrf_kernels.stencils import overlap, wavefront_slopes
+from torch import Tensor
+
+
+class Stencil:
+    """A set of forward offsets on a grid of 1 to 3 axes.
+
+    An offset is forward if its first non-zero component is positive: the neighbour comes later in raster (C) order. The
+    offsets are kept in raster order, whatever order they are given in; that is the order of ``off_diag``.
+
+    Args:
+        offsets: the offsets, each a sequence of ``ndim`` integers, in pixels; for one axis plain integers will do.
+        ndim: number of grid axes; needed only where there are no offsets (a diagonal factor).
+
+    Raises:
+        TypeError: an offset is not made of integers.
+        ValueError: an offset is not forward, occurs twice, or has another number of axes.
+    """
+
+    def __init__(self, offsets: Iterable[Sequence[int] | int], ndim: int | None = None):
+        parsed = [_parse_offset(offset) for offset in offsets]
+        if ndim is None:
+            if not parsed:
+                raise ValueError("ndim is needed for a stencil without offsets")
+            ndim = len(parsed[0])
+        if not 1 <= ndim <= 3:
+            raise ValueError(f"ndim is {ndim}, expected a grid of 1 to 3 axes")
+        for offset in parsed:
+            if len(offset) != ndim:
+                raise ValueError(f"offset {offset} has {len(offset)} axes, the stencil has {ndim}")
+            if offset <= (0,) * ndim:
+                raise ValueError(f"offset {offset} is not forward: its first non-zero component must be positive")
+            if parsed.count(offset) > 1:
+                raise ValueError(f"offset {offset} occurs {parsed.count(offset)} times, expected once")
+        self._offsets = tuple(sorted(parsed))
+        self._ndim = ndim
+
+    @classmethod
+    def square(cls, size: int) -> "Stencil":
+        """The forward half of a ``size`` x ``size`` patch of pixels, ``size`` odd: (size² - 1) / 2 offsets.
+
+        The neighbourhood of Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
+        """
+        if size < 1 or size % 2 == 0:
+            raise ValueError(f"size is {size}, expected an odd number of pixels")
+        return cls.box((size // 2, size // 2))
+
+    @classmethod
+    def box(cls, radii: Sequence[int]) -> "Stencil":
+        """The forward half of the box that reaches ``radii[a]`` pixels to both sides along each axis a."""
+        if any(radius < 0 for radius in radii):
+            raise ValueError(f"radii is {tuple(radii)}, expected no negative radius")
+        origin = (0,) * len(radii)
+        box = itertools.product(*(range(-radius, radius + 1) for radius in radii))
+        return cls([offset for offset in box if offset > origin], ndim=len(radii))
+
+    @classmethod
+    def cross(cls, radius: int, ndim: int = 2) -> "Stencil":
+        """Neighbours along the axes only, up to ``radius`` pixels away: ndim * radius offsets."""
+        if radius < 0:
+            raise ValueError(f"radius is {radius}, expected at least 0")
+        axes = range(ndim)
+        steps = range(1, radius + 1)
+        return cls([tuple(step * (a == axis) for a in axes) for axis in axes for step in steps], ndim=ndim)
+
+    @property
+    def offsets(self) -> tuple[tuple[int, ...], ...]:
+        """The offsets in raster order."""
+        return self._offsets
+
+    @property
+    def ndim(self) -> int:
+        """Number of grid axes."""
+        return self._ndim
+
+    def __len__(self) -> int:
+        """Number of offsets, K - 1."""
+        return len(self._offsets)
+
+    def mask(self, grid: Sequence[int], device: torch.device | str | None = None) -> Tensor:
+        """(K-1, *grid) bool: entry (k, j) of ``off_diag`` exists, that is, j + offsets[k] lies on the grid."""
+        self._check_grid(grid)
+        mask = torch.zeros((len(self), *grid), dtype=torch.bool, device=device)
+        for k, offset in enumerate(self._offsets):
+            here, _ = overlap(offset, grid)
+            mask[k][here] = True
+        return mask
+
+    @property
+    def slopes(self) -> tuple[int, ...]:
+        """Wavefront slopes: the smallest integers, the last one 1, with sum(slope * offset) ≥ 1 for every offset."""
+        return wavefront_slopes(self._offsets, self._ndim)
+
+    def num_wavefronts(self, grid: Sequence[int]) -> int:
+        """Number of sequential steps of a triangular solve on ``grid``, all sites of a step being independent."""
+        self._check_grid(grid)
+        return 1 + sum(slope * (n - 1) for slope, n in zip(self.slopes, grid, strict=True))
+
+    def _check_grid(self, grid: Sequence[int]) -> None:
+        if len(grid) != self._ndim or any(n < 1 for n in grid):
+            raise ValueError(f"grid is {tuple(grid)}, expected {self._ndim} axes of at least one site")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stencil):
+            return NotImplemented
+        return (self._ndim, self._offsets) == (other._ndim, other._offsets)
+
+    def __hash__(self) -> int:
+        return hash((self._ndim, self._offsets))
+
+    def __repr__(self) -> str:
+        return f"Stencil({list(self._offsets)}, ndim={self._ndim})"
+
+
+def _parse_offset(offset: Sequence[int] | int) -> tuple[int, ...]:
+    components = offset if isinstance(offset, Iterable) else (offset,)
+    try:
+        return tuple(operator.index(component) for component in components)
+    except TypeError:
+        raise TypeError(f"offset {offset!r} is not made of integers") from None
