@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import gmrf_kernels
 import torch
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor
+from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
 from torch import Tensor
 
 from .stencil import Stencil
@@ -34,9 +34,20 @@ class StencilCholesky:
             raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
         self._batch_shape = check_factor(log_diag, off_diag, len(stencil), stencil.ndim, "log_diag")
         self._grid = log_diag.shape[log_diag.ndim - stencil.ndim :]
-        self.log_diag = log_diag.expand(*self._batch_shape, *self._grid)
-        self.off_diag = off_diag.expand(*self._batch_shape, len(stencil), *self._grid)
+        # Kept as given: the backward pass of an expanded coefficient would write a gradient for every repetition.
+        self._log_diag = log_diag
+        self._off_diag = off_diag
         self.stencil = stencil
+
+    @property
+    def log_diag(self) -> Tensor:
+        """Log-diagonal of L, (*batch, *grid), expanded to ``batch_shape`` without a copy."""
+        return self._log_diag.expand(*self._batch_shape, *self._grid)
+
+    @property
+    def off_diag(self) -> Tensor:
+        """Off-diagonals of L, (*batch, K-1, *grid), expanded to ``batch_shape`` without a copy."""
+        return self._off_diag.expand(*self._batch_shape, len(self.stencil), *self._grid)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -48,16 +59,16 @@ class StencilCholesky:
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.log_diag.dtype
+        return self._log_diag.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.log_diag.device
+        return self._log_diag.device
 
     @property
     def diag(self) -> Tensor:
         """The diagonal of L, exp(log_diag): (*batch, *grid), in float32 for float16 and bfloat16 coefficients."""
-        return self.log_diag.to(accumulate_dtype(self.dtype)).exp()
+        return self._diag().expand(*self._batch_shape, *self._grid)
 
     def matvec(self, x: Tensor, transpose: bool = False) -> Tensor:
         """L x, or Lᵀx with ``transpose``: (*sample, *batch, *grid), ``x`` broadcast against the batch as torch does.
@@ -66,26 +77,33 @@ class StencilCholesky:
             TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
             ValueError: another grid or device, or a batch that does not broadcast.
         """
-        return gmrf_kernels.matvec(self.diag, self.off_diag, x, self.stencil.offsets, self.stencil.ndim, transpose)
+        return self._apply(gmrf_kernels.matvec, "x", x, transpose)
 
     def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
         """L⁻¹b, or L⁻ᵀb with ``transpose``; shapes and errors as for `matvec`."""
-        return gmrf_kernels.solve(self.diag, self.off_diag, b, self.stencil.offsets, self.stencil.ndim, transpose)
+        return self._apply(gmrf_kernels.solve, "b", b, transpose)
 
     def logdet(self) -> Tensor:
         """log |L| = ½ log |Λ| in nats: (*batch,), in float32 for float16 and bfloat16 coefficients."""
-        return self.log_diag.to(accumulate_dtype(self.dtype)).flatten(-self.stencil.ndim).sum(-1)
+        logdet = self._log_diag.to(accumulate_dtype(self.dtype)).flatten(-self.stencil.ndim).sum(-1)
+        return logdet.expand(self._batch_shape)
 
     def expand(self, batch_shape: Sequence[int]) -> "StencilCholesky":
-        """A view with a larger batch shape; it repeats the factor without copying it."""
+        """The factor repeated over a larger batch; neither it nor its gradient is copied.
+
+        Raises:
+            ValueError: ``batch_shape`` is not an expansion of the factor's.
+        """
         batch_shape = torch.Size(batch_shape)
-        if broadcast_batch("batch_shape", batch_shape, "the factor", self._batch_shape) != batch_shape:
+        try:
+            expands = torch.broadcast_shapes(batch_shape, self._batch_shape) == batch_shape
+        except RuntimeError:
+            expands = False
+        if not expands:
             raise ValueError(f"batch_shape is {tuple(batch_shape)}, expected an expansion of {tuple(self._batch_shape)}")
-        return StencilCholesky(
-            self.log_diag.expand(*batch_shape, *self._grid),
-            self.off_diag.expand(*batch_shape, len(self.stencil), *self._grid),
-            self.stencil,
-        )
+        new = StencilCholesky(self._log_diag, self._off_diag, self.stencil)
+        new._batch_shape = batch_shape
+        return new
 
     def to_dense(self) -> Tensor:
         """L as a dense matrix: (*batch, n, n), sites in raster order. Meant for small grids: n² entries."""
@@ -118,6 +136,16 @@ class StencilCholesky:
             values.append(off_diag[k, exists[k]])
         entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols)))
         return scipy.sparse.csr_array(entries, shape=(n, n))
+
+    def _diag(self) -> Tensor:
+        return self._log_diag.to(accumulate_dtype(self.dtype)).exp()
+
+    def _apply(self, operation, name: str, vector: Tensor, transpose: bool) -> Tensor:
+        check_vector(name, vector, "the factor", self._off_diag, self._grid)
+        vector_batch = vector.shape[: vector.ndim - len(self._grid)]
+        batch = broadcast_batch(name, vector_batch, "the factor", self._batch_shape)
+        vector = vector.expand(*batch, *self._grid)
+        return operation(self._diag(), self._off_diag, vector, self.stencil.offsets, self.stencil.ndim, transpose)
 
     def __repr__(self) -> str:
         return (

@@ -15,10 +15,14 @@ _VARIANCE_BLOCK_ELEMENTS = 2**25
 
 
 class _Finite(constraints.Constraint):
-    """Neither NaN nor infinity."""
+    """Tensors (*batch, *grid) without NaN or infinity."""
+
+    def __init__(self, event_dim: int):
+        self.event_dim = event_dim
+        super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
-        return value.isfinite()
+        return value.isfinite().flatten(-self.event_dim).all(-1)
 
 
 class _FiniteWhereItExists(constraints.Constraint):
@@ -30,8 +34,12 @@ class _FiniteWhereItExists(constraints.Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
+        batch = value.shape[: -self.event_dim]
+        for axis, stride in enumerate(value.stride()[: len(batch)]):
+            if stride == 0 and batch[axis] > 1:  # one factor shared along a batch axis is checked once
+                value = value.narrow(axis, 0, 1)
         exists = self._stencil.mask(value.shape[-self._stencil.ndim :], device=value.device)
-        return (value.isfinite() | ~exists).flatten(-self.event_dim).all(-1)
+        return (value.isfinite() | ~exists).flatten(-self.event_dim).all(-1).expand(batch)
 
 
 class GMRF(Distribution):
@@ -39,11 +47,14 @@ class GMRF(Distribution):
 
     A `torch.distributions.Distribution` with ``event_shape`` = grid; log densities and entropies are in nats.
 
+    In a Pyro model use ``banded_gmrf.pyro.GMRF``, the same with the methods that Pyro needs: ``pyro.sample`` takes no plain
+    torch distribution. ``import banded_gmrf`` itself never imports Pyro.
+
     Args:
         loc: the mean, (*batch, *grid), of the factor's dtype (float32 is accepted beside float16 and bfloat16).
         precision_cholesky: the factor L; its batch is broadcast against that of ``loc`` and never copied.
         validate_args: check that ``loc``, ``log_diag`` and the existing entries of ``off_diag`` are finite, and samples given
-            to `log_prob`; None takes torch's default.
+            to `log_prob`; None takes torch's default. One pass over the coefficients at construction.
 
     Raises:
         TypeError: ``precision_cholesky`` is not a `StencilCholesky`, or the dtypes differ.
@@ -57,20 +68,17 @@ class GMRF(Distribution):
             raise TypeError(f"precision_cholesky is a {type(precision_cholesky).__name__}, expected a StencilCholesky")
         grid = precision_cholesky.grid
         check_vector("loc", loc, "precision_cholesky", precision_cholesky.log_diag, grid)
-        batch = broadcast_batch(
-            "loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape
-        )
+        batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
         self.loc = loc.expand(*batch, *grid)
         self._factor = precision_cholesky
         super().__init__(batch, grid, validate_args=validate_args)
 
     @property
     def arg_constraints(self):
-        ndim = self._factor.stencil.ndim
-        finite = constraints.independent(_Finite(), ndim)
+        finite = _Finite(len(self._event_shape))
         return {"loc": finite, "log_diag": finite, "off_diag": _FiniteWhereItExists(self._factor.stencil)}
 
-    @property
+    @constraints.dependent_property(is_discrete=False)
     def support(self):
         return constraints.independent(constraints.real, len(self._event_shape))
 
@@ -140,21 +148,42 @@ class GMRF(Distribution):
         return self.loc + self._factor.solve(u, transpose=True)
 
     def whiten(self, value: Tensor) -> Tensor:
-        """Lᵀ(value - loc), standard normal if ``value`` follows this distribution: (*sample, *batch, *grid)."""
+        """Lᵀ(value - loc), standard normal if ``value`` follows this distribution.
+
+        Returns:
+            (*sample, *batch, *grid), in float32 for a float16 or bfloat16 ``value``.
+
+        Raises:
+            TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
+            ValueError: another grid or device, or a batch that does not broadcast.
+        """
         return self._factor.matvec(self._residual(value), transpose=True)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log N(value; loc, Λ⁻¹) in nats: (*sample, *batch), in float32 for a float16 or bfloat16 ``value``."""
-        if self._validate_args:
+        """log N(value; loc, Λ⁻¹) in nats.
+
+        Returns:
+            (*sample, *batch), in float32 for a float16 or bfloat16 ``value``.
+
+        Raises:
+            TypeError, ValueError: as for `whiten`; with ``validate_args`` also for NaN.
+        """
+        residual = self._residual(value)
+        if self._validate_args and value.numel() > 0:  # torch's check of the support fails on no values at all
             self._validate_sample(value)
         factor = self._factor
-        return -negative_log_likelihood(self._residual(value), factor.log_diag, factor.off_diag, factor.stencil)
+        return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
 
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""
         n = self._event_shape.numel()
         return (0.5 * n * (1 + math.log(2 * math.pi)) - self._factor.logdet()).expand(self._batch_shape)
 
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name}: {getattr(self, name).shape}" for name in self.arg_constraints)
+        return f"{type(self).__name__}({shapes})"
+
     def _residual(self, value: Tensor) -> Tensor:
         check_vector("value", value, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        return value - self.loc
+        broadcast_batch("value", value.shape[: value.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        return value.to(accumulate_dtype(value.dtype)) - self.loc

@@ -25,11 +25,14 @@ class Stencil:
     """
 
     def __init__(self, offsets: Iterable[Sequence[int] | int], ndim: int | None = None):
+        if not isinstance(offsets, Iterable):
+            raise TypeError(f"offsets is {offsets!r}, expected a sequence of offsets")
         parsed = [_parse_offset(offset) for offset in offsets]
         if ndim is None:
             if not parsed:
                 raise ValueError("ndim is needed for a stencil without offsets")
             ndim = len(parsed[0])
+        ndim = _integer("ndim", ndim)
         if not 1 <= ndim <= 3:
             raise ValueError(f"ndim is {ndim}, expected a grid of 1 to 3 axes")
         for offset in parsed:
@@ -48,6 +51,7 @@ class Stencil:
 
         The neighbourhood of Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
         """
+        size = _integer("size", size)
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size is {size}, expected an odd number of pixels")
         return cls.box((size // 2, size // 2))
@@ -55,8 +59,11 @@ class Stencil:
     @classmethod
     def box(cls, radii: Sequence[int]) -> "Stencil":
         """The forward half of the box that reaches ``radii[a]`` pixels to both sides along each axis a."""
+        if not isinstance(radii, Iterable):
+            raise TypeError(f"radii is {radii!r}, expected one radius per axis")
+        radii = tuple(_integer("radii", radius) for radius in radii)
         if any(radius < 0 for radius in radii):
-            raise ValueError(f"radii is {tuple(radii)}, expected no negative radius")
+            raise ValueError(f"radii is {radii}, expected no negative radius")
         origin = (0,) * len(radii)
         box = itertools.product(*(range(-radius, radius + 1) for radius in radii))
         return cls([offset for offset in box if offset > origin], ndim=len(radii))
@@ -64,9 +71,10 @@ class Stencil:
     @classmethod
     def cross(cls, radius: int, ndim: int = 2) -> "Stencil":
         """Neighbours along the axes only, up to ``radius`` pixels away: ndim * radius offsets."""
+        radius = _integer("radius", radius)
         if radius < 0:
             raise ValueError(f"radius is {radius}, expected at least 0")
-        axes = range(ndim)
+        axes = range(_integer("ndim", ndim))
         steps = range(1, radius + 1)
         return cls([tuple(step * (a == axis) for a in axes) for axis in axes for step in steps], ndim=ndim)
 
@@ -104,6 +112,8 @@ class Stencil:
         return 1 + sum(slope * (n - 1) for slope, n in zip(self.slopes, grid, strict=True))
 
     def _check_grid(self, grid: Sequence[int]) -> None:
+        if not isinstance(grid, Sequence):
+            raise TypeError(f"grid is {grid!r}, expected {self._ndim} axes")
         if len(grid) != self._ndim or any(n < 1 for n in grid):
             raise ValueError(f"grid is {tuple(grid)}, expected {self._ndim} axes of at least one site")
 
@@ -117,6 +127,13 @@ class Stencil:
 
     def __repr__(self) -> str:
         return f"Stencil({list(self._offsets)}, ndim={self._ndim})"
+
+
+def _integer(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} has {value!r}, expected integers") from None
 
 
 def _parse_offset(offset: Sequence[int] | int) -> tuple[int, ...]:

@@ -243,7 +243,9 @@ def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, di
         raise ValueError(f"off_diag has grid {tuple(off_diag.shape[-ndim:])}, {diag_name} has grid {tuple(grid)}")
     if off_diag.shape[-ndim - 1] != num_offsets:
         raise ValueError(f"off_diag has {off_diag.shape[-ndim - 1]} offsets, the stencil has {num_offsets}")
-    check_alike("off_diag", off_diag, diag_name, diag)
+    if diag_name != "diag" or diag.dtype != accumulate_dtype(off_diag.dtype):
+        check_alike("off_diag", off_diag, diag_name, diag)
+    check_device("off_diag", off_diag, diag_name, diag)
     return broadcast_batch("off_diag", off_diag.shape[: -ndim - 1], diag_name, diag.shape[: diag.ndim - ndim])
 
 
@@ -259,6 +261,11 @@ def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> No
     """Raise TypeError or ValueError unless two tensors have one dtype and one device."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} is {tensor.dtype}, {other_name} is {other.dtype}")
+    check_device(name, tensor, other_name, other)
+
+
+def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise ValueError unless two tensors are on one device."""
     if tensor.device != other.device:
         raise ValueError(f"{name} is on {tensor.device}, {other_name} is on {other.device}")
 
@@ -285,8 +292,7 @@ def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: 
         raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected (..., {', '.join(map(str, grid))})")
     if vector.dtype != accumulate_dtype(coefficient.dtype):
         check_alike(name, vector, coefficient_name, coefficient)
-    if vector.device != coefficient.device:
-        raise ValueError(f"{name} is on {vector.device}, {coefficient_name} is on {coefficient.device}")
+    check_device(name, vector, coefficient_name, coefficient)
 
 
 class _Layout:
@@ -299,7 +305,7 @@ class _Layout:
         own = [axis for axis, size in enumerate(padded) if size != 1]
         self.batch, self.grid = batch, grid
         self.order = (*shared, *own)
-        self.canonical = (math.prod(batch[axis] for axis in shared), math.prod(batch[axis] for axis in own))
+        self.canonical = (math.prod([batch[axis] for axis in shared]), math.prod([batch[axis] for axis in own]))
 
     def vector(self, x: Tensor) -> Tensor:
         """(*sample, *batch, *grid) to (S, B, *grid)."""
@@ -314,8 +320,8 @@ class _Layout:
     def batched(self, t: Tensor) -> Tensor:
         """(S, B, ...) back to the broadcast batch axes."""
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        unflat = t.reshape(*(self.batch[axis] for axis in self.order), *t.shape[2:])
-        return unflat.permute(*back, *range(len(back), unflat.ndim))
+        unflat = t.reshape((*(self.batch[axis] for axis in self.order), *t.shape[2:]))
+        return unflat.permute((*back, *range(len(back), unflat.ndim)))
 
 
 def _flat(offsets: Offsets) -> list[int]:
@@ -323,13 +329,11 @@ def _flat(offsets: Offsets) -> list[int]:
 
 
 def _expand_factor(diag: Tensor, off_diag: Tensor, ndim: int, batch: torch.Size) -> tuple[Tensor, Tensor]:
-    """Both tensors with one batch shape, an axis over which both are mere repetitions brought back to size 1."""
-    diag = diag.expand(*batch, *diag.shape[diag.ndim - ndim :])
-    off_diag = off_diag.expand(*batch, *off_diag.shape[-ndim - 1 :])
-    for axis, size in enumerate(batch):
-        if size > 1 and diag.stride(axis) == 0 and off_diag.stride(axis) == 0:
-            diag, off_diag = diag.narrow(axis, 0, 1), off_diag.narrow(axis, 0, 1)
-    return diag, off_diag
+    """Both tensors with one batch shape."""
+    return (
+        diag.expand(*batch, *diag.shape[diag.ndim - ndim :]),
+        off_diag.expand(*batch, *off_diag.shape[-ndim - 1 :]),
+    )
 
 
 def _apply(op, name, diag, off_diag, x, offsets, ndim, transpose):
@@ -355,7 +359,8 @@ def matvec(
     """Product L x, or Lᵀx with ``transpose``, for a factor L stored by column.
 
     Args:
-        diag: (*batch, *grid), the diagonal of L, of any sign.
+        diag: (*batch, *grid), the diagonal of L, of any sign; of the dtype of ``off_diag``, or float32 where that is float16 or
+            bfloat16.
         off_diag: (*batch, K-1, *grid); entry k of column j stands at row j + offsets[k]. Entries whose row lies outside the
             grid are ignored, NaN included.
         x: (*sample, *batch, *grid), broadcast against the factor's batch as torch does; of the factor's dtype, or float32

@@ -1,0 +1,119 @@
+"""Times of the CPU backend as ratios to reading and to copying the coefficients: ``python -m bench.cpu_targets``.
+
+All in one process, float32, medians: ``sum`` and ``copy_`` of the coefficient tensor (batch, K, *grid), the log likelihood, the log
+likelihood with the factor's gradient, and one sample per image (a transposed solve). The last lines state the peak memory of
+a 16-sample `rsample` and its backward on one 1024 x 1024 image, each in a process of its own.
+"""
+
+import multiprocessing
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from typing import Annotated
+
+import banded_gmrf as bg
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+CASES = [
+    *((8, (1024, 1024), bg.Stencil.square(f)) for f in (7, 5, 3)),
+    *((64, (64, 64), bg.Stencil.square(f)) for f in (7, 5, 3)),
+    *((1, (1024, 1024), bg.Stencil.square(f)) for f in (7, 5, 3)),
+    *((1, (64, 64), bg.Stencil.square(f)) for f in (7, 5, 3)),
+    (8, (3, 256, 256), bg.Stencil.box((1, 1, 1))),
+    (1, (3, 256, 256), bg.Stencil.box((1, 1, 1))),
+]
+
+
+def median_times(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """Median seconds of each function; they take turns, so that a change in the machine's speed meets all of them."""
+    times = {name: [] for name in functions}
+    for repeat in range(repeats + 2):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            if repeat >= 2:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(measured) for name, measured in times.items()}
+
+
+def measure(batch: int, grid: tuple[int, ...], stencil: bg.Stencil, repeats: int) -> dict[str, float]:
+    """Seconds of each operation on one case."""
+    generator = torch.Generator().manual_seed(0)
+    # One tensor of K planes, as a network predicts them; the factor's two tensors are views of it.
+    coefficients = torch.randn(batch, len(stencil) + 1, *grid, generator=generator) * (0.3 / len(stencil) ** 0.5)
+    copy = torch.empty_like(coefficients)
+    residual = torch.randn(batch, *grid, generator=generator)
+    log_diag, off_diag = coefficients[:, 0], coefficients[:, 1:]
+    trained = [log_diag.clone().requires_grad_(), off_diag.clone().requires_grad_()]
+    factor = bg.StencilCholesky(log_diag, off_diag, stencil)
+
+    def log_likelihood_and_gradient():
+        torch.autograd.grad(bg.negative_log_likelihood(residual, *trained, stencil).sum(), trained)
+
+    return median_times(
+        {
+            "sum": coefficients.sum,
+            "copy_": lambda: copy.copy_(coefficients),
+            "log likelihood": lambda: bg.negative_log_likelihood(residual, log_diag, off_diag, stencil),
+            "with gradient": log_likelihood_and_gradient,
+            "sample": lambda: factor.solve(residual, transpose=True),
+        },
+        repeats,
+    )
+
+
+def _rsample_peak(samples: int, queue: multiprocessing.Queue) -> None:
+    """Peak resident memory, in images of 1024 x 1024 float32, that one rsample and its backward add."""
+    stencil, grid = bg.Stencil.square(7), (1024, 1024)
+    log_diag = torch.zeros(1, *grid, requires_grad=True)
+    off_diag = torch.zeros(1, len(stencil), *grid, requires_grad=True)
+    small = bg.GMRF(torch.zeros(1, 8, 8), bg.StencilCholesky(torch.zeros(1, 8, 8), torch.zeros(1, 24, 8, 8), stencil))
+    small.loc.requires_grad_()
+    small.rsample((2,)).sum().backward()  # compiles
+    off_diag.detach().fill_(0.01)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    q = bg.GMRF(torch.zeros(1, *grid), bg.StencilCholesky(log_diag, off_diag, stencil))
+    q.rsample((samples,)).square().mean().backward()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    queue.put((after - before) * 1024 / (4 * np.prod(grid)))
+
+
+def rsample_peak(samples: int) -> float:
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_rsample_peak, args=(samples, queue))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="Timed repetitions of each operation.")] = 10,
+    threads: Annotated[int, typer.Option(help="Threads for torch and the library.")] = 2,
+) -> None:
+    torch.set_num_threads(threads)
+    console = Console(width=140)
+    table = Table(title=f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, float32")
+    for column in ("case", "sum ms", "copy_ ms", "log lik. ms", "/ sum", "with grad. ms", "/ copy_", "sample ms", "/ sum", "/ copy_"):
+        table.add_column(column, justify="left" if column == "case" else "right")
+    for batch, grid, stencil in CASES:
+        times = measure(batch, grid, stencil, repeats)
+        likelihood, gradient, sample = times["log likelihood"], times["with gradient"], times["sample"]
+        figures = [times["sum"] * 1e3, times["copy_"] * 1e3, likelihood * 1e3, likelihood / times["sum"], gradient * 1e3]
+        figures += [gradient / times["copy_"], sample * 1e3, sample / times["sum"], sample / times["copy_"]]
+        shape = " x ".join(map(str, (batch, *grid)))
+        table.add_row(f"{shape}, K = {len(stencil) + 1}", *(f"{figure:.2f}" for figure in figures))
+    console.print(table)
+    for samples in (1, 16):
+        console.print(f"rsample of {samples} and backward, 1 x 1024 x 1024, K = 25: {rsample_peak(samples):.1f} images of memory")
+
+
+if __name__ == "__main__":
+    typer.run(main)

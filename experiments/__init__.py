@@ -1,0 +1,1 @@
+"""Experiments with structured uncertainty: ``python -m experiments --help``."""

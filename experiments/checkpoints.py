@@ -1,0 +1,54 @@
+"""Checkpoints of several networks in one safetensors file, written whole or not at all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+from torch import nn
+
+import supn_models
+
+_SEPARATOR = "/"
+
+
+def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str, Any]) -> None:
+    """Write the parameters of ``networks`` with what is needed to build them again, replacing ``path`` in one step.
+
+    Args:
+        path: the file.
+        networks: networks of `supn_models` that have a ``config``, by name.
+        about: anything that JSON can hold, kept beside them.
+    """
+    tensors = {
+        f"{name}{_SEPARATOR}{key}": tensor.detach().cpu().contiguous()
+        for name, network in networks.items()
+        for key, tensor in network.state_dict().items()
+    }
+    specs = {name: {"class": type(network).__name__, "config": network.config} for name, network in networks.items()}
+    metadata = {"networks": json.dumps(specs), "about": json.dumps(about)}
+    partial = path.with_name(path.name + ".partial")
+    safetensors.torch.save_file(tensors, partial, metadata)
+    os.replace(partial, path)
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]]:
+    """The networks of `save_checkpoint`, in evaluation mode, and ``about``.
+
+    Raises:
+        ValueError: a safetensors file that `save_checkpoint` did not write.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    if not {"networks", "about"} <= metadata.keys():
+        raise ValueError(f"{path} has no metadata of this library's checkpoints")
+    tensors = safetensors.torch.load_file(path)
+    networks = {}
+    for name, spec in json.loads(metadata["networks"]).items():
+        network = getattr(supn_models, spec["class"]).from_config(spec["config"])
+        prefix = name + _SEPARATOR
+        network.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
+        networks[name] = network.eval()
+    return networks, json.loads(metadata["about"])

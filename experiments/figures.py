@@ -1,0 +1,112 @@
+"""Figures that the experiments share. Images and residuals are (count, height, width) tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+_STYLE = {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 150, "lines.linewidth": 1.2}
+
+
+@dataclass
+class Column:
+    """One column of `image_grid`: an image per row, its title, and the group of columns that share a colour scale."""
+
+    title: str
+    images: Tensor
+    scale: str
+
+
+def _show(ax: Axes, image: Tensor, cmap: str, low: float, high: float) -> AxesImage:
+    ax.set_xticks([])
+    ax.set_yticks([])
+    return ax.imshow(image.numpy(), cmap=cmap, vmin=low, vmax=high, interpolation="nearest")
+
+
+def image_grid(
+    path: Path,
+    columns: Sequence[Column],
+    scales: dict[str, tuple[str, str, float, float]],
+    row_labels: Sequence[str],
+) -> None:
+    """Images in rows and columns, with one colour bar below for each colour scale.
+
+    Args:
+        path: PNG file to write.
+        columns: the columns.
+        scales: for each scale a label, a colour map, and the values at its two ends.
+        row_labels: shown at the left of each row.
+    """
+    size = 1.15
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(size * len(columns) + 0.3, size * len(row_labels) + 1.3), layout="constrained")
+        axes = fig.subplots(len(row_labels), len(columns), squeeze=False)
+        shown = {}
+        for i, column in enumerate(columns):
+            _, cmap, low, high = scales[column.scale]
+            axes[0, i].set_title(column.title)
+            for ax, image in zip(axes[:, i], column.images, strict=True):
+                shown[column.scale] = _show(ax, image, cmap, low, high)
+        for ax, label in zip(axes[:, 0], row_labels, strict=True):
+            ax.set_ylabel(label)
+        for name, (label, *_) in scales.items():
+            members = [i for i, column in enumerate(columns) if column.scale == name]
+            bar = fig.colorbar(
+                shown[name], ax=axes[:, members].ravel().tolist(), location="bottom", aspect=14 * len(members), pad=0.03
+            )
+            bar.set_label(label)
+        fig.savefig(path)
+
+
+def correlation_figure(path: Path, patches: Tensor, correlations: Tensor, sites: Sequence[Sequence[tuple[int, int]]]) -> None:
+    """Each patch beside maps of the correlation of some of its pixels with all others.
+
+    Args:
+        path: PNG file to write.
+        patches: (count, height, width) gray values in [0, 1].
+        correlations: (count, pixels, height, width).
+        sites: for each patch the (row, column) of each of its pixels.
+    """
+    count, pixels = correlations.shape[:2]
+    size = 1.45
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(size * (1 + pixels) + 0.9, size * count + 0.3), layout="constrained")
+        axes = fig.subplots(count, 1 + pixels, squeeze=False)
+        for row, patch, maps, places in zip(axes, patches, correlations, sites, strict=True):
+            _show(row[0], patch, "gray", 0, 1)
+            for number, (ax, image, (y, x)) in enumerate(zip(row[1:], maps, places, strict=True), start=1):
+                shown = _show(ax, image, "RdBu_r", -1, 1)
+                ax.plot(x, y, "o", markersize=9, markerfacecolor="none", markeredgecolor="black", markeredgewidth=0.8)
+                row[0].plot(x, y, "o", markersize=9, markerfacecolor="white", markeredgecolor="black", markeredgewidth=0.8)
+                row[0].text(x, y, str(number), ha="center", va="center_baseline", fontsize=7)
+        axes[0, 0].set_title("input")
+        for number in range(1, 1 + pixels):
+            axes[0, number].set_title(f"pixel {number}")
+        fig.colorbar(shown, ax=axes[:, 1:].ravel().tolist(), shrink=0.8, aspect=30).set_label("correlation")
+        fig.savefig(path)
+
+
+def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float]]]], smooth: int) -> None:
+    """Training curves, one panel for each loss, as means over ``smooth`` consecutive steps.
+
+    Args:
+        path: PNG file to write.
+        panels: the label of the vertical axis, and for each curve its name and the loss of every step.
+        smooth: steps in each mean.
+    """
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(3.6 * len(panels), 2.6), layout="constrained")
+        for ax, (label, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for name, losses in curves.items():
+                ends = range(smooth, len(losses) + 1, smooth)
+                ax.plot(list(ends), [sum(losses[end - smooth : end]) / smooth for end in ends], label=name)
+            ax.set_xlabel("step")
+            ax.set_ylabel(label)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.legend(frameon=False)
+        fig.savefig(path)

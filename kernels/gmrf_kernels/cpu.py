@@ -1,0 +1,195 @@
+"""CPU backend: Numba kernels specialised per stencil, with threads over images or rows.
+
+`cpu_source` writes the source of a kernel and says what it does; here it is compiled, kept on disk, and called. Shapes are those of
+`reference`.
+
+Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or ``banded_gmrf`` in the user's cache directory; where that cannot be written, each
+process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own pools survive neither
+concurrent callers nor a fork.
+"""
+
+import functools
+import hashlib
+import math
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+import numba
+import torch
+from torch import Tensor
+
+from . import cpu_source, simd
+from .memory import empty
+from .stencils import Offsets
+from .threads import run_in_threads
+
+# Below this many coefficients a call is shorter than waking a thread.
+_SERIAL_COEFFICIENTS = 2**15
+
+_compile_lock = threading.Lock()
+
+
+def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
+    """L x, or Lᵀx with ``transpose``: (S, B, *grid)."""
+    diag, off_diag, x = _prepare(diag, off_diag, x)
+    y = empty(x.shape, x.dtype)
+    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=transpose)
+    arguments = [*_addresses(diag, off_diag, x), y.data_ptr()]
+    _run(kernel, arguments, x, items=_num_rows(x), threads=_num_threads(off_diag.numel()))
+    return y
+
+
+def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
+    """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid)."""
+    diag, off_diag, b = _prepare(diag, off_diag, b)
+    x = empty(b.shape, b.dtype)
+    images = b.shape[0] * b.shape[1]
+    threads = min(_num_threads(off_diag.numel() * b.shape[0]), images)
+    chains = 2 if images >= 2 * threads else 1
+    kernel = _kernel(cpu_source.solve, offsets, _name(off_diag), transpose=transpose, chains=chains)
+    scratch_size = cpu_source.solve_scratch(offsets, _name(off_diag), chains, b.shape[-1])
+    scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
+    arguments = [*_addresses(diag, off_diag, b), x.data_ptr(), scratch.data_ptr()]
+    _run(kernel, arguments, b, items=images, threads=threads, multiple=chains)
+    return x
+
+
+def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """P(a bᵀ), summed over the S vectors: its diagonal (B, *grid) and off-diagonals (B, K-1, *grid) in ``dtype``."""
+    return _outer(a, b, torch.ones(a.shape[:2], dtype=a.dtype), None, offsets, dtype)
+
+
+def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood (S, B) in nats, and the whitened residual y = Lᵀ residual (S, B, *grid)."""
+    log_diag, off_diag, residual = _prepare(log_diag, off_diag, residual)
+    diag = torch.exp(log_diag, out=empty(log_diag.shape, log_diag.dtype))
+    y = empty(residual.shape, residual.dtype)
+    samples, batch, *grid = residual.shape
+    rows = math.prod(grid[:-1])
+    row_squares = torch.empty((samples, batch, rows), dtype=torch.float64)
+    row_logs = torch.empty((batch, rows), dtype=torch.float64)
+    arguments = [*_addresses(diag, off_diag, residual), y.data_ptr(), log_diag.data_ptr(), log_diag.stride(0)]
+    arguments += [row_squares.data_ptr(), row_logs.data_ptr()]
+    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=True, likelihood=True)
+    _run(kernel, arguments, residual, items=_num_rows(residual), threads=_num_threads(off_diag.numel()))
+    # NumPy adds in an order that does not depend on the number of threads.
+    squares, logs = (torch.from_numpy(t.numpy().sum(-1)) for t in (row_squares, row_logs))
+    value = 0.5 * squares - logs + 0.5 * math.prod(grid) * math.log(2 * math.pi)
+    return value.to(residual.dtype), y
+
+
+def nll_factor_grad(
+    scale: Tensor, residual: Tensor, whitened: Tensor, log_diag: Tensor, offsets: Offsets, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradient of ``(scale * value).sum()``, ``scale`` (S, B), for ``log_diag`` and, in ``dtype``, ``off_diag``."""
+    exp_log_diag = torch.exp(log_diag, out=empty(log_diag.shape, log_diag.dtype))
+    return _outer(residual, whitened, scale.contiguous(), exp_log_diag, offsets, dtype)
+
+
+def _outer(
+    a: Tensor, b: Tensor, scale: Tensor, exp_log_diag: Tensor | None, offsets: Offsets, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    a, b = _prepare(a, b)
+    batch, *grid = a.shape[1:]
+    diag = empty((batch, *grid), a.dtype)
+    off_diag = empty((batch, len(offsets), *grid), dtype)
+    arguments = [a.data_ptr(), *a.stride()[:2], b.data_ptr(), *b.stride()[:2], scale.data_ptr()]
+    arguments += [0 if exp_log_diag is None else exp_log_diag.data_ptr(), diag.data_ptr(), off_diag.data_ptr()]
+    kernel = _kernel(cpu_source.outer, offsets, _name(off_diag))
+    _run(kernel, arguments, a, items=_num_rows(a), threads=_num_threads(off_diag.numel()))
+    return diag, off_diag
+
+
+def _name(off_diag: Tensor) -> str:
+    return str(off_diag.dtype).removeprefix("torch.")
+
+
+def _num_rows(x: Tensor) -> int:
+    return math.prod(x.shape[1:-1])
+
+
+def _prepare(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with contiguous grids; vectors (S, B, *grid), whose ndim the last tensor has, come last."""
+    ndim = tensors[-1].ndim - 2
+    return [t if t.numel() == 0 or t[(0,) * (t.ndim - ndim)].is_contiguous() else t.contiguous() for t in tensors]
+
+
+def _addresses(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[int]:
+    return [
+        *(diag.data_ptr(), diag.stride(0)),
+        *(off_diag.data_ptr(), off_diag.stride(0), off_diag.stride(1)),
+        *(x.data_ptr(), x.stride(0), x.stride(1)),
+    ]
+
+
+def _run(kernel: Callable, arguments: Sequence[int], vector: Tensor, items: int, threads: int, multiple: int = 1) -> None:
+    """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``."""
+    grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
+    # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
+    span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
+    data = torch.tensor([0, 0, items, span, *arguments, *vector.shape[:2], *grid])
+    run_in_threads(kernel, data.data_ptr(), threads)
+
+
+def _num_threads(coefficients: int) -> int:
+    return torch.get_num_threads() if coefficients > _SERIAL_COEFFICIENTS else 1
+
+
+def _renew_lock() -> None:
+    """In a forked child: the thread that held the parent's lock does not exist."""
+    global _compile_lock
+    _compile_lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def _kernel(write: Callable[..., str], offsets: Offsets, dtype: str, **options) -> Callable:
+    with _compile_lock:
+        return _compiled(write, offsets, dtype, tuple(options.items()))
+
+
+@functools.cache
+def _compiled(write: Callable[..., str], offsets: Offsets, dtype: str, options: tuple) -> Callable:
+    """The kernel with this source, from the disk cache or compiled now."""
+    source = write(offsets, dtype, cache=True, **dict(options))
+    # Numba checks the source file, not the intrinsics that it calls.
+    digest = hashlib.sha256((source + Path(simd.__file__).read_text() + numba.__version__).encode()).hexdigest()[:24]
+    path = _cache_directory() / f"{write.__name__}_{digest}.py"
+    try:
+        _write_once(path, source)
+        return _execute(source, path)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"compiled kernels are not kept: {path.parent} cannot be written ({error})", stacklevel=2)
+        return _execute(write(offsets, dtype, cache=False, **dict(options)), path)
+
+
+def _cache_directory() -> Path:
+    given = os.environ.get("BANDED_GMRF_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded_gmrf"
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file that several processes may want at once, in one step."""
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+def _execute(source: str, path: Path) -> Callable:
+    module = ModuleType(f"gmrf_kernels_{path.stem}")
+    module.__file__ = str(path)
+    sys.modules[module.__name__] = module  # where Numba looks for the module of a kernel that it loads from disk
+    exec(compile(source, path, "exec"), module.__dict__)
+    return module.kernel.ctypes

@@ -1,0 +1,53 @@
+"""Memory for large CPU results, used again when a result of the same size has been freed.
+
+The C library hands blocks beyond 32 MiB back to the system at once, and the page faults of a fresh block cost several times
+what the operations do in it (`bench.cpu_targets` measures it). Freed blocks are kept here, up to a limit, and new ones ask for huge
+pages.
+"""
+
+import ctypes
+import math
+import mmap
+import threading
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Smaller blocks the C library keeps by itself.
+_SMALLEST_BYTES = 2**22
+_KEPT_BYTES = 2**30
+
+_lock = threading.Lock()
+_free: list[mmap.mmap] = []
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """An uninitialised contiguous CPU tensor."""
+    size = math.prod(shape) * dtype.itemsize
+    if size < _SMALLEST_BYTES or not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.empty(shape, dtype=dtype)
+    block = _take(size)
+    buffer = (ctypes.c_char * size).from_buffer(block)
+    weakref.finalize(buffer, _give_back, block).atexit = False
+    return torch.frombuffer(buffer, dtype=dtype).view(*shape)
+
+
+def _take(size: int) -> mmap.mmap:
+    with _lock:
+        for i, block in enumerate(_free):
+            if len(block) == size:
+                return _free.pop(i)
+    # Private: a forked child must not write into its parent's results.
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _give_back(block: mmap.mmap) -> None:
+    with _lock:
+        _free.append(block)
+        while sum(map(len, _free)) > _KEPT_BYTES:
+            _free.pop(0)

@@ -1,0 +1,351 @@
+"""Explicit vectors for Numba: what generated CPU code loads, computes with and stores, 64 bytes at a time.
+
+Numba's loop vectoriser gives up on loops with two dozen input streams, and spends rows of 64 pixels in its scalar remainder.
+These intrinsics emit LLVM vector instructions directly; LLVM splits them where the machine's registers are narrower.
+
+An *address* is the int64 of a tensor's ``data_ptr()``; an index counts elements. A *mask* switches lanes off: a masked load
+yields 0 there and touches no memory, a masked store leaves memory as it is.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, models, register_model
+
+ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+_I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
+_STORED = {"float16": ir.HalfType(), "bfloat16": ir.IntType(16), "float32": ir.FloatType(), "float64": ir.DoubleType()}
+
+
+class _Vector(types.Type):
+    """A vector of LLVM elements, held in registers."""
+
+    def __init__(self, name: str, element: ir.Type, lanes: int):
+        self.llvm = ir.VectorType(element, lanes)
+        super().__init__(f"gmrf_vector({name} x {lanes})")
+
+
+@register_model(_Vector)
+class _VectorModel(models.PrimitiveModel):
+    def __init__(self, dmm, fe_type):
+        super().__init__(dmm, fe_type, fe_type.llvm)
+
+
+def lanes(dtype: str) -> int:
+    """Elements in one vector of the dtype that coefficients of ``dtype`` are computed with."""
+    return 8 if dtype == "float64" else 16
+
+
+def operations(dtype: str) -> dict:
+    """The intrinsics for coefficients of ``dtype`` (float16, bfloat16, float32, float64), by the names generated code uses.
+
+    ``load_c`` and ``store_c`` convert between ``dtype`` and the dtype of arithmetic (float64 for float64, else float32); all
+    others work on the latter.
+    """
+    scalar_type = types.float64 if dtype == "float64" else types.float32
+    scalar = _STORED["float64" if dtype == "float64" else "float32"]
+    n = lanes(dtype)
+    vector_type = _Vector(str(scalar_type), scalar, n)
+    mask_type = _Vector("bool", _I1, n)
+    vector, mask_llvm = vector_type.llvm, mask_type.llvm
+
+    def pointer(builder, address, index, element):
+        base = builder.inttoptr(address, ir.PointerType())
+        return builder.gep(base, [index], source_etype=element)
+
+    def call(builder, name, result, arguments):
+        function_type = ir.FunctionType(result, [a.type for a in arguments])
+        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+
+    def widen(builder, stored, stored_llvm):
+        if stored == "float16":
+            return builder.fpext(stored_llvm, vector)
+        if stored == "bfloat16":
+            # bfloat16 is the upper half of a float32.
+            integers = ir.VectorType(_I32, n)
+            shifted = builder.shl(builder.zext(stored_llvm, integers), ir.Constant(integers, [16] * n))
+            return builder.bitcast(shifted, vector)
+        return stored_llvm
+
+    def narrow(builder, stored, value):
+        if stored == "float16":
+            return builder.fptrunc(value, ir.VectorType(_STORED[stored], n))
+        if stored == "bfloat16":
+            # Round to nearest even on the bits; a NaN keeps its top bits, with the quiet bit set.
+            integers = ir.VectorType(_I32, n)
+
+            def constant(number):
+                return ir.Constant(integers, [number] * n)
+
+            bits = builder.bitcast(value, integers)
+            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
+            rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            chosen = builder.select(is_nan, builder.or_(bits, constant(0x400000)), rounded)
+            return builder.trunc(builder.lshr(chosen, constant(16)), ir.VectorType(_STORED[stored], n))
+        return value
+
+    def make_load(stored):
+        element = _STORED[stored]
+        stored_vector = ir.VectorType(element, n)
+        align = ELEMENT_BYTES[stored]
+
+        @intrinsic
+        def load(typingctx, address, index):
+            def codegen(context, builder, signature, args):
+                value = builder.load(pointer(builder, *args, element), typ=stored_vector, align=align)
+                return widen(builder, stored, value)
+
+            return vector_type(types.int64, types.int64), codegen
+
+        @intrinsic
+        def load_masked(typingctx, address, index, mask):
+            def codegen(context, builder, signature, args):
+                address, index, mask = args
+                zero = ir.Constant(stored_vector, None)
+                arguments = [pointer(builder, address, index, element), ir.Constant(_I32, align), mask, zero]
+                name = f"llvm.masked.load.v{n}{_mangled(element)}.p0"
+                return widen(builder, stored, call(builder, name, stored_vector, arguments))
+
+            return vector_type(types.int64, types.int64, mask_type), codegen
+
+        return load, load_masked
+
+    def make_store(stored):
+        element = _STORED[stored]
+        align = ELEMENT_BYTES[stored]
+
+        @intrinsic
+        def store(typingctx, address, index, value):
+            def codegen(context, builder, signature, args):
+                address, index, value = args
+                builder.store(narrow(builder, stored, value), pointer(builder, address, index, element), align=align)
+                return context.get_dummy_value()
+
+            return types.void(types.int64, types.int64, vector_type), codegen
+
+        @intrinsic
+        def store_masked(typingctx, address, index, value, mask):
+            def codegen(context, builder, signature, args):
+                address, index, value, mask = args
+                target = pointer(builder, address, index, element)
+                arguments = [narrow(builder, stored, value), target, ir.Constant(_I32, align), mask]
+                call(builder, f"llvm.masked.store.v{n}{_mangled(element)}.p0", ir.VoidType(), arguments)
+                return context.get_dummy_value()
+
+            return types.void(types.int64, types.int64, vector_type, mask_type), codegen
+
+        return store, store_masked
+
+    @intrinsic
+    def load_int(typingctx, address, index):
+        def codegen(context, builder, signature, args):
+            return builder.load(pointer(builder, *args, _I64), typ=_I64)
+
+        return types.int64(types.int64, types.int64), codegen
+
+    @intrinsic
+    def take_ticket(typingctx, address, index):
+        """The int64 counter's value, and one more for the next thread."""
+
+        def codegen(context, builder, signature, args):
+            return builder.atomic_rmw("add", pointer(builder, *args, _I64), ir.Constant(_I64, 1), "monotonic")
+
+        return types.int64(types.int64, types.int64), codegen
+
+    @intrinsic
+    def load_scalar(typingctx, address, index):
+        def codegen(context, builder, signature, args):
+            return builder.load(pointer(builder, *args, scalar), typ=scalar)
+
+        return scalar_type(types.int64, types.int64), codegen
+
+    @intrinsic
+    def store_scalar(typingctx, address, index, value):
+        def codegen(context, builder, signature, args):
+            address, index, value = args
+            builder.store(value, pointer(builder, address, index, scalar))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, scalar_type), codegen
+
+    @intrinsic
+    def between(typingctx, first, start, stop):
+        """Mask of the lanes i with start <= first + i < stop."""
+
+        def codegen(context, builder, signature, args):
+            first, start, stop = args
+            lane = ir.Constant(ir.VectorType(_I32, n), list(range(n)))
+
+            def relative(bound):
+                distance = builder.sub(bound, first)
+                for compare, limit in (("<", 0), (">", n)):
+                    limit = ir.Constant(distance.type, limit)
+                    distance = builder.select(builder.icmp_signed(compare, distance, limit), limit, distance)
+                return _splat(builder, builder.trunc(distance, _I32), n)
+
+            return builder.and_(
+                builder.icmp_signed(">=", lane, relative(start)), builder.icmp_signed("<", lane, relative(stop))
+            )
+
+        return mask_type(types.int64, types.int64, types.int64), codegen
+
+    @intrinsic
+    def splat(typingctx, value):
+        def codegen(context, builder, signature, args):
+            return _splat(builder, args[0], n)
+
+        return vector_type(scalar_type), codegen
+
+    @intrinsic
+    def keep(typingctx, value, mask):
+        """The value where the mask is on, 0 elsewhere."""
+
+        def codegen(context, builder, signature, args):
+            value, mask = args
+            return builder.select(mask, value, ir.Constant(vector, None))
+
+        return vector_type(vector_type, mask_type), codegen
+
+    @intrinsic
+    def multiply(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            return builder.fmul(*args)
+
+        return vector_type(vector_type, vector_type), codegen
+
+    @intrinsic
+    def subtract(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            return builder.fsub(*args)
+
+        return vector_type(vector_type, vector_type), codegen
+
+    @intrinsic
+    def divide(typingctx, a, b):
+        def codegen(context, builder, signature, args):
+            return builder.fdiv(*args)
+
+        return vector_type(vector_type, vector_type), codegen
+
+    @intrinsic
+    def add_product(typingctx, a, b, c):
+        """a + b c, fused where the machine can."""
+
+        def codegen(context, builder, signature, args):
+            a, b, c = args
+            return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [b, c, a])
+
+        return vector_type(vector_type, vector_type, vector_type), codegen
+
+    @intrinsic
+    def subtract_product(typingctx, a, b, c):
+        """a - b c, fused where the machine can."""
+
+        def codegen(context, builder, signature, args):
+            a, b, c = args
+            return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [builder.fneg(b), c, a])
+
+        return vector_type(vector_type, vector_type, vector_type), codegen
+
+    @intrinsic
+    def zero_scalar(typingctx):
+        def codegen(context, builder, signature, args):
+            return ir.Constant(scalar, 0.0)
+
+        return scalar_type(), codegen
+
+    @intrinsic
+    def subtract_product_scalar(typingctx, a, b, c):
+        def codegen(context, builder, signature, args):
+            a, b, c = args
+            return call(builder, f"llvm.fmuladd.{_mangled(scalar)}", scalar, [builder.fneg(b), c, a])
+
+        return scalar_type(scalar_type, scalar_type, scalar_type), codegen
+
+    def reduction(square):
+        @intrinsic
+        def total(typingctx, a):
+            """Sum over the lanes (of the squares), in float64."""
+
+            def codegen(context, builder, signature, args):
+                double = ir.DoubleType()
+                wide = args[0] if scalar == double else builder.fpext(args[0], ir.VectorType(double, n))
+                if square:
+                    wide = builder.fmul(wide, wide)
+                function_type = ir.FunctionType(double, [double, wide.type])
+                name = f"llvm.vector.reduce.fadd.v{n}f64"
+                function = cgutils.get_or_insert_function(builder.module, function_type, name)
+                # "reassoc": a tree over the lanes, in an order fixed at compile time.
+                return builder.call(function, [ir.Constant(double, 0.0), wide], fastmath=["reassoc"])
+
+            return types.float64(vector_type), codegen
+
+        return total
+
+    @intrinsic
+    def store_double(typingctx, address, index, value):
+        def codegen(context, builder, signature, args):
+            address, index, value = args
+            builder.store(value, pointer(builder, address, index, ir.DoubleType()))
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, types.float64), codegen
+
+    def constant(number):
+        @intrinsic
+        def filled(typingctx):
+            def codegen(context, builder, signature, args):
+                return ir.Constant(vector, [number] * n)
+
+            return vector_type(), codegen
+
+        return filled
+
+    load, load_masked = make_load(str(scalar_type))
+    load_c, load_c_masked = make_load(dtype)
+    store, store_masked = make_store(str(scalar_type))
+    store_c, store_c_masked = make_store(dtype)
+    return {
+        "load": load,
+        "load_masked": load_masked,
+        "load_c": load_c,
+        "load_c_masked": load_c_masked,
+        "store": store,
+        "store_masked": store_masked,
+        "store_c": store_c,
+        "store_c_masked": store_c_masked,
+        "load_int": load_int,
+        "take_ticket": take_ticket,
+        "load_scalar": load_scalar,
+        "store_scalar": store_scalar,
+        "store_double": store_double,
+        "zero_scalar": zero_scalar,
+        "zeros": constant(0.0),
+        "ones": constant(1.0),
+        "between": between,
+        "splat": splat,
+        "keep": keep,
+        "multiply": multiply,
+        "subtract": subtract,
+        "divide": divide,
+        "add_product": add_product,
+        "subtract_product": subtract_product,
+        "subtract_product_scalar": subtract_product_scalar,
+        "sum_of_squares": reduction(square=True),
+        "sum_of_lanes": reduction(square=False),
+    }
+
+
+def _mangled(element: ir.Type) -> str:
+    """The element type as it stands in the name of an overloaded LLVM intrinsic."""
+    if isinstance(element, ir.IntType):
+        return f"i{element.width}"
+    return {ir.HalfType: "f16", ir.FloatType: "f32", ir.DoubleType: "f64"}[type(element)]
+
+
+def _splat(builder, value, n):
+    vector = ir.VectorType(value.type, n)
+    first = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(_I32, n), [0] * n))

@@ -1,0 +1,143 @@
+"""A small convolutional autoencoder for images of any one size."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .layers import check_features, check_positive_int, conv, group_norm, upsample
+
+
+class ConvEncoder(nn.Module):
+    """Images (B, in_channels, *grid) to codes (B, latent_size): strided convolutions, then a linear map.
+
+    Args:
+        in_channels: channels of an image.
+        grid: size of an image in pixels, 1 to 3 axes of any length.
+        latent_size: numbers in a code.
+        channels: channels after each convolution; each convolution halves the resolution, rounding up.
+
+    Raises:
+        ValueError: an argument out of range, or images of another shape.
+    """
+
+    def __init__(self, in_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]):
+        super().__init__()
+        coarsest = _grids("in_channels", in_channels, grid, latent_size, channels)[-1]
+        self.in_channels, self.grid = in_channels, tuple(grid)
+        layers: list[nn.Module] = []
+        for fine, coarse in itertools.pairwise((in_channels, *channels)):
+            layers += [conv(len(grid), fine, coarse, stride=2), group_norm(coarse), nn.SiLU()]
+        self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(coarsest), latent_size))
+
+    def forward(self, images: Tensor) -> Tensor:
+        check_features("images", images, self.in_channels, len(self.grid))
+        if images.shape[2:] != self.grid:
+            raise ValueError(f"images has grid {tuple(images.shape[2:])}, the network was made for {self.grid}")
+        return self.layers(images)
+
+
+class ConvDecoder(nn.Module):
+    """Codes (B, latent_size) to images (B, out_channels, *grid): the encoder's resolutions backwards.
+
+    Args:
+        out_channels: channels of an image.
+        grid: size of an image in pixels, 1 to 3 axes of any length.
+        latent_size: numbers in a code.
+        channels: channels at each resolution below the image's, the finest first, as for `ConvEncoder`.
+
+    Raises:
+        ValueError: an argument out of range, or codes of another shape.
+    """
+
+    def __init__(self, out_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]):
+        super().__init__()
+        grids = _grids("out_channels", out_channels, grid, latent_size, channels)
+        ndim = len(grid)
+        self.latent_size = latent_size
+        self.grids = grids[-2::-1]
+        self.from_code = nn.Sequential(
+            nn.Linear(latent_size, channels[-1] * math.prod(grids[-1])), nn.Unflatten(1, (channels[-1], *grids[-1]))
+        )
+        widths = [*channels[::-1], channels[0]]
+        self.blocks = nn.ModuleList(
+            nn.Sequential(group_norm(coarse), nn.SiLU(), conv(ndim, coarse, fine))
+            for coarse, fine in itertools.pairwise(widths)
+        )
+        self.to_image = nn.Sequential(group_norm(channels[0]), nn.SiLU(), conv(ndim, channels[0], out_channels))
+
+    def forward(self, code: Tensor) -> Tensor:
+        if code.ndim != 2 or code.shape[1] != self.latent_size:
+            raise ValueError(f"code has shape {tuple(code.shape)}, expected (batch, {self.latent_size})")
+        x = self.from_code(code)
+        for block, grid in zip(self.blocks, self.grids, strict=True):
+            x = upsample(block(x), grid)
+        return self.to_image(x)
+
+
+class ConvAutoencoder(nn.Module):
+    """Images to a code and back: the mean μ(z) whose residual a covariance network explains.
+
+    Source: the base models of Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5, made smaller.
+
+    Args:
+        grid: size of an image in pixels, 1 to 3 axes of any length.
+        in_channels: channels of an image.
+        latent_size: numbers in a code, the bottleneck.
+        channels: channels at each resolution below the image's; each is half of the one before, rounded up.
+
+    Raises:
+        ValueError: an argument out of range, or images or codes of another shape.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[int],
+        in_channels: int = 1,
+        latent_size: int = 64,
+        channels: Sequence[int] = (32, 64, 128),
+    ):
+        super().__init__()
+        self.config: dict[str, Any] = {
+            "grid": tuple(grid),
+            "in_channels": in_channels,
+            "latent_size": latent_size,
+            "channels": tuple(channels),
+        }
+        self.encoder = ConvEncoder(in_channels, grid, latent_size, channels)
+        self.decoder = ConvDecoder(in_channels, grid, latent_size, channels)
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ConvAutoencoder":
+        """A new network with the arguments of another one's ``config``."""
+        return cls(**config)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """(B, in_channels, *grid) to codes (B, latent_size)."""
+        return self.encoder(images)
+
+    def decode(self, code: Tensor) -> Tensor:
+        """Codes (B, latent_size) to reconstructions (B, in_channels, *grid), in the units of the images."""
+        return self.decoder(code)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Reconstructions (B, in_channels, *grid)."""
+        return self.decode(self.encode(images))
+
+
+def _grids(
+    name: str, image_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]
+) -> list[tuple[int, ...]]:
+    """Check the arguments; return the sizes at all resolutions, that of the image first."""
+    check_positive_int(name, image_channels)
+    check_positive_int("latent_size", latent_size)
+    if not 1 <= len(grid) <= 3 or any(not isinstance(n, int) or n < 1 for n in grid):
+        raise ValueError(f"grid is {tuple(grid)}, expected 1 to 3 positive integers")
+    if len(channels) == 0 or any(not isinstance(c, int) or c < 1 for c in channels):
+        raise ValueError(f"channels is {tuple(channels)}, expected at least one positive integer")
+    grids = [tuple(grid)]
+    for _ in channels:
+        grids.append(tuple(-(-n // 2) for n in grids[-1]))
+    return grids

@@ -1,0 +1,90 @@
+"""A network that predicts the covariance of an image's residual from an image."""
+
+import itertools
+from typing import Any
+
+from torch import Tensor, nn
+
+import banded_gmrf as bg
+
+from .head import StencilCholeskyHead
+from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv, upsample
+
+
+class CovarianceNetwork(nn.Module):
+    """Image (B, in_channels, *grid) to a `banded_gmrf.StencilCholesky` with batch shape (B,): a small U-Net.
+
+    Fully convolutional: any grid of 1 to 3 axes (those of the stencil), odd sizes included. Every level halves the resolution
+    and doubles the channels; with the default 3 levels a prediction depends on about 24 pixels to every side, and through the
+    normalisation on means and variances over the whole image. A diagonal covariance is the same network with a stencil that
+    has no offsets.
+
+    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018; there the input is the latent code, here any
+    image, usually the reconstruction (the mean) whose residual is to be explained.
+
+    Args:
+        in_channels: channels of the input.
+        stencil: shape of the factor's columns.
+        channels: channels at full resolution.
+        num_levels: number of resolutions; 1 for a plain residual network.
+        initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+
+    Raises:
+        ValueError: an argument out of range, or an image of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        stencil: bg.Stencil,
+        channels: int = 16,
+        num_levels: int = 3,
+        initial_stddev: float = 1.0,
+    ):
+        super().__init__()
+        check_positive_int("in_channels", in_channels)
+        check_positive_int("channels", channels)
+        check_positive_int("num_levels", num_levels)
+        check_stencil(stencil)
+        ndim = stencil.ndim
+        widths = [channels * 2**level for level in range(num_levels)]
+        finer_and_coarser = list(itertools.pairwise(widths))
+        self.in_channels, self.channels, self.num_levels = in_channels, channels, num_levels
+        self.stem = conv(ndim, in_channels, channels)
+        self.down_blocks = nn.ModuleList(ResidualBlock(ndim, width) for width in widths)
+        self.down = nn.ModuleList(conv(ndim, fine, coarse, stride=2) for fine, coarse in finer_and_coarser)
+        self.up = nn.ModuleList(conv(ndim, coarse, fine, kernel_size=1) for fine, coarse in finer_and_coarser)
+        self.up_blocks = nn.ModuleList(ResidualBlock(ndim, fine) for fine, _ in finer_and_coarser)
+        # Last, so that one seed starts all other layers alike whatever the stencil.
+        self.head = StencilCholeskyHead(channels, stencil, initial_stddev)
+
+    @property
+    def stencil(self) -> bg.Stencil:
+        return self.head.stencil
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as values that JSON can hold, for `from_config`."""
+        return {
+            "in_channels": self.in_channels,
+            "stencil": {"offsets": self.stencil.offsets, "ndim": self.stencil.ndim},
+            "channels": self.channels,
+            "num_levels": self.num_levels,
+            "initial_stddev": self.head.initial_stddev,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CovarianceNetwork":
+        """A new network with the arguments of another one's `config`."""
+        return cls(**{**config, "stencil": bg.Stencil(**config["stencil"])})
+
+    def forward(self, image: Tensor) -> bg.StencilCholesky:
+        check_features("image", image, self.in_channels, self.stencil.ndim)
+        x = self.down_blocks[0](self.stem(image))
+        skips = []
+        for down, block in zip(self.down, self.down_blocks[1:], strict=True):
+            skips.append(x)
+            x = block(down(x))
+        for up, block, skip in reversed(list(zip(self.up, self.up_blocks, skips, strict=True))):
+            x = block(skip + upsample(up(x), skip.shape[2:]))
+        return self.head(x)

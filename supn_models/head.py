@@ -1,0 +1,57 @@
+"""From features to a Cholesky factor."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+import banded_gmrf as bg
+
+from .layers import check_features, check_positive_int, check_stencil, conv
+
+# exp(±10) around the initial standard deviation: far beyond what residuals in one image span, and far within float32.
+_MAX_LOG_RATIO = 10.0
+
+
+class StencilCholeskyHead(nn.Module):
+    """Features (B, C, *grid) to a `banded_gmrf.StencilCholesky` with batch shape (B,), by one pointwise convolution.
+
+    The convolution gives K values per site: s, from which log_diag = s - log(initial_stddev), and K - 1 weights a, from which
+    off_diag = a exp(log_diag). A whitened residual then is exp(log_diag[j]) (r[j] + Σ_k a[k, j] r[j + o_k]): a local
+    regression whose weights do not depend on the scale of the residual, so that the same network trains alike for
+    residuals of 0.01 and of 100. The head starts from zeros: the first prediction is a diagonal Gaussian.
+
+    With a stencil that has no offsets (``Stencil.square(1)``) the prediction stays diagonal.
+
+    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 4, which predicts the same K values
+    per pixel without the scaling of the off-diagonals.
+
+    Args:
+        in_channels: C.
+        stencil: stencil of 1, 2 or 3 axes; as many grid axes are expected.
+        initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+
+    Raises:
+        ValueError: an argument out of range, or features of another shape.
+    """
+
+    def __init__(self, in_channels: int, stencil: bg.Stencil, initial_stddev: float = 1.0):
+        super().__init__()
+        check_positive_int("in_channels", in_channels)
+        check_stencil(stencil)
+        if not 0 < initial_stddev < math.inf:
+            raise ValueError(f"initial_stddev is {initial_stddev}, expected a positive finite number")
+        self.in_channels = in_channels
+        self.stencil = stencil
+        self.initial_stddev = float(initial_stddev)
+        self.conv = conv(stencil.ndim, in_channels, 1 + len(stencil), kernel_size=1)
+        nn.init.zeros_(self.conv.weight)
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: Tensor) -> bg.StencilCholesky:
+        check_features("features", features, self.in_channels, self.stencil.ndim)
+        out = self.conv(features)
+        # A bound, smooth and the identity near 0: features far from any seen in training must not make exp overflow.
+        log_ratio = _MAX_LOG_RATIO * torch.tanh(out[:, 0] / _MAX_LOG_RATIO)
+        log_diag = log_ratio - math.log(self.initial_stddev)
+        return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

@@ -1,0 +1,64 @@
+"""What the networks share: layers for 1 to 3 grid axes, and checks of their arguments."""
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from banded_gmrf import Stencil
+
+_CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def conv(ndim: int, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
+    """A convolution over ``ndim`` axes, padded so that stride 1 keeps a grid's size n and stride 2 makes it ceil(n / 2)."""
+    return _CONV[ndim](in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
+
+
+def upsample(x: Tensor, grid: Sequence[int]) -> Tensor:
+    """Interpolate x (B, C, *coarse) linearly onto a finer grid of any size: (B, C, *grid)."""
+    return nn.functional.interpolate(x, size=tuple(grid), mode=_LINEAR[len(grid)])
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """Normalisation that is the same in training and evaluation: at most 8 groups, of at least 4 channels where it can be.
+
+    Of several channels, so that a group has something to normalise even where the coarsest grid is a single site.
+    """
+    return nn.GroupNorm(max(g for g in range(1, max(1, min(8, channels // 4)) + 1) if channels % g == 0), channels)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))): (B, C, *grid) to the same shape."""
+
+    def __init__(self, ndim: int, channels: int):
+        super().__init__()
+        self.body = nn.Sequential(
+            group_norm(channels),
+            nn.SiLU(),
+            conv(ndim, channels, channels),
+            group_norm(channels),
+            nn.SiLU(),
+            conv(ndim, channels, channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+def check_positive_int(name: str, value: int) -> None:
+    """Raise ValueError unless ``value`` is an integer of at least 1."""
+    if not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+
+
+def check_stencil(stencil: Stencil) -> None:
+    """Raise ValueError unless ``stencil`` is a Stencil."""
+    if not isinstance(stencil, Stencil):
+        raise ValueError(f"stencil is a {type(stencil).__name__}, expected a banded_gmrf.Stencil")
+
+
+def check_features(name: str, x: Tensor, channels: int, ndim: int) -> None:
+    """Raise ValueError unless ``x`` is (B, channels, *grid) with ``ndim`` grid axes, none of them empty."""
+    if x.ndim != ndim + 2 or x.shape[1] != channels or 0 in x.shape[2:]:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, {channels}, *grid) with {ndim} grid axes")

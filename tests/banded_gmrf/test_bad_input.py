@@ -1,0 +1,134 @@
+"""Each error names the argument, what was expected and what came."""
+
+import pytest
+import torch
+
+import banded_gmrf as bg
+from tests.cases import STENCILS
+
+STENCIL = STENCILS["5x5"]
+GRID = (4, 5)
+
+
+def zeros(*shape, **kwargs):
+    return torch.zeros(shape, **kwargs)
+
+
+LOG_DIAG, OFF_DIAG = zeros(2, *GRID), zeros(2, 12, *GRID)
+CHOLESKY = bg.StencilCholesky(LOG_DIAG, OFF_DIAG, STENCIL)
+
+BAD_FACTORS = [
+    pytest.param(*case, id=case[-1])
+    for case in [
+        (LOG_DIAG, zeros(2, 11, *GRID), ValueError, "off_diag has 11 offsets, the stencil has 12"),
+        (LOG_DIAG, zeros(2, 12, 4, 6), ValueError, r"off_diag has grid \(4, 6\), log_diag has grid \(4, 5\)"),
+        (LOG_DIAG, zeros(4, 5), ValueError, r"off_diag has shape \(4, 5\), expected \(\*batch, 12, 4, 5\)"),
+        (zeros(5), OFF_DIAG, ValueError, r"log_diag has shape \(5,\), the stencil needs a grid of 2 axes"),
+        (zeros(2, 0, 5), zeros(2, 12, 0, 5), ValueError, r"log_diag has the empty grid \(0, 5\)"),
+        (
+            zeros(3, *GRID),
+            OFF_DIAG,
+            ValueError,
+            r"off_diag has batch shape \(2,\), .* with \(3,\) of log_diag",
+        ),
+        (LOG_DIAG, OFF_DIAG.double(), TypeError, "off_diag is torch.float64, log_diag is torch.float32"),
+        (LOG_DIAG, OFF_DIAG.half(), TypeError, "off_diag is torch.float16, log_diag is torch.float32"),
+        (LOG_DIAG, OFF_DIAG.to("meta"), ValueError, "off_diag is on meta, log_diag is on cpu"),
+        (
+            LOG_DIAG.long(),
+            OFF_DIAG.long(),
+            TypeError,
+            "log_diag is torch.int64, expected float16, bfloat16, float32 or float64",
+        ),
+        (LOG_DIAG, OFF_DIAG.bool(), TypeError, "off_diag is torch.bool, expected float16"),
+        (LOG_DIAG.cfloat(), OFF_DIAG.cfloat(), TypeError, "log_diag is torch.complex64, expected float16"),
+        (LOG_DIAG.numpy(), OFF_DIAG, TypeError, "log_diag is a ndarray, expected a torch.Tensor"),
+        (LOG_DIAG, None, TypeError, "off_diag is a NoneType, expected a torch.Tensor"),
+    ]
+]
+
+BAD_VECTORS = [  # the message follows the argument's name
+    pytest.param(*case, id=case[-1])
+    for case in [
+        (zeros(2, 5, 4), ValueError, r"has shape \(2, 5, 4\), expected \(..., 4, 5\)"),
+        (zeros(5), ValueError, r"has shape \(5,\), expected \(..., 4, 5\)"),
+        (zeros(3, *GRID), ValueError, r"has batch shape \(3,\), which does not broadcast with \(2,\)"),
+        (zeros(*GRID).double(), TypeError, "is torch.float64, .* is torch.float32"),
+        (zeros(*GRID).half(), TypeError, "is torch.float16, .* is torch.float32"),
+        (zeros(*GRID).int(), TypeError, "is torch.int32, expected float16, bfloat16, float32 or float64"),
+        (zeros(*GRID, device="meta"), ValueError, "is on meta, .* is on cpu"),
+        ([[0.0] * 5] * 4, TypeError, "is a list, expected a torch.Tensor"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("log_diag", "off_diag", "error", "message"), BAD_FACTORS)
+def test_factor(log_diag, off_diag, error, message):
+    with pytest.raises(error, match=message):
+        bg.StencilCholesky(log_diag, off_diag, STENCIL)
+    with pytest.raises(error, match=message):
+        bg.negative_log_likelihood(zeros(*GRID), log_diag, off_diag, STENCIL)
+
+
+@pytest.mark.parametrize(("vector", "error", "message"), BAD_VECTORS)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_vector(vector, error, message, transpose):
+    with pytest.raises(error, match=f"^x {message}"):
+        CHOLESKY.matvec(vector, transpose)
+    with pytest.raises(error, match=f"^b {message}"):
+        CHOLESKY.solve(vector, transpose)
+
+
+@pytest.mark.parametrize(("vector", "error", "message"), BAD_VECTORS)
+def test_loc_value_and_residual(vector, error, message):
+    with pytest.raises(error, match=f"^loc {message}"):
+        bg.GMRF(vector, CHOLESKY)
+    q = bg.GMRF(zeros(*GRID), CHOLESKY)
+    for validate_args in (True, False):
+        q = bg.GMRF(zeros(*GRID), CHOLESKY, validate_args=validate_args)
+        with pytest.raises(error, match=f"^value {message}"):
+            q.log_prob(vector)
+    with pytest.raises(error, match=f"^value {message}"):
+        q.whiten(vector)
+    with pytest.raises(error, match=f"^residual {message}"):
+        bg.negative_log_likelihood(vector, LOG_DIAG, OFF_DIAG, STENCIL)
+
+
+@pytest.mark.parametrize("stencil", [STENCIL.offsets, 5, None])
+def test_stencil(stencil):
+    message = f"stencil is a {type(stencil).__name__}, expected a Stencil"
+    with pytest.raises(TypeError, match=message):
+        bg.StencilCholesky(LOG_DIAG, OFF_DIAG, stencil)
+    with pytest.raises(TypeError, match=message):
+        bg.negative_log_likelihood(zeros(*GRID), LOG_DIAG, OFF_DIAG, stencil)
+
+
+def test_precision_cholesky():
+    with pytest.raises(TypeError, match="precision_cholesky is a Tensor, expected a StencilCholesky"):
+        bg.GMRF(zeros(*GRID), torch.eye(20))
+
+
+def test_stencil_with_other_axes():
+    with pytest.raises(ValueError, match=r"log_diag has shape \(4, 5\), the stencil needs a grid of 3 axes"):
+        bg.StencilCholesky(zeros(4, 5), zeros(4, 4, 5), STENCILS["volume"])
+
+
+def test_half_coefficients_take_no_float64():
+    L = bg.StencilCholesky(LOG_DIAG.half(), OFF_DIAG.half(), STENCIL)
+    with pytest.raises(TypeError, match=r"x is torch.float64, .* is torch.float16"):
+        L.matvec(zeros(*GRID).double())
+
+
+def test_to_scipy_of_a_batch():
+    with pytest.raises(ValueError, match=r"without batch axes, got batch shape \(2,\)"):
+        CHOLESKY.to_scipy()
+
+
+def test_expand():
+    with pytest.raises(ValueError, match=r"batch_shape is \(3,\), expected an expansion of \(2,\)"):
+        CHOLESKY.expand((3,))
+
+
+def test_backend():
+    with pytest.raises(ValueError, match="name is 'gpu', expected one of 'reference'"), bg.use_backend("gpu"):
+        pass

@@ -1,0 +1,144 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import banded_gmrf as bg
+from tests.cases import STENCILS, random_cholesky
+from tests.dense import random_factor
+
+pyro = pytest.importorskip("pyro", reason="pyro-ppl is not installed")
+from pyro import distributions as dist  # noqa: E402
+from pyro import poutine  # noqa: E402
+from pyro.infer import SVI, Trace_ELBO  # noqa: E402
+from pyro.infer.autoguide import AutoNormal  # noqa: E402
+
+from banded_gmrf.pyro import GMRF  # noqa: E402
+
+GRID = (3, 4)
+STENCIL = STENCILS["3x3"]
+
+
+@pytest.fixture(autouse=True)
+def clean_pyro():
+    """Pyro's checks of shapes and supports on, and no parameter left for the next test."""
+    with pyro.validation_enabled():
+        yield
+    pyro.clear_param_store()
+
+
+def observations(count):
+    return torch.randn(count, *GRID, dtype=torch.float64)
+
+
+def test_importing_the_library_does_not_import_pyro():
+    program = "import sys, banded_gmrf; sys.exit('pyro' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_pyro_distribution_is_the_same_distribution():
+    loc, L = observations(2), random_cholesky(STENCIL, GRID)
+    q, plain = GMRF(loc, L), bg.GMRF(loc, L)
+    assert isinstance(q, bg.GMRF)
+    x = q.sample()
+    assert torch.equal(q.log_prob(x), plain.log_prob(x))
+    assert q.event_dim == 2
+    assert q.shape((5,)) == (5, 2, *GRID)
+    assert type(q.expand((5, 2))) is GMRF
+    assert q.expand_by((5,)).batch_shape == (5, 2)
+    assert q.to_event(1).event_shape == (2, *GRID)
+    masked = q.mask(torch.tensor([True, False]))
+    assert torch.equal(masked.log_prob(x), plain.log_prob(x) * torch.tensor([1.0, 0.0]))
+    with pytest.raises(NotImplementedError):  # the shape of the event is that of the arguments
+        GMRF.infer_shapes(loc=loc.shape)
+
+
+def test_sample_and_log_density_of_a_trace():
+    L = random_cholesky(STENCIL, GRID)
+
+    def model():
+        return pyro.sample("x", GMRF(torch.zeros(GRID, dtype=torch.float64), L))
+
+    trace = poutine.trace(model).get_trace()
+    x = trace.nodes["x"]["value"]
+    assert x.shape == GRID
+    expected = bg.GMRF(torch.zeros(GRID, dtype=torch.float64), L).log_prob(x)
+    assert torch.equal(trace.log_prob_sum(), expected)
+
+
+def test_plates_repeat_latent_sites_and_subsample_observed_ones():
+    L, data = random_cholesky(STENCIL, GRID), observations(6)
+
+    def model():
+        with pyro.plate("images", 6, subsample_size=2) as chosen:
+            latent = pyro.sample("latent", GMRF(torch.zeros(GRID, dtype=torch.float64), L))
+            pyro.sample("seen", GMRF(latent, L), obs=data[chosen])
+        return chosen
+
+    trace = poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    latent, chosen = trace.nodes["latent"]["value"], trace.nodes["_RETURN"]["value"]
+    assert latent.shape == (2, *GRID)
+    assert not torch.equal(latent[0], latent[1])
+    # A subsampled plate counts each of its sites 6 / 2 times.
+    expected = 3 * bg.GMRF(latent, L).log_prob(data[chosen])
+    torch.testing.assert_close(trace.nodes["seen"]["log_prob"], expected, rtol=1e-12, atol=0)
+
+
+def test_nested_plates_and_obs_mask():
+    L, data = random_cholesky(STENCIL, GRID, batch=(2,)), observations(2).expand(5, 2, *GRID)
+    seen = torch.tensor([True, False])
+
+    def model():
+        with pyro.plate("repeats", 5, dim=-2), pyro.plate("images", 2, dim=-1):
+            return pyro.sample("x", GMRF(torch.zeros(GRID, dtype=torch.float64), L), obs=data, obs_mask=seen)
+
+    trace = poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    x = trace.nodes["_RETURN"]["value"]
+    assert x.shape == (5, 2, *GRID)
+    assert torch.equal(x[:, 0], data[:, 0])
+    assert not torch.equal(x[:, 1], data[:, 1])
+
+
+def prior_seen_through_white_noise(data, L):
+    zero = torch.zeros(GRID, dtype=torch.float64)
+
+    def model():
+        mean = pyro.sample("mean", GMRF(zero, L))
+        with pyro.plate("images", len(data)):
+            pyro.sample("x", dist.Normal(mean, 1.0).to_event(2), obs=data)
+
+    return model
+
+
+def take_steps(model, guide):
+    """Three steps of SVI, several particles at once; their losses."""
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), elbo)
+    return torch.tensor([svi.step() for _ in range(3)])
+
+
+def test_svi_fits_a_gmrf_guide():
+    initial = {"loc": observations(1)[0]}
+    initial["log_diag"], initial["off_diag"] = random_factor(STENCIL.offsets, GRID)
+
+    def guide():
+        loc, log_diag, off_diag = (pyro.param(name, value.clone()) for name, value in initial.items())
+        pyro.sample("mean", GMRF(loc, bg.StencilCholesky(log_diag, off_diag, STENCIL)))
+
+    losses = take_steps(prior_seen_through_white_noise(observations(5), random_cholesky(STENCIL, GRID)), guide)
+    assert losses.isfinite().all()
+    existing = {"off_diag": STENCIL.mask(GRID)}
+    for name, value in initial.items():
+        moved = (pyro.param(name) - value)[existing.get(name, ...)]
+        # Adam moves each parameter by about its learning rate, whatever the size of the gradient.
+        assert ((moved != 0) & (moved.abs() < 0.1)).all()
+
+
+def test_svi_with_a_guide_made_from_the_support():
+    model = prior_seen_through_white_noise(observations(5), random_cholesky(STENCIL, GRID))
+    guide = AutoNormal(model)
+    assert take_steps(model, guide).isfinite().all()
+    assert guide.median()["mean"].shape == GRID

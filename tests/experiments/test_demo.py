@@ -1,0 +1,172 @@
+"""The demo from end to end on a tiny configuration, and what happens when it is interrupted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import banded_gmrf as bg
+from experiments import demo, photographs
+from experiments.__main__ import app
+from experiments.checkpoints import load_checkpoint, save_checkpoint
+from supn_models import ConvAutoencoder, CovarianceNetwork
+
+TINY = ["--patches", "60", "--autoencoder-steps", "3", "--covariance-steps", "3"]
+
+
+def run_demo(folder, *options):
+    return CliRunner().invoke(app, ["demo", "--out", str(folder), *TINY, *options])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo") / "new"
+    outcome = run_demo(folder, "--seed", "3")
+    assert outcome.exit_code == 0, outcome.output
+    assert outcome.output.splitlines()[-1] == f"Results: {folder}"
+    return folder
+
+
+def test_results_are_complete(finished):
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert set(results["scores"]) == {"isotropic", "diagonal", "structured"}
+    for score in results["scores"].values():
+        assert score["standard_error"] > 0
+        assert -1 <= score["whitened_autocorrelation"] <= 1
+        assert score["whitened_variance"] > 0
+    assert results["config"]["seed"] == 3
+    table = (finished / "results.md").read_text()
+    assert all(f"| {name} |" in table for name in results["scores"])
+    assert all(name in table for name in photographs.TRAIN + photographs.TEST)
+    for figure in ("samples.png", "correlations.png", "training.png"):
+        assert (finished / figure).read_bytes().startswith(b"\x89PNG")
+
+
+def test_checkpoint_gives_the_reported_numbers(finished):
+    networks, about = load_checkpoint(finished / demo.CHECKPOINT)
+    assert about["interrupted"] is False
+    config = demo.DemoConfig(**about["config"])
+    _, test, names = demo.load_patches(config)
+    with torch.no_grad():
+        means = networks["autoencoder"](test)
+        score = demo.evaluate(networks["structured"], means, (test - means)[:, 0], names)
+    reported = json.loads((finished / "results.json").read_text(encoding="utf-8"))["scores"]["structured"]
+    assert score["nats_per_pixel"] == pytest.approx(reported["nats_per_pixel"], rel=1e-4)
+
+
+def test_same_seed_same_numbers(finished, tmp_path):
+    scores = []
+    for folder, seed in ((finished, 3), (tmp_path / "same", 3), (tmp_path / "other", 4)):
+        if folder != finished:
+            assert run_demo(folder, "--seed", str(seed)).exit_code == 0
+        scores.append(json.loads((folder / "results.json").read_text(encoding="utf-8"))["scores"])
+    assert scores[0] == scores[1]
+    assert scores[0] != scores[2]
+
+
+def test_used_results_folder_is_refused(tmp_path):
+    note = tmp_path / "note.txt"
+    note.write_text("mine")
+    for out in (tmp_path, note):
+        outcome = run_demo(out)
+        assert outcome.exit_code == 2
+        assert "--out" in outcome.output
+    assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+    assert note.read_text() == "mine"
+
+
+@pytest.mark.parametrize(("calls", "trained"), [(1, {"autoencoder"}), (5, {"autoencoder", "diagonal"})])
+def test_interrupt_leaves_a_checkpoint(tmp_path, monkeypatch, calls, trained):
+    step, count = torch.optim.Adam.step, 0
+
+    def interrupted_step(self, *args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == calls:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", interrupted_step)
+    outcome = run_demo(tmp_path)
+    assert outcome.exit_code == 130
+    assert str(tmp_path / demo.CHECKPOINT) in outcome.stderr.replace("\n", "")
+    networks, about = load_checkpoint(tmp_path / demo.CHECKPOINT)
+    assert set(networks) == trained
+    assert about["interrupted"] is True
+    assert [path.name for path in tmp_path.iterdir()] == [demo.CHECKPOINT]
+
+
+def test_ctrl_c_ends_without_a_traceback(tmp_path):
+    """A real SIGINT to a real process, once training has begun."""
+    command = [sys.executable, "-m", "experiments", "demo", "--out", str(tmp_path), "--patches", "60"]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    )
+    for line in process.stdout:
+        if line.startswith("test on"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Interrupted" in errors
+    assert "Traceback" not in errors
+
+
+def test_train_and_test_photographs_differ():
+    assert not set(photographs.TRAIN) & set(photographs.TEST)
+
+
+def test_photographs_are_gray_values_in_the_unit_interval():
+    photograph = photographs.load_photograph("coffee", shrink=3)
+    assert photograph.shape == (400 // 3, 600 // 3)
+    assert photograph.dtype == torch.float32
+    assert 0 <= photograph.min() < photograph.max() <= 1
+
+
+def test_patches_come_from_the_photograph():
+    photograph = torch.arange(35 * 47.0).reshape(35, 47)
+    tiles = photographs.tile_patches(photograph, 16)
+    assert tiles.shape == (4, 1, 16, 16)
+    torch.testing.assert_close(tiles[3, 0], photograph[16:32, 16:32])
+    patches = photographs.random_patches(photograph, 16, 40, torch.Generator().manual_seed(0))
+    windows = photograph.unfold(0, 16, 1).unfold(1, 16, 1).reshape(-1, 16, 16)
+    for patch in patches[:, 0]:
+        corner = windows[:, 0, 0] == patch.min()
+        assert torch.equal(windows[corner][0].flatten(), patch.flatten().sort().values)
+
+
+def test_lag_one_autocorrelation_of_a_known_process():
+    generator = torch.Generator().manual_seed(0)
+    white = torch.randn(40, 65, 65, generator=generator)
+    assert abs(demo.lag_one_autocorrelation(white)) < 0.01
+    assert demo.lag_one_autocorrelation(white[:, 1:] + white[:, :-1]) == pytest.approx(0.25, abs=0.01)
+
+
+def test_checkpoint_round_trip(tmp_path):
+    torch.manual_seed(0)
+    networks = {
+        "autoencoder": ConvAutoencoder((9, 8), latent_size=3, channels=(4,)),
+        "covariance": CovarianceNetwork(1, bg.Stencil.square(3), channels=4, initial_stddev=0.2),
+    }
+    torch.nn.init.normal_(networks["covariance"].head.conv.weight)
+    path = tmp_path / "checkpoint.safetensors"
+    save_checkpoint(path, networks, {"seed": 7})
+    loaded, about = load_checkpoint(path)
+    assert about == {"seed": 7}
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    images = torch.rand(2, 1, 9, 8)
+    assert torch.equal(loaded["autoencoder"](images), networks["autoencoder"](images))
+    assert torch.equal(loaded["covariance"](images).off_diag, networks["covariance"](images).off_diag)
+
+
+def test_foreign_checkpoint_is_refused(tmp_path):
+    import safetensors.torch
+
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors"):
+        load_checkpoint(tmp_path / "x.safetensors")

@@ -1,0 +1,143 @@
+"""The head and the networks: shapes, the promised first prediction, gradients, and arguments that do not fit."""
+
+import pytest
+import torch
+
+import banded_gmrf as bg
+from supn_models import ConvAutoencoder, ConvDecoder, ConvEncoder, CovarianceNetwork, StencilCholeskyHead
+
+CASES = [
+    pytest.param(bg.Stencil.box((2,)), (13,), id="1 axis"),
+    pytest.param(bg.Stencil.square(5), (8, 8), id="2 axes"),
+    pytest.param(bg.Stencil.square(3), (7, 1), id="odd and single"),
+    pytest.param(bg.Stencil.square(1), (5, 9), id="diagonal"),
+    pytest.param(bg.Stencil.square(5), (1, 1), id="one site"),
+    pytest.param(bg.Stencil.cross(1, ndim=3), (3, 6, 5), id="3 axes"),
+]
+
+
+def nll(factor: bg.StencilCholesky, residual: torch.Tensor) -> torch.Tensor:
+    return bg.negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil).mean()
+
+
+@pytest.mark.parametrize(("stencil", "grid"), CASES)
+def test_head_starts_as_a_diagonal_gaussian(stencil, grid):
+    factor = StencilCholeskyHead(6, stencil, initial_stddev=0.05)(torch.randn(2, 6, *grid))
+    assert factor.batch_shape == (2,)
+    assert factor.grid == grid
+    assert factor.off_diag.shape == (2, len(stencil), *grid)
+    assert torch.count_nonzero(factor.off_diag) == 0
+    torch.testing.assert_close(1 / factor.diag, torch.full((2, *grid), 0.05))
+
+
+@pytest.mark.parametrize(("stencil", "grid"), CASES)
+def test_covariance_network_learns_on_any_grid(stencil, grid):
+    torch.manual_seed(0)
+    network = CovarianceNetwork(2, stencil, channels=4, initial_stddev=0.1)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3)
+    image, residual = torch.randn(3, 2, *grid), torch.randn(3, *grid)
+    first = nll(network(image), residual)
+    torch.testing.assert_close(first, -torch.distributions.Normal(0, 0.1).log_prob(residual).flatten(1).sum(1).mean())
+    first.backward()
+    optimizer.step()  # Before this step the head's zero weights let no gradient through to the layers below.
+    optimizer.zero_grad()
+    second = nll(network(image), residual)
+    second.backward()
+    assert second < first
+    for name, parameter in network.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.count_nonzero(parameter.grad) > 0, name
+
+
+def test_covariance_network_scales_with_the_data():
+    """Residuals and initial_stddev in other units: the same weights, the same whitened residual and gradients."""
+    image, residual = torch.randn(2, 1, 9, 8), torch.randn(2, 9, 8)
+    gradients = []
+    for unit in (1.0, 1e-3):
+        torch.manual_seed(0)
+        head = StencilCholeskyHead(1, bg.Stencil.square(3), initial_stddev=unit)
+        torch.nn.init.normal_(head.conv.weight, std=0.1)
+        nll(head(image), residual * unit).backward()
+        gradients.append(head.conv.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_one_seed_gives_one_trunk_whatever_the_stencil():
+    trunks = []
+    for size in (1, 5):
+        torch.manual_seed(0)
+        state = CovarianceNetwork(1, bg.Stencil.square(size), channels=4).state_dict()
+        trunks.append({key: value for key, value in state.items() if not key.startswith("head.")})
+    assert trunks[0].keys() == trunks[1].keys()
+    assert all(torch.equal(trunks[0][key], trunks[1][key]) for key in trunks[0])
+
+
+def test_head_stays_finite_far_from_training():
+    head = StencilCholeskyHead(1, bg.Stencil.square(3))
+    torch.nn.init.ones_(head.conv.weight)
+    factor = head(torch.full((1, 1, 4, 4), -1e6))
+    assert torch.isfinite(factor.log_diag).all()
+    assert torch.isfinite(factor.off_diag).all()
+    assert (factor.diag > 0).all()
+
+
+@pytest.mark.parametrize(("in_channels", "grid"), [(1, (21,)), (1, (32, 32)), (3, (17, 30)), (1, (5, 9, 1))])
+def test_autoencoder_takes_any_size(in_channels, grid):
+    torch.manual_seed(0)
+    autoencoder = ConvAutoencoder(grid, in_channels, latent_size=6, channels=(4, 8))
+    images = torch.rand(2, in_channels, *grid)
+    code = autoencoder.encode(images)
+    assert code.shape == (2, 6)
+    reconstruction = autoencoder(images)
+    assert reconstruction.shape == images.shape
+    torch.testing.assert_close(autoencoder.decode(code), reconstruction)
+    (reconstruction - images).square().mean().backward()
+    assert all(torch.count_nonzero(p.grad) > 0 for p in autoencoder.parameters())
+
+
+def test_config_builds_the_same_network():
+    torch.manual_seed(0)
+    for network, images in (
+        (CovarianceNetwork(1, bg.Stencil.cross(2), channels=4, num_levels=2, initial_stddev=0.3), torch.rand(1, 1, 9, 7)),
+        (ConvAutoencoder((9, 7), latent_size=3, channels=[4]), torch.rand(1, 1, 9, 7)),
+    ):
+        twin = type(network).from_config(network.config)
+        twin.load_state_dict(network.state_dict())
+        assert twin.config == network.config
+        ours, theirs = network(images), twin(images)
+        if isinstance(ours, bg.StencilCholesky):
+            assert ours.stencil == theirs.stencil
+            ours, theirs = ours.log_diag, theirs.log_diag
+        assert torch.equal(ours, theirs)
+
+
+SQUARE = bg.Stencil.square(3)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: StencilCholeskyHead(0, SQUARE), "in_channels is 0"),
+        (lambda: StencilCholeskyHead(1, 5), "stencil is a int"),
+        (lambda: StencilCholeskyHead(1, SQUARE, initial_stddev=0.0), "initial_stddev is 0.0"),
+        (lambda: StencilCholeskyHead(1, SQUARE, initial_stddev=float("nan")), "initial_stddev is nan"),
+        (lambda: StencilCholeskyHead(4, SQUARE)(torch.rand(1, 3, 8, 8)), r"features has shape \(1, 3, 8, 8\)"),
+        (lambda: CovarianceNetwork(1.5, SQUARE), "in_channels is 1.5"),
+        (lambda: CovarianceNetwork(1, "square"), "stencil is a str"),
+        (lambda: CovarianceNetwork(1, SQUARE, channels=0), "channels is 0"),
+        (lambda: CovarianceNetwork(1, SQUARE, num_levels=0), "num_levels is 0"),
+        (lambda: CovarianceNetwork(1, SQUARE)(torch.rand(1, 8, 8)), r"image has shape \(1, 8, 8\)"),
+        (lambda: CovarianceNetwork(1, SQUARE)(torch.rand(1, 1, 0, 8)), r"image has shape \(1, 1, 0, 8\)"),
+        (lambda: ConvAutoencoder((8, 8, 8, 8)), r"grid is \(8, 8, 8, 8\)"),
+        (lambda: ConvAutoencoder((8, 0)), r"grid is \(8, 0\)"),
+        (lambda: ConvAutoencoder((8, 8), in_channels=0), "in_channels is 0"),
+        (lambda: ConvAutoencoder((8, 8), latent_size=0), "latent_size is 0"),
+        (lambda: ConvAutoencoder((8, 8), channels=()), r"channels is \(\)"),
+        (lambda: ConvDecoder(0, (8, 8), 4, (4,)), "out_channels is 0"),
+        (lambda: ConvEncoder(1, (8, 8), 4, (4,))(torch.rand(1, 1, 8, 9)), r"images has grid \(8, 9\)"),
+        (lambda: ConvDecoder(1, (8, 8), 4, (4,))(torch.rand(1, 5)), r"code has shape \(1, 5\)"),
+    ],
+)
+def test_bad_arguments_are_named(make, words):
+    with pytest.raises(ValueError, match=words):
+        make()
