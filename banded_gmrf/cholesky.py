@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 
-import gmrf_kernels
 import torch
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
 from torch import Tensor
+
+import gmrf_kernels
+from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
 from .stencil import Stencil
 

@@ -4,9 +4,10 @@ import math
 from collections.abc import Sequence
 
 import torch
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
 from torch import Tensor
 from torch.distributions import Distribution, constraints
+
+from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
 
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .stencil import Stencil

@@ -5,8 +5,9 @@ import operator
 from collections.abc import Iterable, Sequence
 
 import torch
-from gmrf_kernels.stencils import overlap, wavefront_slopes
 from torch import Tensor
+
+from gmrf_kernels.stencils import overlap, wavefront_slopes
 
 
 class Stencil:

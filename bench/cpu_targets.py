@@ -1,24 +1,26 @@
 """Times of the CPU backend as ratios to reading and to copying the coefficients: ``python -m bench.cpu_targets``.
 
-All in one process, float32, medians: ``sum`` and ``copy_`` of the coefficient tensor (batch, K, *grid), the log likelihood, the log
-likelihood with the factor's gradient, and one sample per image (a transposed solve). The last lines state the peak memory of
-a 16-sample `rsample` and its backward on one 1024 x 1024 image, each in a process of its own.
+All in one process, float32, medians: ``sum`` and ``copy_`` of the coefficient tensor (batch, K, *grid), the log likelihood,
+the log likelihood with the factor's gradient, and one sample per image (a transposed solve). The last lines state the peak
+memory of an `rsample` of 1 and of 16 samples and its backward on one 1024 x 1024 image, each in a process of its own (Linux).
 """
 
+import math
 import multiprocessing
 import platform
-import resource
+import re
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated
 
-import banded_gmrf as bg
-import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+import banded_gmrf as bg
 
 CASES = [
     *((8, (1024, 1024), bg.Stencil.square(f)) for f in (7, 5, 3)),
@@ -68,20 +70,28 @@ def measure(batch: int, grid: tuple[int, ...], stencil: bg.Stencil, repeats: int
     )
 
 
+def _peak_bytes(reset: bool = False) -> int:
+    """Peak resident memory of this process since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status).group(1)) * 1024
+
+
 def _rsample_peak(samples: int, queue: multiprocessing.Queue) -> None:
-    """Peak resident memory, in images of 1024 x 1024 float32, that one rsample and its backward add."""
+    """Peak memory of one rsample and its backward, in images of 1024 x 1024 float32, coefficients included."""
     stencil, grid = bg.Stencil.square(7), (1024, 1024)
-    log_diag = torch.zeros(1, *grid, requires_grad=True)
-    off_diag = torch.zeros(1, len(stencil), *grid, requires_grad=True)
-    small = bg.GMRF(torch.zeros(1, 8, 8), bg.StencilCholesky(torch.zeros(1, 8, 8), torch.zeros(1, 24, 8, 8), stencil))
-    small.loc.requires_grad_()
-    small.rsample((2,)).sum().backward()  # compiles
-    off_diag.detach().fill_(0.01)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    q = bg.GMRF(torch.zeros(1, *grid), bg.StencilCholesky(log_diag, off_diag, stencil))
-    q.rsample((samples,)).square().mean().backward()
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    queue.put((after - before) * 1024 / (4 * np.prod(grid)))
+
+    def run(n):
+        log_diag = torch.zeros(1, *n, requires_grad=True)
+        off_diag = torch.full((1, len(stencil), *n), 0.01, requires_grad=True)
+        q = bg.GMRF(torch.zeros(1, *n), bg.StencilCholesky(log_diag, off_diag, stencil))
+        q.rsample((samples,)).square().mean().backward()
+
+    run((64, 64))  # compiles
+    before = _peak_bytes(reset=True)
+    run(grid)
+    queue.put((_peak_bytes() - before) / (4 * math.prod(grid)))
 
 
 def rsample_peak(samples: int) -> float:
@@ -101,7 +111,18 @@ def main(
     torch.set_num_threads(threads)
     console = Console(width=140)
     table = Table(title=f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, float32")
-    for column in ("case", "sum ms", "copy_ ms", "log lik. ms", "/ sum", "with grad. ms", "/ copy_", "sample ms", "/ sum", "/ copy_"):
+    for column in (
+        "case",
+        "sum ms",
+        "copy_ ms",
+        "log lik. ms",
+        "/ sum",
+        "with grad. ms",
+        "/ copy_",
+        "sample ms",
+        "/ sum",
+        "/ copy_",
+    ):
         table.add_column(column, justify="left" if column == "case" else "right")
     for batch, grid, stencil in CASES:
         times = measure(batch, grid, stencil, repeats)
@@ -112,7 +133,9 @@ def main(
         table.add_row(f"{shape}, K = {len(stencil) + 1}", *(f"{figure:.2f}" for figure in figures))
     console.print(table)
     for samples in (1, 16):
-        console.print(f"rsample of {samples} and backward, 1 x 1024 x 1024, K = 25: {rsample_peak(samples):.1f} images of memory")
+        console.print(
+            f"rsample of {samples} and backward, 1 x 1024 x 1024, K = 25: {rsample_peak(samples):.1f} images of memory"
+        )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """CPU backend: Numba kernels specialised per stencil, with threads over images or rows.
 
-`cpu_source` writes the source of a kernel and says what it does; here it is compiled, kept on disk, and called. Shapes are those of
-`reference`.
+`cpu_source` writes the source of a kernel and says what it does; here it is compiled, kept on disk, and called. Shapes are
+those of `reference`.
 
-Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or ``banded_gmrf`` in the user's cache directory; where that cannot be written, each
-process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own pools survive neither
-concurrent callers nor a fork.
+Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or in ``banded_gmrf`` in the user's cache directory; where that cannot be
+written, each process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own
+pools survive neither concurrent callers nor a fork.
 """
 
 import functools
@@ -30,6 +30,9 @@ from .threads import run_in_threads
 
 # Below this many coefficients a call is shorter than waking a thread.
 _SERIAL_COEFFICIENTS = 2**15
+
+# Larger gradients would not stay in the caches of the last level until they are read.
+_STREAMING_BYTES = 2**26
 
 _compile_lock = threading.Lock()
 
@@ -67,19 +70,17 @@ def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[T
 def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
     """Negative log likelihood (S, B) in nats, and the whitened residual y = Lᵀ residual (S, B, *grid)."""
     log_diag, off_diag, residual = _prepare(log_diag, off_diag, residual)
-    diag = torch.exp(log_diag, out=empty(log_diag.shape, log_diag.dtype))
     y = empty(residual.shape, residual.dtype)
     samples, batch, *grid = residual.shape
     rows = math.prod(grid[:-1])
     row_squares = torch.empty((samples, batch, rows), dtype=torch.float64)
     row_logs = torch.empty((batch, rows), dtype=torch.float64)
-    arguments = [*_addresses(diag, off_diag, residual), y.data_ptr(), log_diag.data_ptr(), log_diag.stride(0)]
-    arguments += [row_squares.data_ptr(), row_logs.data_ptr()]
+    arguments = [*_addresses(log_diag, off_diag, residual), y.data_ptr(), row_squares.data_ptr(), row_logs.data_ptr()]
     kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=True, likelihood=True)
     _run(kernel, arguments, residual, items=_num_rows(residual), threads=_num_threads(off_diag.numel()))
     # NumPy adds in an order that does not depend on the number of threads.
-    squares, logs = (torch.from_numpy(t.numpy().sum(-1)) for t in (row_squares, row_logs))
-    value = 0.5 * squares - logs + 0.5 * math.prod(grid) * math.log(2 * math.pi)
+    squares, logs = row_squares.numpy().sum(-1), row_logs.numpy().sum(-1)
+    value = torch.from_numpy(0.5 * squares - logs + 0.5 * math.prod(grid) * math.log(2 * math.pi))
     return value.to(residual.dtype), y
 
 
@@ -87,20 +88,22 @@ def nll_factor_grad(
     scale: Tensor, residual: Tensor, whitened: Tensor, log_diag: Tensor, offsets: Offsets, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``(scale * value).sum()``, ``scale`` (S, B), for ``log_diag`` and, in ``dtype``, ``off_diag``."""
-    exp_log_diag = torch.exp(log_diag, out=empty(log_diag.shape, log_diag.dtype))
-    return _outer(residual, whitened, scale.contiguous(), exp_log_diag, offsets, dtype)
+    (log_diag,) = _prepare(log_diag, ndim=log_diag.ndim - 1)
+    return _outer(residual, whitened, scale.contiguous(), log_diag, offsets, dtype)
 
 
 def _outer(
-    a: Tensor, b: Tensor, scale: Tensor, exp_log_diag: Tensor | None, offsets: Offsets, dtype: torch.dtype
+    a: Tensor, b: Tensor, scale: Tensor, log_diag: Tensor | None, offsets: Offsets, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     a, b = _prepare(a, b)
     batch, *grid = a.shape[1:]
     diag = empty((batch, *grid), a.dtype)
     off_diag = empty((batch, len(offsets), *grid), dtype)
     arguments = [a.data_ptr(), *a.stride()[:2], b.data_ptr(), *b.stride()[:2], scale.data_ptr()]
-    arguments += [0 if exp_log_diag is None else exp_log_diag.data_ptr(), diag.data_ptr(), off_diag.data_ptr()]
-    kernel = _kernel(cpu_source.outer, offsets, _name(off_diag))
+    arguments += [0, 0] if log_diag is None else [log_diag.data_ptr(), log_diag.stride(0)]
+    arguments += [diag.data_ptr(), off_diag.data_ptr()]
+    streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
+    kernel = _kernel(cpu_source.outer, offsets, _name(off_diag), streaming=streaming)
     _run(kernel, arguments, a, items=_num_rows(a), threads=_num_threads(off_diag.numel()))
     return diag, off_diag
 
@@ -113,9 +116,9 @@ def _num_rows(x: Tensor) -> int:
     return math.prod(x.shape[1:-1])
 
 
-def _prepare(*tensors: Tensor) -> list[Tensor]:
-    """The tensors with contiguous grids; vectors (S, B, *grid), whose ndim the last tensor has, come last."""
-    ndim = tensors[-1].ndim - 2
+def _prepare(*tensors: Tensor, ndim: int | None = None) -> list[Tensor]:
+    """The tensors with contiguous grids of ``ndim`` axes; by default the last tensor is of vectors (S, B, *grid)."""
+    ndim = tensors[-1].ndim - 2 if ndim is None else ndim
     return [t if t.numel() == 0 or t[(0,) * (t.ndim - ndim)].is_contiguous() else t.contiguous() for t in tensors]
 
 

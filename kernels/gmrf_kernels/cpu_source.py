@@ -1,12 +1,12 @@
 """Python source of the CPU kernels, specialised to a stencil: every offset is a literal in straight-line vector code.
 
-A kernel walks the rows (lines along the last grid axis) of images on a grid (depth, height, width). All terms of a block of
-``lanes`` sites are one unrolled expression. Blocks whose neighbours might lie beyond the ends of the row use masked loads,
-and neighbours in rows off the grid are skipped, so entries that do not exist are never touched.
+A kernel walks the rows (lines along the last grid axis) of images on a grid (depth, height, width). The terms of a block of
+``lanes`` sites that read one row of neighbours are unrolled. Blocks whose neighbours might lie beyond the ends of the row use
+masked loads, and neighbours in rows off the grid are skipped, so entries that do not exist are never touched.
 
-All arguments are int64: addresses of tensors, strides and sizes in elements. Grids are contiguous; ``_s``, ``_b`` and ``_k`` are the
-strides of the samples, the batch and the offsets. A kernel's items are rows of all images or, in a solve, images of all samples.
-Every thread that calls it takes spans of items until none are left; no result depends on which thread took which.
+All arguments are int64: addresses of tensors, strides and sizes in elements. Grids are contiguous; ``_s``, ``_b``, ``_k`` are
+the strides of the samples, the batch and the offsets. A kernel's items are rows of all images or, in a solve, images of all
+samples. Every thread that calls it takes spans of items until none are left; no result depends on which thread took which.
 """
 
 from itertools import groupby
@@ -15,8 +15,8 @@ from textwrap import indent
 from .simd import ELEMENT_BYTES, lanes
 from .stencils import Offsets
 
-# A kernel's only argument is the address of int64 numbers: a counter of the spans taken, one of the threads at work, the number of
-# items, the length of a span, and from here on the kernel's arguments.
+# A kernel's only argument is the address of int64 numbers: a counter of the spans taken, one of the threads at work, the
+# number of items, the length of a span, and from here on the kernel's arguments.
 FIRST_ARGUMENT = 4
 
 # Distances along the row whose solved values the recursion keeps in registers; farther ones are read back from memory.
@@ -56,9 +56,7 @@ class _Terms:
 
     def setup(self) -> str:
         """Per kernel: the distance, in elements, to each group's row."""
-        return "".join(
-            f"shift{g} = ({plane} * height + {line}) * width\n" for g, (plane, line, _) in enumerate(self.groups)
-        )
+        return "".join(f"shift{g} = ({plane} * height + {line}) * width\n" for g, (plane, line, _) in enumerate(self.groups))
 
     def exists(self) -> str:
         """Per row: whether each group's row lies on the grid."""
@@ -72,9 +70,7 @@ class _Terms:
         if not masked:
             return ""
         columns = sorted({0, *(column for _, _, terms in self.groups for _, column in terms)})
-        return "".join(
-            f"{_mask(column)} = between(w, {max(0, -column)}, width - {max(0, column)})\n" for column in columns
-        )
+        return "".join(f"{_mask(column)} = between(w, {max(0, -column)}, width - {max(0, column)})\n" for column in columns)
 
     def coefficient(self, g: int, k: int, column: int, masked: bool) -> str:
         source = "w" if self.transpose else f"w + shift{g} + {column}"
@@ -83,16 +79,27 @@ class _Terms:
     def neighbour(self, g: int, column: int, row: str, masked: bool) -> str:
         return _load("load", row, f"w + shift{g} + {column}", column, masked)
 
-    def gather(self, operation: str, row: str, masked: bool, skip_own_row: bool = False) -> str:
-        """Fold every term into the vector ``a`` with ``add_product`` or ``subtract_product``."""
+    def gather(self, dtype: str, operation: str, row: str, result: str, skip_own_row: bool = False) -> str:
+        """Fold every term into the row ``result`` with ``add_product`` or ``subtract_product``, in one pass a group.
+
+        A pass reads few planes of coefficients at once: these lie a power of two apart in large images, and more of them than
+        a cache has ways would drive each other's lines out. The machine's own prefetching stops at the ends of pages, which
+        such rows are about as long as; so a pass asks for the coefficients of the kernel's next row.
+        """
         code = ""
         for g, (plane, line, terms) in enumerate(self.groups):
             if skip_own_row and (plane, line) == (0, 0):
                 continue
-            code += f"if exists{g}:\n"
-            for k, column in terms:
-                factors = f"{self.coefficient(g, k, column, masked)}, {self.neighbour(g, column, row, masked)}"
-                code += f"    a = {operation}(a, {factors})\n"
+
+            def block(masked, g=g, terms=terms):
+                folded = f"a = {_load('load', result, 'w', 0, masked)}\n"
+                for k, column in terms:
+                    folded += f"prefetch_c(c_row, {k} * off_k + w + next_row)\n"
+                    factors = f"{self.coefficient(g, k, column, masked)}, {self.neighbour(g, column, row, masked)}"
+                    folded += f"a = {operation}(a, {factors})\n"
+                return folded + _store("store", result, "w", "a", masked)
+
+            code += f"if exists{g}:\n" + indent(self.blocks(dtype, block), " " * 4)
         return code
 
     def blocks(self, dtype: str, body) -> str:
@@ -141,42 +148,49 @@ h = r - p * height
 
 
 def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, likelihood: bool = False) -> str:
-    """y = L x or Lᵀx over rows; with ``likelihood`` also each row's Σ y² (samples, batch, rows) and Σ log_diag (batch, rows)."""
+    """y = L x or Lᵀx over rows.
+
+    With ``likelihood``, ``diag`` is the log-diagonal, and each row's Σ y² (samples, batch, rows) and Σ log_diag (batch, rows)
+    are stored, too.
+    """
     vector, coefficient = _bytes(dtype)
     terms = _Terms(offsets, transpose)
 
     def block(masked):
-        code = f"a = multiply({_load('load', 'd_row', 'w', 0, masked)}, {_load('load', 'x_row', 'w', 0, masked)})\n"
-        code += terms.gather("add_product", "x_row", masked)
-        code += _store("store", "y_row", "w", "a", masked)
-        return code + ("squares += sum_of_squares(a)\n" if likelihood else "")
+        diagonal = _load("load", "d_row", "w", 0, masked)
+        diagonal = f"exponential({diagonal})" if likelihood else diagonal
+        return _store("store", "y_row", "w", f"multiply({diagonal}, {_load('load', 'x_row', 'w', 0, masked)})", masked)
 
     per_sample = (
         f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\n"
         f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
-        + ("squares = 0.0\n" if likelihood else "")
         + terms.blocks(dtype, block)
-        + ("store_double(row_squares, (s * batch + b) * rows + r, squares)\n" if likelihood else "")
+        + terms.gather(dtype, "add_product", "x_row", "y_row")
     )
+    if likelihood:
+        per_sample += (
+            "total = 0.0\n"
+            f"for w in range(0, width, {lanes(dtype)}):\n"
+            "    total += sum_of_squares(load_masked(y_row, w, between(w, 0, width)))\n"
+            "store_double(row_squares, (s * batch + b) * rows + r, total)\n"
+        )
     per_row = (
         _ROW + f"d_row = diag + (b * diag_b + r * width) * {vector}\n"
         f"c_row = off + (b * off_b + r * width) * {coefficient}\n" + terms.exists()
     )
     if likelihood:
         per_row += (
-            f"l_row = log_diag + (b * log_diag_b + r * width) * {vector}\n"
             "total = 0.0\n"
             f"for w in range(0, width, {lanes(dtype)}):\n"
-            "    total += sum_of_lanes(load_masked(l_row, w, between(w, 0, width)))\n"
+            "    total += sum_of_lanes(load_masked(d_row, w, between(w, 0, width)))\n"
             "store_double(row_logs, item, total)\n"
         )
     per_row += "for s in range(samples):\n" + indent(per_sample, " " * 4)
     arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y"
     if likelihood:
-        arguments += ", log_diag, log_diag_b, row_squares, row_logs"
-    return _kernel(
-        dtype, cache, arguments, terms.setup(), "for item in range(start, stop):\n" + indent(per_row, " " * 4)
-    )
+        arguments += ", row_squares, row_logs"
+    setup = terms.setup() + "next_row = width\n"
+    return _kernel(dtype, cache, arguments, setup, "for item in range(start, stop):\n" + indent(per_row, " " * 4))
 
 
 def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, chains: int) -> str:
@@ -193,11 +207,12 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, chains: in
     margin = max((abs(column) for _, _, column in own), default=0)
     registers = [distance for distance in range(1, _REGISTERS + 1) if distance <= margin]
 
-    def block(masked):
-        code = f"a = {_load('load', 'b_row', 'w', 0, masked)}\n"
-        code += terms.gather("subtract_product", "x_row", masked, skip_own_row=True)
-        code += f"d = {_load('load', 'd_row', 'w', 0, masked)}\n"
-        code += "store(scaled, w, divide(a, d))\n"
+    def copy(masked):
+        return f"store(scaled, w, {_load('load', 'b_row', 'w', 0, masked)})\n"
+
+    def scale(masked):
+        code = f"d = {_load('load', 'd_row', 'w', 0, masked)}\n"
+        code += "store(scaled, w, divide(load(scaled, w), d))\n"
         for m, (g, k, column) in enumerate(own):
             value = terms.coefficient(g, k, column, masked)
             code += f"store(scaled, {m + 1} * padded + w, divide({value}, d))\n"
@@ -226,7 +241,10 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, chains: in
             f"b_row = b{c} + r * width * {vector}\n"
             f"x_row = x{c} + r * width * {vector}\n"
             f"row{c} = x_row\n"
-            f"scaled = s{c}\n" + terms.blocks(dtype, block)
+            f"scaled = s{c}\n"
+            + terms.blocks(dtype, copy)
+            + terms.gather(dtype, "subtract_product", "x_row", "scaled", skip_own_row=True)
+            + terms.blocks(dtype, scale)
         )
 
     recursion = "w = width - 1 - i\n" if transpose else "w = i\n"
@@ -257,6 +275,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, chains: in
     setup = (
         terms.setup()
         + f"padded = (width + {lanes(dtype) - 1}) // {lanes(dtype)} * {lanes(dtype)}\n"
+        + f"next_row = {'-width' if transpose else 'width'}\n"
         + f"scratch += worker * {chains} * {chain_size} * {vector}\n"
     )
     body = (
@@ -275,11 +294,12 @@ def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int) -> int:
     return chains * ((len(own) + 1) * padded + width + 2 * max(own, default=0))
 
 
-def outer(offsets: Offsets, dtype: str, cache: bool) -> str:
+def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
     """Σ_s scale_s a_s b_sᵀ on the stencil, over rows: diagonal and off-diagonals.
 
-    Where ``exp_log_diag`` is not 0 the diagonal is that of the negative log likelihood with respect to log_diag:
-    Σ_s scale_s (a_s b_s exp(log_diag) - 1).
+    Where ``log_diag`` is not 0 the diagonal is that of the negative log likelihood with respect to it:
+    Σ_s scale_s (a_s b_s exp(log_diag) - 1). ``streaming`` writes the off-diagonals past the caches; their rows must then begin
+    at multiples of 64 bytes.
     """
     vector, coefficient = _bytes(dtype)
     terms = _Terms(offsets, transpose=True)
@@ -292,34 +312,43 @@ def outer(offsets: Offsets, dtype: str, cache: bool) -> str:
             "    weight = splat(load_scalar(scale, s * batch + b))\n" + indent(code, " " * 4)
         )
 
-    def block(masked):
+    def diagonal(masked):
         right = f"t = multiply(weight, {_load('load', 'b_row', 'w', 0, masked)})\n"
-        code = "total = zeros()\n" + sample_loop(right + f"total = add_product(total, {_load('load', 'a_row', 'w', 0, masked)}, t)\n")
-        code += (
-            "if exp_log_diag != 0:\n"
-            f"    total = subtract(multiply(total, {_load('load', 'e_row', 'w', 0, masked)}), weights)\n"
+        product = f"total = add_product(total, {_load('load', 'a_row', 'w', 0, masked)}, t)\n"
+        return (
+            "total = zeros()\n"
+            + sample_loop(right + product)
+            + "if log_diag != 0:\n"
+            + f"    total = subtract(multiply(total, exponential({_load('load', 'e_row', 'w', 0, masked)})), weights)\n"
+            + _store("store", "d_row", "w", "total", masked)
         )
-        code += _store("store", "d_row", "w", "total", masked)
-        for g, (_, _, group) in enumerate(terms.groups):
-            products = "".join(f"t{k} = add_product(t{k}, {terms.neighbour(g, column, 'a_row', masked)}, t)\n" for k, column in group)
-            code += "".join(f"t{k} = zeros()\n" for k, _ in group)
-            code += f"if exists{g}:\n" + indent(sample_loop(right + products), " " * 4)
+
+    def off_diagonals(g, group):
+        def block(masked):
+            code = "".join(f"t{k} = zeros()\n" for k, _ in group)
+            products = f"t = multiply(weight, {_load('load', 'b_row', 'w', 0, masked)})\n"
+            for k, column in group:
+                products += f"t{k} = add_product(t{k}, {terms.neighbour(g, column, 'a_row', masked)}, t)\n"
+            code += f"if exists{g}:\n" + indent(sample_loop(products), " " * 4)
             for k, column in group:
                 value = f"keep(t{k}, {_mask(column)})" if masked else f"t{k}"
-                code += _store("store_c", "c_row", f"{k} * n + w", value, masked)
-        return code
+                code += _store(
+                    "store_c_streaming" if streaming and not masked else "store_c", "c_row", f"{k} * n + w", value, masked
+                )
+            return code
+
+        return terms.blocks(dtype, block)
 
     per_row = (
         _ROW + f"d_row = diag + (b * n + r * width) * {vector}\n"
         f"c_row = off + (b * {len(offsets)} * n + r * width) * {coefficient}\n"
-        f"e_row = exp_log_diag + (b * n + r * width) * {vector}\n"
+        f"e_row = log_diag + (b * log_diag_b + r * width) * {vector}\n"
         + terms.exists()
         + "weights = zeros()\n"
         + "for s in range(samples):\n"
         + "    weights = add_product(weights, splat(load_scalar(scale, s * batch + b)), ones())\n"
-        + terms.blocks(dtype, block)
+        + terms.blocks(dtype, diagonal)
+        + "".join(off_diagonals(g, group) for g, (_, _, group) in enumerate(terms.groups))
     )
-    arguments = "a, a_s, a_b, right, right_s, right_b, scale, exp_log_diag, diag, off"
-    return _kernel(
-        dtype, cache, arguments, terms.setup(), "for item in range(start, stop):\n" + indent(per_row, " " * 4)
-    )
+    arguments = "a, a_s, a_b, right, right_s, right_b, scale, log_diag, log_diag_b, diag, off"
+    return _kernel(dtype, cache, arguments, terms.setup(), "for item in range(start, stop):\n" + indent(per_row, " " * 4))

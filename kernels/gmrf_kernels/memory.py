@@ -1,8 +1,7 @@
 """Memory for large CPU results, used again when a result of the same size has been freed.
 
 The C library hands blocks beyond 32 MiB back to the system at once, and the page faults of a fresh block cost several times
-what the operations do in it (`bench.cpu_targets` measures it). Freed blocks are kept here, up to a limit, and new ones ask for huge
-pages.
+what an operation does in it. Freed blocks are kept here, up to a limit, and new ones ask for huge pages.
 """
 
 import ctypes

@@ -7,6 +7,8 @@ An *address* is the int64 of a tensor's ``data_ptr()``; an index counts elements
 yields 0 there and touches no memory, a masked store leaves memory as it is.
 """
 
+import math
+
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -32,6 +34,14 @@ class _VectorModel(models.PrimitiveModel):
         super().__init__(dmm, fe_type, fe_type.llvm)
 
 
+# Of `exponential`: mantissa bits, exponent bias, bounds of the argument, ln 2 as a sum whose first part has trailing zeros, and
+# the degree of the polynomial.
+_EXPONENTIAL = {
+    "float": (23, 127, -104.0, 89.0, 0.693359375, -2.12194440054690583e-4, 7),
+    "double": (52, 1023, -746.0, 710.0, 0.693145751953125, 1.42860682030941723212e-6, 13),
+}
+
+
 def lanes(dtype: str) -> int:
     """Elements in one vector of the dtype that coefficients of ``dtype`` are computed with."""
     return 8 if dtype == "float64" else 16
@@ -48,7 +58,7 @@ def operations(dtype: str) -> dict:
     n = lanes(dtype)
     vector_type = _Vector(str(scalar_type), scalar, n)
     mask_type = _Vector("bool", _I1, n)
-    vector, mask_llvm = vector_type.llvm, mask_type.llvm
+    vector = vector_type.llvm
 
     def pointer(builder, address, index, element):
         base = builder.inttoptr(address, ir.PointerType())
@@ -112,6 +122,18 @@ def operations(dtype: str) -> dict:
 
         return load, load_masked
 
+    @intrinsic
+    def prefetch_c(typingctx, address, index):
+        """Have the cache line of a coefficient brought in; any address will do."""
+
+        def codegen(context, builder, signature, args):
+            # For reading (0), into all levels of cache (3), as data (1).
+            options = [ir.Constant(_I32, option) for option in (0, 3, 1)]
+            call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, *args, _STORED[dtype]), *options])
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64), codegen
+
     def make_store(stored):
         element = _STORED[stored]
         align = ELEMENT_BYTES[stored]
@@ -121,6 +143,19 @@ def operations(dtype: str) -> dict:
             def codegen(context, builder, signature, args):
                 address, index, value = args
                 builder.store(narrow(builder, stored, value), pointer(builder, address, index, element), align=align)
+                return context.get_dummy_value()
+
+            return types.void(types.int64, types.int64, vector_type), codegen
+
+        @intrinsic
+        def store_streaming(typingctx, address, index, value):
+            """Past the caches, for results too large to stay there; the address must be a multiple of the vector's size."""
+
+            def codegen(context, builder, signature, args):
+                address, index, value = args
+                value = narrow(builder, stored, value)
+                instruction = builder.store(value, pointer(builder, address, index, element), align=n * align)
+                instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
                 return context.get_dummy_value()
 
             return types.void(types.int64, types.int64, vector_type), codegen
@@ -136,7 +171,7 @@ def operations(dtype: str) -> dict:
 
             return types.void(types.int64, types.int64, vector_type, mask_type), codegen
 
-        return store, store_masked
+        return store, store_masked, store_streaming
 
     @intrinsic
     def load_int(typingctx, address, index):
@@ -264,6 +299,42 @@ def operations(dtype: str) -> dict:
 
         return scalar_type(scalar_type, scalar_type, scalar_type), codegen
 
+    @intrinsic
+    def exponential(typingctx, a):
+        """exp(a) to about one unit in the last place: a power of two times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]."""
+
+        def codegen(context, builder, signature, args):
+            integers = ir.VectorType(_I64 if scalar == ir.DoubleType() else _I32, n)
+            mantissa_bits, bias, lowest, highest, ln2_high, ln2_low, degree = _EXPONENTIAL[str(scalar)]
+
+            def constant(number, kind=vector):
+                return ir.Constant(kind, [number] * n)
+
+            def power_of_two(exponent):
+                biased = builder.add(exponent, constant(bias, integers))
+                return builder.bitcast(builder.shl(biased, constant(mantissa_bits, integers)), vector)
+
+            def fused(a, b, c):
+                return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [a, b, c])
+
+            # Beyond these bounds the result is 0 or infinity; NaN passes both comparisons.
+            x = builder.select(builder.fcmp_ordered("<", args[0], constant(lowest)), constant(lowest), args[0])
+            x = builder.select(builder.fcmp_ordered(">", x, constant(highest)), constant(highest), x)
+            turns = builder.fmul(x, constant(1 / math.log(2)))
+            turns = call(builder, f"llvm.rint.v{n}{_mangled(scalar)}", vector, [turns])
+            is_nan = builder.fcmp_unordered("uno", x, x)
+            exponent = builder.fptosi(builder.select(is_nan, constant(0.0), turns), integers)
+            rest = fused(turns, constant(-ln2_low), fused(turns, constant(-ln2_high), x))
+            value = constant(1 / math.factorial(degree))
+            for power in range(degree - 1, -1, -1):
+                value = fused(value, rest, constant(1 / math.factorial(power)))
+            # In two steps, because 2 ** exponent alone may be beyond the range of the result.
+            half = builder.ashr(exponent, constant(1, integers))
+            value = builder.fmul(value, power_of_two(half))
+            return builder.fmul(value, power_of_two(builder.sub(exponent, half)))
+
+        return vector_type(vector_type), codegen
+
     def reduction(square):
         @intrinsic
         def total(typingctx, a):
@@ -305,17 +376,19 @@ def operations(dtype: str) -> dict:
 
     load, load_masked = make_load(str(scalar_type))
     load_c, load_c_masked = make_load(dtype)
-    store, store_masked = make_store(str(scalar_type))
-    store_c, store_c_masked = make_store(dtype)
+    store, store_masked, _ = make_store(str(scalar_type))
+    store_c, store_c_masked, store_c_streaming = make_store(dtype)
     return {
         "load": load,
         "load_masked": load_masked,
         "load_c": load_c,
         "load_c_masked": load_c_masked,
+        "prefetch_c": prefetch_c,
         "store": store,
         "store_masked": store_masked,
         "store_c": store_c,
         "store_c_masked": store_c_masked,
+        "store_c_streaming": store_c_streaming,
         "load_int": load_int,
         "take_ticket": take_ticket,
         "load_scalar": load_scalar,
@@ -333,6 +406,7 @@ def operations(dtype: str) -> dict:
         "add_product": add_product,
         "subtract_product": subtract_product,
         "subtract_product_scalar": subtract_product_scalar,
+        "exponential": exponential,
         "sum_of_squares": reduction(square=True),
         "sum_of_lanes": reduction(square=False),
     }

@@ -1,7 +1,7 @@
 """Threads for compiled kernels: torch's own OpenMP team where there is one, else a pool of Python threads.
 
-Threads beside torch's would compete with them for the cores, because OpenMP's threads spin for milliseconds after each of torch's
-operations. A kernel claims its work items from a shared counter, so it does not matter how many threads take part.
+Threads beside torch's would compete with them for the cores, because OpenMP's threads spin for milliseconds after each of
+torch's operations. A kernel claims its work items from a shared counter, so it does not matter how many threads take part.
 """
 
 import ctypes

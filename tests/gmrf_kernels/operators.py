@@ -1,0 +1,149 @@
+"""The registered operators as the tests call them: random arguments, and the values by dense float64 linear algebra."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.stencils import Offsets, unflatten
+from tests.cases import GRIDS, STENCILS
+from tests.dense import dense_factor, neighbours, random_factor
+
+OPERATORS = ("matvec", "matvec transposed", "solve", "solve transposed", "outer", "nll", "nll_factor_grad")
+
+# Few, because a backend may compile each of them for each dtype. The far line reaches beyond the neighbours that the CPU's
+# recursion keeps in registers.
+OFFSETS: dict[str, Offsets] = {
+    "far line": ((1,), (6,)),
+    **{name: STENCILS[name].offsets for name in ("diagonal", "3x3", "5x5", "skewed", "volume")},
+}
+NDIM = {"far line": 1, "diagonal": 2, "3x3": 2, "5x5": 2, "skewed": 2, "volume": 3}
+
+# Wide enough for vectors of 16 sites none of whose neighbours lies off the grid.
+WIDE = {1: (70,), 2: (3, 70), 3: (2, 3, 40)}
+
+HALF = (torch.float16, torch.bfloat16)
+CASES = [  # dtype of the coefficients, stencil, grid
+    *(
+        (torch.float64, name, grid)
+        for name in ("far line", "diagonal", "5x5", "skewed", "volume")
+        for grid in (*GRIDS[NDIM[name]], WIDE[NDIM[name]])
+    ),
+    *(
+        (torch.float32, name, grid)
+        for name in ("far line", "5x5", "volume")
+        for grid in (GRIDS[NDIM[name]][0], WIDE[NDIM[name]])
+    ),
+    *(
+        (dtype, name, grid)
+        for dtype in HALF
+        for name in ("far line", "3x3")
+        for grid in (GRIDS[NDIM[name]][0], WIDE[NDIM[name]])
+    ),
+]
+SMALL = [("far line", (8,)), ("diagonal", (2, 3)), ("5x5", (3, 4)), ("volume", (2, 2, 3))]
+
+
+def arguments(
+    name: str,
+    offsets: Offsets,
+    grid: Sequence[int],
+    samples: int = 3,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+    nan_outside: bool = True,
+) -> list:
+    """Random arguments of an operator, coefficients in ``dtype``; diagonals of both signs where they may be."""
+    log_diag, off_diag = random_factor(offsets, grid, (batch,), nan_outside=nan_outside)
+    vector_dtype = accumulate_dtype(dtype)
+    log_diag, off_diag = log_diag.to(device, vector_dtype), off_diag.to(device, dtype)
+    diag = log_diag.exp() * torch.randn(log_diag.shape).sign().to(log_diag)
+    x, y = torch.randn(2, samples, batch, *grid, dtype=torch.float64).to(device, vector_dtype)
+    scale = torch.randn(samples, batch, dtype=torch.float64).to(device, vector_dtype)
+    flat = [component for offset in offsets for component in offset]
+    operator, *transposed = name.split()
+    return {
+        "matvec": [diag, off_diag, x, flat, bool(transposed)],
+        "solve": [diag, off_diag, x, flat, bool(transposed)],
+        "outer": [x, y, flat, dtype],
+        "nll": [x, log_diag, off_diag, flat],
+        "nll_factor_grad": [scale, x, y, log_diag, flat, dtype],
+    }[operator]
+
+
+def operator(name: str):
+    return getattr(torch.ops.gmrf_kernels, name.split()[0])
+
+
+def call(name: str, args: Sequence) -> tuple[Tensor, ...]:
+    """The operator's results, always as a tuple."""
+    results = operator(name)(*args)
+    return (results,) if isinstance(results, Tensor) else tuple(results)
+
+
+def tensors(args: Sequence) -> list[Tensor]:
+    return [a for a in args if isinstance(a, Tensor)]
+
+
+def with_tensors(args: Sequence, new: Sequence[Tensor]) -> list:
+    """The arguments, with other tensors in the place of the first ones."""
+    return [*new, *args[len(new) :]]
+
+
+def matrices(diag: Tensor, off_diag: Tensor, offsets: Offsets) -> Tensor:
+    """(B, n, n) float64 of factors whose diagonals are given themselves, not their logarithms."""
+    n = diag[0].numel() if len(diag) else math.prod(diag.shape[1:])
+    unit = [dense_factor(torch.zeros_like(d), o, offsets) for d, o in zip(diag, off_diag, strict=True)]
+    unit = torch.stack(unit) if unit else torch.zeros(0, n, n, dtype=torch.float64)
+    return unit - torch.eye(n) + torch.diag_embed(diag.double().flatten(1))
+
+
+def dense(name: str, args: Sequence) -> tuple[Tensor, ...]:
+    """What ``call(name, args)`` must be, in float64."""
+    args = [a.detach().cpu().double() if isinstance(a, Tensor) else a for a in args]
+    return {"matvec": _matvec, "solve": _solve, "outer": _outer, "nll": _nll, "nll_factor_grad": _nll_factor_grad}[
+        name.split()[0]
+    ](*args)
+
+
+def _system(diag, off_diag, flat, transpose):
+    L = matrices(diag, off_diag, unflatten(flat, diag.ndim - 1))
+    return L.mT if transpose else L
+
+
+def _matvec(diag, off_diag, x, flat, transpose):
+    A = _system(diag, off_diag, flat, transpose)
+    return ((A @ x.flatten(2).unsqueeze(-1)).reshape(x.shape),)
+
+
+def _solve(diag, off_diag, b, flat, transpose):
+    A = _system(diag, off_diag, flat, transpose)
+    return (torch.linalg.solve_triangular(A, b.flatten(2).unsqueeze(-1), upper=transpose).reshape(b.shape),)
+
+
+def _outer(a, b, flat, dtype):
+    grid = a.shape[2:]
+    offsets = unflatten(flat, len(grid))
+    off_diag = torch.zeros(a.shape[1], len(offsets), *grid, dtype=torch.float64)
+    for k, here, there in neighbours(offsets, grid):
+        off_diag[:, k, *here] = (a[:, :, *there] * b[:, :, *here]).sum(0)
+    return (a * b).sum(0), off_diag
+
+
+def _nll(residual, log_diag, off_diag, flat):
+    (whitened,) = _matvec(log_diag.exp(), off_diag, residual, flat, True)
+    squares, logdet = whitened.flatten(2).square().sum(-1), log_diag.flatten(1).sum(-1)
+    return 0.5 * squares - logdet + 0.5 * math.prod(log_diag.shape[1:]) * math.log(2 * math.pi), whitened
+
+
+def _nll_factor_grad(scale, residual, whitened, log_diag, flat, dtype):
+    """By autograd, of Σ scale (wᵀLᵀr - log|L|): for w = Lᵀr its gradient is that of Σ scale (½ |Lᵀr|² - log|L|)."""
+    offsets = unflatten(flat, log_diag.ndim - 1)
+    log_diag = log_diag.clone().requires_grad_()
+    off_diag = torch.zeros(len(log_diag), len(offsets), *log_diag.shape[1:], dtype=torch.float64, requires_grad=True)
+    (product,) = _matvec(log_diag.exp(), off_diag, residual, flat, True)
+    value = (whitened * product).flatten(2).sum(-1) - log_diag.flatten(1).sum(-1)
+    return torch.autograd.grad((scale * value).sum(), (log_diag, off_diag), materialize_grads=True)

@@ -1,0 +1,467 @@
+"""One suite for every backend: values, derivatives of every order, vmap, fake tensors and compilation of the operators."""
+
+import itertools
+import math
+import shutil
+from fractions import Fraction
+
+import pytest
+import torch
+from torch.distributions import Distribution
+
+import gmrf_kernels
+from gmrf_kernels.ops import accumulate_dtype
+from tests.dense import exists, neighbours
+from tests.gmrf_kernels.operators import (
+    CASES,
+    HALF,
+    NDIM,
+    OFFSETS,
+    OPERATORS,
+    SMALL,
+    arguments,
+    call,
+    dense,
+    operator,
+    tensors,
+    with_tensors,
+)
+
+# Samples, images: one; several; an odd number, which a backend that takes images in pairs must not trip over.
+SIZES = [(1, 1), (3, 2), (1, 3)]
+
+# Sums of at most K = 13 terms, through solves whose matrices have condition numbers of some tens: hundreds of roundings.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+
+def assert_close(actual, expected, scale=None):
+    """Equal up to roundings of the arithmetic, relative to the largest entry, and one of the dtype that stores it."""
+    assert actual.shape == expected.shape
+    assert actual.is_contiguous()
+    tolerance = TOLERANCE[accumulate_dtype(actual.dtype)]
+    stored = torch.finfo(actual.dtype).eps if actual.dtype in HALF else 0
+    largest = expected.abs().max().item() if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.cpu().double(), expected.double(), rtol=tolerance + stored, atol=tolerance * max(1.0, largest)
+    )
+
+
+def assert_same(actual, expected):
+    """The same bits."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
+
+
+# --- values ---
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("dtype", "stencil", "grid"), CASES)
+def test_values_equal_dense_linear_algebra(name, dtype, stencil, grid, device, poisoned_memory):
+    for samples, batch in SIZES:
+        args = arguments(name, OFFSETS[stencil], grid, samples, batch, dtype, device)
+        for actual, expected in zip(call(name, args), dense(name, args), strict=True):
+            assert actual.device.type == device
+            assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+def test_dtypes_of_results(name, dtype, device):
+    args = arguments(name, OFFSETS["far line"], (7,), dtype=dtype, device=device)
+    expected = {"outer": [torch.float32, dtype], "nll": [torch.float32] * 2, "nll_factor_grad": [torch.float32, dtype]}
+    assert [r.dtype for r in call(name, args)] == expected.get(name, [torch.float32])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("samples", "batch"), [(0, 2), (2, 0), (0, 0)])
+def test_empty_batches_and_no_samples(name, samples, batch, device, poisoned_memory):
+    for stencil, grid in SMALL:
+        args = arguments(name, OFFSETS[stencil], grid, samples, batch, device=device)
+        inputs = [t.requires_grad_() for t in tensors(args)]
+        results = call(name, args)
+        # Sums over no samples are 0, not missing.
+        for actual, expected in zip(results, dense(name, args), strict=True):
+            assert torch.equal(actual.cpu(), expected)
+        gradients = torch.autograd.grad(sum(r.sum() for r in results), inputs, allow_unused=True)
+        for gradient, tensor in zip(gradients, inputs, strict=True):
+            assert gradient is None or torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("stencil", ["far line", "5x5", "volume"])
+def test_random_cases_equal_dense_likelihoods_and_gradients(stencil, device):
+    """Value and gradients within 1e-10 of the largest entry, on 167 random grids and batches for each of three stencils."""
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(167):
+        grid = [
+            int(torch.randint(1, {1: 30, 2: 8, 3: 5}[NDIM[stencil]], (), generator=generator)) for _ in range(NDIM[stencil])
+        ]
+        samples, batch = torch.randint(1, 3, (2,), generator=generator).tolist()
+        args = arguments("nll", OFFSETS[stencil], grid, samples, batch, device=device, nan_outside=False)
+        inputs = [t.requires_grad_() for t in tensors(args)]
+        value, whitened = call("nll", args)
+        residual, log_diag, off_diag = (t.detach().cpu() for t in inputs)
+        expected_value, expected_whitened = dense("nll", args)
+        ones = torch.ones(samples, batch, dtype=torch.float64)
+        factor = dense("nll_factor_grad", [ones, residual, expected_whitened, log_diag, args[3], torch.float64])
+        (towards_residual,) = dense("matvec", [log_diag.exp(), off_diag, expected_whitened, args[3], False])
+        actual = (value, whitened, *torch.autograd.grad(value.sum(), inputs))
+        for a, e in zip(actual, (expected_value, expected_whitened, towards_residual, *factor), strict=True):
+            assert (a.detach().cpu() - e).abs().max() <= 1e-10 * e.abs().max() if e.numel() else a.numel() == 0
+
+
+# --- entries that do not exist ---
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 70)), ("far line", (3,))])
+def test_entries_that_do_not_exist_are_zero_in_results_and_gradients(name, stencil, grid, device, poisoned_memory):
+    offsets = OFFSETS[stencil]
+    outside = ~exists(offsets, grid)
+    args = arguments(name, offsets, grid, device=device)
+    inputs = [t.requires_grad_() for t in tensors(args)]
+    results = call(name, args)
+    gradients = torch.autograd.grad([r.square().sum() for r in results], inputs)
+    factor_shaped = [t for t in (*results, *gradients) if t.shape[1:] == (len(offsets), *grid)]
+    assert factor_shaped
+    for t in factor_shaped:
+        assert (t.cpu()[:, outside] == 0).all()
+        assert (t.cpu()[:, ~outside] != 0).all()
+    assert all(t.isfinite().all() for t in (*results, *gradients))
+
+
+# --- strides ---
+
+
+def _strided(tensor):
+    """The same values in other strides: every other element of every axis, the axes in reverse order in memory."""
+    room = torch.full([2 * n for n in reversed(tensor.shape)], math.nan, dtype=tensor.dtype, device=tensor.device)
+    view = room.permute(*reversed(range(room.ndim)))[(slice(None, None, 2),) * room.ndim]
+    return view.copy_(tensor)
+
+
+def _sliced(tensor):
+    """The same values as a slice of a network's output: grids stay contiguous, the batch axis strides over more channels."""
+    axis = min(1, tensor.ndim - 1)
+    shape = list(tensor.shape)
+    shape[axis] += 3
+    room = torch.full(shape, math.nan, dtype=tensor.dtype, device=tensor.device)
+    return room.narrow(axis, 2, tensor.shape[axis]).copy_(tensor)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("layout", [_strided, _sliced])
+@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 40))])
+def test_strides_do_not_matter(name, layout, stencil, grid, device):
+    args = arguments(name, OFFSETS[stencil], grid, device=device)
+    # A gradient of a result may come in any strides, too.
+    contiguous = [t.requires_grad_() for t in tensors(args)]
+    strided = [layout(t.detach()).requires_grad_() for t in contiguous]
+    expected, actual = call(name, args), call(name, with_tensors(args, strided))
+    assert_same(actual, expected)
+    cotangents = [torch.randn_like(r) for r in expected]
+    assert_same(
+        torch.autograd.grad(actual, strided, [layout(c) for c in cotangents]),
+        torch.autograd.grad(expected, contiguous, cotangents),
+    )
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_expanded_arguments(name, device):
+    """Strides of 0: one sample for several, one image for several, one number for a grid."""
+    args = arguments(name, OFFSETS["5x5"], (3, 5), samples=4, batch=3, device=device, nan_outside=False)
+    for axis in (0, 1, -1):
+        expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
+        copied = [t.contiguous() for t in expanded]
+        assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, copied)))
+
+
+def test_public_functions_take_slices_of_a_network_and_transposed_grids(device):
+    offsets, K = OFFSETS["5x5"], 13
+    head = (0.2 * torch.randn(2, K + 2, 7, 5, dtype=torch.float64)).to(device).requires_grad_()
+    image = torch.randn(2, 7, 5, dtype=torch.float64).to(device).requires_grad_()
+
+    def score(head, image, copy):
+        log_diag, off_diag, x = head[:, 1].mT, head[:, 2:].mT, image.mT
+        if copy:
+            log_diag, off_diag, x = log_diag.contiguous(), off_diag.contiguous(), x.contiguous()
+        diag = log_diag.exp()
+        y = gmrf_kernels.solve(diag, off_diag, x, offsets, 2, transpose=True)
+        z = gmrf_kernels.matvec(diag, off_diag, x, offsets, 2)
+        o = gmrf_kernels.outer(x, y, offsets, 2)
+        nll = gmrf_kernels.negative_log_likelihood(x, log_diag, off_diag, offsets, 2)
+        return sum((t.square().sum() for t in (y, z, *o)), nll.sum())
+
+    scores = [score(head, image, copy) for copy in (False, True)]
+    assert_same(scores[:1], scores[1:])
+    assert_same(*(torch.autograd.grad(s, (head, image)) for s in scores))
+
+
+# --- derivatives ---
+
+
+def _differentiable(name, stencil, grid, device):
+    """The operator as a function of its tensors alone, and these."""
+    args = arguments(name, OFFSETS[stencil], grid, samples=2, batch=2, device=device)
+    inputs = tuple(t.requires_grad_() for t in tensors(args))
+    return lambda *new: call(name, with_tensors(args, new)), inputs
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("stencil", "grid"), SMALL)
+def test_gradcheck(name, stencil, grid, device):
+    function, inputs = _differentiable(name, stencil, grid, device)
+    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("stencil", "grid"), [("far line", (7,)), ("diagonal", (1, 2)), ("5x5", (2, 3)), ("volume", (1, 2, 2))]
+)
+def test_gradgradcheck(name, stencil, grid, device):
+    function, inputs = _differentiable(name, stencil, grid, device)
+    assert torch.autograd.gradgradcheck(function, inputs)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradient_of_each_input_alone(name, device):
+    """A backward that skips what is not asked for gives the same bits as the one that computes everything."""
+    function, inputs = _differentiable(name, "5x5", (3, 4), device)
+    results = function(*inputs)
+    cotangents = [torch.randn_like(r) for r in results]
+    everything = torch.autograd.grad(results, inputs, cotangents)
+    for i, expected in enumerate(everything):
+        alone = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
+        assert_same(torch.autograd.grad(function(*alone), alone[i], cotangents), [expected])
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_third_derivatives(name, device):
+    """The derivative of a Hessian-vector product along a direction, against a central difference of it."""
+    function, inputs = _differentiable(name, "far line", (8,), device)
+    # The derivative at a NaN is a NaN, by the difference.
+    inputs = [torch.nan_to_num(t.detach(), nan=0.1) for t in inputs]
+    directions = [torch.randn_like(t) for t in inputs]
+
+    def along(f):
+        """The derivative of the scalar f along the directions, as a scalar function."""
+
+        def derivative(*point):
+            point = [p if p.requires_grad else p.detach().requires_grad_() for p in point]
+            gradients = torch.autograd.grad(f(*point), point, create_graph=True)
+            return sum((g * d).sum() for g, d in zip(gradients, directions, strict=True))
+
+        return derivative
+
+    second = along(along(lambda *point: sum(r.pow(3).sum() for r in function(*point))))
+    step = 1e-5
+    moved = [[(t + sign * step * d) for t, d in zip(inputs, directions, strict=True)] for sign in (1, -1)]
+    difference = (second(*moved[0]) - second(*moved[1])) / (2 * step)
+    # The difference is exact to step² times a fifth derivative.
+    torch.testing.assert_close(along(second)(*inputs), difference, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_batched_cotangents(name, device):
+    function, inputs = _differentiable(name, "5x5", (3, 4), device)
+    results = function(*inputs)
+    cotangents = [torch.randn(5, *r.shape, dtype=r.dtype).to(device) for r in results]
+    batched = torch.autograd.grad(results, inputs, cotangents, is_grads_batched=True, retain_graph=True)
+    for i in range(5):
+        one = torch.autograd.grad(results, inputs, [c[i] for c in cotangents], retain_graph=True)
+        torch.testing.assert_close([b[i] for b in batched], list(one), rtol=1e-13, atol=1e-13)
+
+
+# --- vmap ---
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(("samples", "batch"), [(2, 3), (1, 1), (0, 2), (2, 0)])
+def test_vmap_over_every_combination_of_operands(name, samples, batch, device):
+    size = 4
+    runs = [arguments(name, OFFSETS["5x5"], (3, 4), samples, batch, device=device, nan_outside=False) for _ in range(size)]
+    count = len(tensors(runs[0]))
+    for mapped in itertools.product([False, True], repeat=count):
+        if not any(mapped):
+            continue
+        # Every operand is mapped along an axis of its own choice, the last of some among them.
+        in_dims = tuple((i + 1) % (runs[0][i].ndim + 1) if m else None for i, m in enumerate(mapped))
+        operands = [
+            torch.stack([run[i] for run in runs], dim) if dim is not None else runs[0][i] for i, dim in enumerate(in_dims)
+        ]
+        actual = torch.vmap(lambda *new: call(name, with_tensors(runs[0], new)), in_dims)(*operands)
+        loop = [call(name, with_tensors(runs[0], [(run if m else runs[0])[i] for i, m in enumerate(mapped)])) for run in runs]
+        for a, *expected in zip(actual, *loop, strict=True):
+            torch.testing.assert_close(a, torch.stack(expected), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nested_vmap(name, device):
+    args = arguments(name, OFFSETS["volume"], (2, 2, 3), device=device, nan_outside=False)
+    first, *rest = tensors(args)
+    stacked = torch.stack([torch.stack([first * (i + 1) + j for j in range(3)]) for i in range(2)])
+    pairs = [torch.stack([t, t + 1]) for t in rest]
+
+    def function(*new):
+        return call(name, with_tensors(args, new))
+
+    inner = torch.vmap(function, (0, *[None] * len(rest)))
+    actual = torch.vmap(inner)(stacked, *pairs)
+    for i, j in itertools.product(range(2), range(3)):
+        expected = function(stacked[i, j], *(p[i] for p in pairs))
+        torch.testing.assert_close([a[i, j] for a in actual], list(expected), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_gradients_of_each_sample_by_vmap(name, device):
+    args = arguments(name, OFFSETS["5x5"], (3, 4), device=device, nan_outside=False)
+    inputs = tensors(args)
+    stacked = [torch.stack([t, 2 * t, t - 1]) for t in inputs]
+    every = tuple(range(len(inputs)))
+    gradient = torch.func.grad(lambda *new: sum(r.square().sum() for r in call(name, with_tensors(args, new))), every)
+    actual = torch.vmap(gradient)(*stacked)
+    for i in range(3):
+        expected = gradient(*(s[i] for s in stacked))
+        torch.testing.assert_close([a[i] for a in actual], list(expected), rtol=1e-12, atol=1e-12)
+
+
+# --- registration and compilation ---
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize(
+    ("dtype", "stencil", "grid"),
+    [(torch.float64, "5x5", (3, 4)), (torch.float64, "diagonal", (2, 3)), (torch.bfloat16, "3x3", (2, 3))],
+)
+def test_opcheck(name, dtype, stencil, grid, device):
+    args = arguments(name, OFFSETS[stencil], grid, dtype=dtype, device=device, nan_outside=False)
+    for t in tensors(args):
+        t.requires_grad_()
+    torch.library.opcheck(operator(name), args)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_fake_results_have_the_layout_of_real_ones(name, dtype, device):
+    for samples, batch in [(3, 2), (0, 2), (2, 0)]:
+        args = arguments(name, OFFSETS["far line"], (7,), samples, batch, dtype, device)
+        meta = [_strided(t).to("meta") for t in tensors(args)]
+        for real, fake in zip(call(name, args), call(name, with_tensors(args, meta)), strict=True):
+            assert fake.device.type == "meta"
+            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.fixture
+def keep_torch_defaults():
+    """torch.compile turns the validation of every distribution off, for good."""
+    before = Distribution._validate_args
+    yield
+    Distribution.set_default_validate_args(before)
+    torch.compiler.reset()
+
+
+def _everything(log_diag, off_diag, x):
+    """Every public function, vectors that share a factor and vectors that do not."""
+    offsets, ndim, diag = OFFSETS["5x5"], 2, log_diag.exp()
+    y = gmrf_kernels.solve(diag, off_diag, x, offsets, ndim)
+    z = gmrf_kernels.solve(diag, off_diag, x[0], offsets, ndim, transpose=True)
+    return (
+        y,
+        z,
+        gmrf_kernels.matvec(diag, off_diag, x, offsets, ndim),
+        gmrf_kernels.matvec(diag, off_diag, z, offsets, ndim, transpose=True),
+        *gmrf_kernels.outer(x, y, offsets, ndim, sample_ndim=1),
+        gmrf_kernels.negative_log_likelihood(x, log_diag, off_diag, offsets, ndim),
+    )
+
+
+PUBLIC = {
+    "matvec": lambda d, o, x: gmrf_kernels.matvec(d.exp(), o, x, OFFSETS["5x5"], 2),
+    "matvec transposed": lambda d, o, x: gmrf_kernels.matvec(d.exp(), o, x, OFFSETS["5x5"], 2, transpose=True),
+    "solve": lambda d, o, x: gmrf_kernels.solve(d.exp(), o, x, OFFSETS["5x5"], 2),
+    "solve transposed": lambda d, o, x: gmrf_kernels.solve(d.exp(), o, x, OFFSETS["5x5"], 2, transpose=True),
+    "outer": lambda d, o, x: gmrf_kernels.outer(x, x * d, OFFSETS["5x5"], 2, sample_ndim=1),
+    "nll": lambda d, o, x: gmrf_kernels.negative_log_likelihood(x, d, o, OFFSETS["5x5"], 2),
+}
+
+
+def _assert_compiled_equals_eager(function, device, grids=((3, 4),), **options):
+    compiled = torch.compile(function, fullgraph=True, **options)
+    for grid in grids:
+        _, log_diag, off_diag, _ = arguments("nll", OFFSETS["5x5"], grid, device=device, nan_outside=False)
+        x = torch.randn(3, 2, *grid, dtype=torch.float64).to(device)
+        inputs = [t.requires_grad_() for t in (log_diag, off_diag, x)]
+
+        def values_and_gradients(function, inputs=inputs):
+            values = function(*inputs)
+            values = (values,) if isinstance(values, torch.Tensor) else values
+            return values, torch.autograd.grad(sum(v.square().sum() for v in values), inputs, allow_unused=True)
+
+        # The code around the operators may be fused, which rounds otherwise.
+        torch.testing.assert_close(values_and_gradients(compiled), values_and_gradients(function), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_compiled(name, device, keep_torch_defaults):
+    _assert_compiled_equals_eager(PUBLIC[name], device, backend="aot_eager")
+
+
+def test_compiled_for_any_grid(device, keep_torch_defaults):
+    _assert_compiled_equals_eager(_everything, device, [(3, 4), (5, 3), (2, 7)], backend="aot_eager", dynamic=True)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+def test_compiled_by_inductor(device, keep_torch_defaults):
+    _assert_compiled_equals_eager(_everything, device)
+
+
+# --- accuracy ---
+
+
+def _backward_error(diag, off_diag, x, b, offsets, transpose):
+    """max_i |b - A x|_i / (|A||x|)_i for one factor and one vector, A = L or Lᵀ, in rational numbers: no rounding of its own."""
+    grid = x.shape
+    diag, off_diag, x, b = (t.cpu().double().numpy() for t in (diag, off_diag, x, b))
+
+    def rational(array, index):
+        return Fraction(float(array[index]))
+
+    rest, size = {}, {}
+    for site in itertools.product(*map(range, grid)):
+        product = rational(diag, site) * rational(x, site)
+        rest[site], size[site] = rational(b, site) - product, abs(product)
+    for k, here, there in neighbours(offsets, grid):
+        row, column = (here, there) if transpose else (there, here)
+        product = rational(off_diag, (k, *here)) * rational(x, column)
+        rest[row] -= product
+        size[row] += abs(product)
+    return float(max(abs(rest[site]) / size[site] for site in rest))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "stencil", "grid"),
+    [
+        *((torch.float64, name, grid) for name, grid in (("far line", (70,)), ("5x5", (6, 40)), ("volume", (3, 4, 30)))),
+        *((torch.float32, name, grid) for name, grid in (("far line", (45,)), ("5x5", (4, 40)), ("volume", (2, 3, 40)))),
+        (torch.float16, "3x3", (3, 40)),
+        (torch.bfloat16, "3x3", (3, 40)),
+    ],
+)
+def test_backward_error_of_a_solve_whatever_the_condition(transpose, dtype, stencil, grid, device):
+    """Diagonals spread over five orders of magnitude, off-diagonals that exceed most of them: solutions that grow by tens."""
+    offsets = OFFSETS[stencil]
+    vector_dtype = accumulate_dtype(dtype)
+    diag = (3 * torch.randn(2, *grid, dtype=torch.float64)).exp().to(device, vector_dtype)
+    off_diag = (2 * torch.randn(2, len(offsets), *grid, dtype=torch.float64)).to(device, dtype)
+    # Small right-hand sides leave float32 more room to grow in.
+    b = (1e-10 * torch.randn(2, 2, *grid, dtype=torch.float64)).to(device, vector_dtype)
+    flat = [component for offset in offsets for component in offset]
+    x = torch.ops.gmrf_kernels.solve(diag, off_diag, b, flat, transpose)
+    assert x.isfinite().all()
+    assert x.abs().max() > 1e10 * x.abs().min()
+    limit = (len(offsets) + 3) * torch.finfo(vector_dtype).eps  # K + 2, with K - 1 offsets
+    for s, i in itertools.product(range(2), repeat=2):
+        assert _backward_error(diag[i], off_diag[i], x[s, i], b[s, i], offsets, transpose) <= limit
