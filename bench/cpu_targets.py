@@ -7,6 +7,7 @@ memory of an `rsample` of 1 and of 16 samples and its backward on one 1024 x 102
 
 import math
 import multiprocessing
+import os
 import platform
 import re
 import statistics
@@ -104,13 +105,21 @@ def rsample_peak(samples: int) -> float:
     return peak
 
 
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
+    return f"{model.group(1) if model else platform.processor()}, {os.cpu_count()} cores"
+
+
 def main(
     repeats: Annotated[int, typer.Option(help="Timed repetitions of each operation.")] = 10,
     threads: Annotated[int, typer.Option(help="Threads for torch and the library.")] = 2,
+    out: Annotated[Path | None, typer.Option(help="Text file for the table.")] = None,
 ) -> None:
+    """Measure the CPU backend against reading and copying the coefficients."""
     torch.set_num_threads(threads)
-    console = Console(width=140)
-    table = Table(title=f"{platform.processor() or platform.machine()}, {threads} threads, torch {torch.__version__}, float32")
+    console = Console(width=140, record=True)
+    table = Table(title=f"{_processor()}, {threads} threads, torch {torch.__version__}, float32, median of {repeats}")
     for column in (
         "case",
         "sum ms",
@@ -136,6 +145,8 @@ def main(
         console.print(
             f"rsample of {samples} and backward, 1 x 1024 x 1024, K = 25: {rsample_peak(samples):.1f} images of memory"
         )
+    if out is not None:
+        console.save_text(str(out))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,9 @@ _SERIAL_COEFFICIENTS = 2**15
 # Larger gradients would not stay in the caches of the last level until they are read.
 _STREAMING_BYTES = 2**26
 
+# Kernels compare positions in a row as int32.
+_LONGEST_ROW = 2**31 - 2**10
+
 _compile_lock = threading.Lock()
 
 
@@ -133,6 +136,8 @@ def _addresses(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[int]:
 def _run(kernel: Callable, arguments: Sequence[int], vector: Tensor, items: int, threads: int, multiple: int = 1) -> None:
     """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``."""
     grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
+    if grid[-1] > _LONGEST_ROW:
+        raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
     # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
     span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
     data = torch.tensor([0, 0, items, span, *arguments, *vector.shape[:2], *grid])

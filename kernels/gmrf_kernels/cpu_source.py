@@ -169,10 +169,10 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, likelihoo
     )
     if likelihood:
         per_sample += (
-            "total = 0.0\n"
+            "sums = no_sums()\n"
             f"for w in range(0, width, {lanes(dtype)}):\n"
-            "    total += sum_of_squares(load_masked(y_row, w, between(w, 0, width)))\n"
-            "store_double(row_squares, (s * batch + b) * rows + r, total)\n"
+            "    sums = add_squares(sums, load_masked(y_row, w, between(w, 0, width)))\n"
+            "store_double(row_squares, (s * batch + b) * rows + r, total(sums))\n"
         )
     per_row = (
         _ROW + f"d_row = diag + (b * diag_b + r * width) * {vector}\n"
@@ -180,10 +180,10 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, likelihoo
     )
     if likelihood:
         per_row += (
-            "total = 0.0\n"
+            "sums = no_sums()\n"
             f"for w in range(0, width, {lanes(dtype)}):\n"
-            "    total += sum_of_lanes(load_masked(d_row, w, between(w, 0, width)))\n"
-            "store_double(row_logs, item, total)\n"
+            "    sums = add_values(sums, load_masked(d_row, w, between(w, 0, width)))\n"
+            "store_double(row_logs, item, total(sums))\n"
         )
     per_row += "for s in range(samples):\n" + indent(per_sample, " " * 4)
     arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y"
@@ -314,13 +314,13 @@ def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
 
     def diagonal(masked):
         right = f"t = multiply(weight, {_load('load', 'b_row', 'w', 0, masked)})\n"
-        product = f"total = add_product(total, {_load('load', 'a_row', 'w', 0, masked)}, t)\n"
+        product = f"diagonal = add_product(diagonal, {_load('load', 'a_row', 'w', 0, masked)}, t)\n"
         return (
-            "total = zeros()\n"
+            "diagonal = zeros()\n"
             + sample_loop(right + product)
             + "if log_diag != 0:\n"
-            + f"    total = subtract(multiply(total, exponential({_load('load', 'e_row', 'w', 0, masked)})), weights)\n"
-            + _store("store", "d_row", "w", "total", masked)
+            + f"    diagonal = subtract(multiply(diagonal, exponential({_load('load', 'e_row', 'w', 0, masked)})), weights)\n"
+            + _store("store", "d_row", "w", "diagonal", masked)
         )
 
     def off_diagonals(g, group):

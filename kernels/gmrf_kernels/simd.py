@@ -207,22 +207,12 @@ def operations(dtype: str) -> dict:
 
     @intrinsic
     def between(typingctx, first, start, stop):
-        """Mask of the lanes i with start <= first + i < stop."""
+        """Mask of the lanes i with start <= first + i < stop, all of them below 2³¹."""
 
         def codegen(context, builder, signature, args):
-            first, start, stop = args
-            lane = ir.Constant(ir.VectorType(_I32, n), list(range(n)))
-
-            def relative(bound):
-                distance = builder.sub(bound, first)
-                for compare, limit in (("<", 0), (">", n)):
-                    limit = ir.Constant(distance.type, limit)
-                    distance = builder.select(builder.icmp_signed(compare, distance, limit), limit, distance)
-                return _splat(builder, builder.trunc(distance, _I32), n)
-
-            return builder.and_(
-                builder.icmp_signed(">=", lane, relative(start)), builder.icmp_signed("<", lane, relative(stop))
-            )
+            first, start, stop = (_splat(builder, builder.trunc(a, _I32), n) for a in args)
+            lane = builder.add(first, ir.Constant(first.type, list(range(n))))
+            return builder.and_(builder.icmp_signed(">=", lane, start), builder.icmp_signed("<", lane, stop))
 
         return mask_type(types.int64, types.int64, types.int64), codegen
 
@@ -335,25 +325,45 @@ def operations(dtype: str) -> dict:
 
         return vector_type(vector_type), codegen
 
-    def reduction(square):
+    # Sums over a row, one float64 for each lane.
+    sums_type = _Vector("float64", ir.DoubleType(), n)
+
+    def accumulation(square):
         @intrinsic
-        def total(typingctx, a):
-            """Sum over the lanes (of the squares), in float64."""
+        def add(typingctx, sums, a):
+            """Each lane's sum plus the lane of ``a`` (squared)."""
 
             def codegen(context, builder, signature, args):
-                double = ir.DoubleType()
-                wide = args[0] if scalar == double else builder.fpext(args[0], ir.VectorType(double, n))
+                sums, a = args
+                wide = a if a.type == sums.type else builder.fpext(a, sums.type)
                 if square:
-                    wide = builder.fmul(wide, wide)
-                function_type = ir.FunctionType(double, [double, wide.type])
-                name = f"llvm.vector.reduce.fadd.v{n}f64"
-                function = cgutils.get_or_insert_function(builder.module, function_type, name)
-                # "reassoc": a tree over the lanes, in an order fixed at compile time.
-                return builder.call(function, [ir.Constant(double, 0.0), wide], fastmath=["reassoc"])
+                    return call(builder, f"llvm.fmuladd.v{n}f64", sums.type, [wide, wide, sums])
+                return builder.fadd(sums, wide)
 
-            return types.float64(vector_type), codegen
+            return sums_type(sums_type, vector_type), codegen
 
-        return total
+        return add
+
+    @intrinsic
+    def no_sums(typingctx):
+        def codegen(context, builder, signature, args):
+            return ir.Constant(sums_type.llvm, None)
+
+        return sums_type(), codegen
+
+    @intrinsic
+    def total(typingctx, sums):
+        """The sum of all lanes, in an order fixed at compile time."""
+
+        def codegen(context, builder, signature, args):
+            double = ir.DoubleType()
+            function_type = ir.FunctionType(double, [double, sums_type.llvm])
+            name = f"llvm.vector.reduce.fadd.v{n}f64"
+            function = cgutils.get_or_insert_function(builder.module, function_type, name)
+            # "reassoc": a tree over the lanes rather than one after the other.
+            return builder.call(function, [ir.Constant(double, 0.0), args[0]], fastmath=["reassoc"])
+
+        return types.float64(sums_type), codegen
 
     @intrinsic
     def store_double(typingctx, address, index, value):
@@ -407,8 +417,10 @@ def operations(dtype: str) -> dict:
         "subtract_product": subtract_product,
         "subtract_product_scalar": subtract_product_scalar,
         "exponential": exponential,
-        "sum_of_squares": reduction(square=True),
-        "sum_of_lanes": reduction(square=False),
+        "no_sums": no_sums,
+        "add_values": accumulation(square=False),
+        "add_squares": accumulation(square=True),
+        "total": total,
     }
 
 

@@ -68,9 +68,9 @@ def test_values_equal_dense_linear_algebra(name, dtype, stencil, grid, device, p
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("dtype", HALF)
 def test_dtypes_of_results(name, dtype, device):
-    args = arguments(name, OFFSETS["far line"], (7,), dtype=dtype, device=device)
+    args = arguments(name, OFFSETS["3x3"], (2, 3), dtype=dtype, device=device)
     expected = {"outer": [torch.float32, dtype], "nll": [torch.float32] * 2, "nll_factor_grad": [torch.float32, dtype]}
     assert [r.dtype for r in call(name, args)] == expected.get(name, [torch.float32])
 
@@ -124,7 +124,7 @@ def test_entries_that_do_not_exist_are_zero_in_results_and_gradients(name, stenc
     inputs = [t.requires_grad_() for t in tensors(args)]
     results = call(name, args)
     gradients = torch.autograd.grad([r.square().sum() for r in results], inputs)
-    factor_shaped = [t for t in (*results, *gradients) if t.shape[1:] == (len(offsets), *grid)]
+    factor_shaped = [t for t in (*results, *gradients) if t.shape == (2, len(offsets), *grid)]
     assert factor_shaped
     for t in factor_shaped:
         assert (t.cpu()[:, outside] == 0).all()
@@ -179,8 +179,8 @@ def test_expanded_arguments(name, device):
 
 
 def test_public_functions_take_slices_of_a_network_and_transposed_grids(device):
-    offsets, K = OFFSETS["5x5"], 13
-    head = (0.2 * torch.randn(2, K + 2, 7, 5, dtype=torch.float64)).to(device).requires_grad_()
+    offsets = OFFSETS["5x5"]
+    head = (0.2 * torch.randn(2, 2 + len(offsets), 7, 5, dtype=torch.float64)).to(device).requires_grad_()
     image = torch.randn(2, 7, 5, dtype=torch.float64).to(device).requires_grad_()
 
     def score(head, image, copy):
@@ -315,16 +315,20 @@ def test_nested_vmap(name, device):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_gradients_of_each_sample_by_vmap(name, device):
-    args = arguments(name, OFFSETS["5x5"], (3, 4), device=device, nan_outside=False)
-    inputs = tensors(args)
-    stacked = [torch.stack([t, 2 * t, t - 1]) for t in inputs]
-    every = tuple(range(len(inputs)))
-    gradient = torch.func.grad(lambda *new: sum(r.square().sum() for r in call(name, with_tensors(args, new))), every)
-    actual = torch.vmap(gradient)(*stacked)
-    for i in range(3):
-        expected = gradient(*(s[i] for s in stacked))
-        torch.testing.assert_close([a[i] for a in actual], list(expected), rtol=1e-12, atol=1e-12)
+def test_gradients_through_vmap(name, device):
+    """Of everything, twice: the backward operators meet mapped tensors, too."""
+    function, inputs = _differentiable(name, "5x5", (3, 4), device)
+    stacked = [torch.stack([t.detach().nan_to_num(), t.detach().nan_to_num(), 1 - t.detach().nan_to_num()]) for t in inputs]
+
+    def twice(f):
+        point = [s.clone().requires_grad_() for s in stacked]
+        first = torch.autograd.grad(sum(r.pow(3).sum() for r in f(*point)), point, create_graph=True)
+        return first, torch.autograd.grad(sum(g.pow(2).sum() for g in first), point)
+
+    def loop(*point):
+        return [torch.stack(r) for r in zip(*(function(*(p[i] for p in point)) for i in range(3)), strict=True)]
+
+    torch.testing.assert_close(twice(torch.vmap(function)), twice(loop), rtol=1e-11, atol=1e-11)
 
 
 # --- registration and compilation ---
@@ -343,14 +347,15 @@ def test_opcheck(name, dtype, stencil, grid, device):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_fake_results_have_the_layout_of_real_ones(name, dtype, device):
+@pytest.mark.parametrize(("dtype", "stencil"), [(torch.float64, "5x5"), (torch.float16, "3x3")])
+def test_fake_results_have_the_layout_of_real_ones(name, dtype, stencil, device):
     for samples, batch in [(3, 2), (0, 2), (2, 0)]:
-        args = arguments(name, OFFSETS["far line"], (7,), samples, batch, dtype, device)
+        args = arguments(name, OFFSETS[stencil], (3, 4), samples, batch, dtype, device)
         meta = [_strided(t).to("meta") for t in tensors(args)]
         for real, fake in zip(call(name, args), call(name, with_tensors(args, meta)), strict=True):
             assert fake.device.type == "meta"
-            assert (fake.shape, fake.dtype, fake.stride()) == (real.shape, real.dtype, real.stride())
+            assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+            assert fake.stride() == real.stride() or real.numel() == 0
 
 
 @pytest.fixture
@@ -413,6 +418,7 @@ def test_compiled_for_any_grid(device, keep_torch_defaults):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when inductor is first imported
 def test_compiled_by_inductor(device, keep_torch_defaults):
     _assert_compiled_equals_eager(_everything, device)
 
@@ -421,7 +427,7 @@ def test_compiled_by_inductor(device, keep_torch_defaults):
 
 
 def _backward_error(diag, off_diag, x, b, offsets, transpose):
-    """max_i |b - A x|_i / (|A||x|)_i for one factor and one vector, A = L or Lᵀ, in rational numbers: no rounding of its own."""
+    """max_i of (|b - A x| / |A||x|)_i, A = L or Lᵀ, in rational numbers: it has no rounding of its own."""
     grid = x.shape
     diag, off_diag, x, b = (t.cpu().double().numpy() for t in (diag, off_diag, x, b))
 
