@@ -4,10 +4,10 @@ The C library hands blocks beyond 32 MiB back to the system at once, and the pag
 what an operation does in it. Freed blocks are kept here, up to a limit, and new ones ask for huge pages.
 """
 
+import contextlib
 import ctypes
 import math
 import mmap
-import threading
 import weakref
 from collections.abc import Sequence
 
@@ -18,7 +18,7 @@ from torch import Tensor
 _SMALLEST_BYTES = 2**22
 _KEPT_BYTES = 2**30
 
-_lock = threading.Lock()
+# No lock: finalizers append to it, and may run anywhere, in this module's functions, too. Each change is atomic by itself.
 _free: list[mmap.mmap] = []
 
 
@@ -34,10 +34,11 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def _take(size: int) -> mmap.mmap:
-    with _lock:
-        for i, block in enumerate(_free):
-            if len(block) == size:
-                return _free.pop(i)
+    for block in list(_free):
+        if len(block) == size:
+            with contextlib.suppress(ValueError):  # another thread took it first
+                _free.remove(block)
+                return block
     # Private: a forked child must not write into its parent's results.
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
@@ -46,7 +47,7 @@ def _take(size: int) -> mmap.mmap:
 
 
 def _give_back(block: mmap.mmap) -> None:
-    with _lock:
-        _free.append(block)
-        while sum(map(len, _free)) > _KEPT_BYTES:
+    _free.append(block)
+    while sum(map(len, list(_free))) > _KEPT_BYTES:
+        with contextlib.suppress(IndexError):
             _free.pop(0)

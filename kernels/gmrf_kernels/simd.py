@@ -233,46 +233,29 @@ def operations(dtype: str) -> dict:
 
         return vector_type(vector_type, mask_type), codegen
 
-    @intrinsic
-    def multiply(typingctx, a, b):
-        def codegen(context, builder, signature, args):
-            return builder.fmul(*args)
+    def arithmetic(instruction):
+        @intrinsic
+        def compute(typingctx, a, b):
+            def codegen(context, builder, signature, args):
+                return getattr(builder, instruction)(*args)
 
-        return vector_type(vector_type, vector_type), codegen
+            return vector_type(vector_type, vector_type), codegen
 
-    @intrinsic
-    def subtract(typingctx, a, b):
-        def codegen(context, builder, signature, args):
-            return builder.fsub(*args)
+        return compute
 
-        return vector_type(vector_type, vector_type), codegen
+    def multiply_add(kind, negate):
+        """a + b c (a - b c to ``negate``) on vectors or scalars, fused where the machine can."""
+        name = f"llvm.fmuladd.{f'v{n}' if kind is vector_type else ''}{_mangled(scalar)}"
 
-    @intrinsic
-    def divide(typingctx, a, b):
-        def codegen(context, builder, signature, args):
-            return builder.fdiv(*args)
+        @intrinsic
+        def compute(typingctx, a, b, c):
+            def codegen(context, builder, signature, args):
+                a, b, c = args
+                return call(builder, name, a.type, [builder.fneg(b) if negate else b, c, a])
 
-        return vector_type(vector_type, vector_type), codegen
+            return kind(kind, kind, kind), codegen
 
-    @intrinsic
-    def add_product(typingctx, a, b, c):
-        """a + b c, fused where the machine can."""
-
-        def codegen(context, builder, signature, args):
-            a, b, c = args
-            return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [b, c, a])
-
-        return vector_type(vector_type, vector_type, vector_type), codegen
-
-    @intrinsic
-    def subtract_product(typingctx, a, b, c):
-        """a - b c, fused where the machine can."""
-
-        def codegen(context, builder, signature, args):
-            a, b, c = args
-            return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [builder.fneg(b), c, a])
-
-        return vector_type(vector_type, vector_type, vector_type), codegen
+        return compute
 
     @intrinsic
     def zero_scalar(typingctx):
@@ -280,14 +263,6 @@ def operations(dtype: str) -> dict:
             return ir.Constant(scalar, 0.0)
 
         return scalar_type(), codegen
-
-    @intrinsic
-    def subtract_product_scalar(typingctx, a, b, c):
-        def codegen(context, builder, signature, args):
-            a, b, c = args
-            return call(builder, f"llvm.fmuladd.{_mangled(scalar)}", scalar, [builder.fneg(b), c, a])
-
-        return scalar_type(scalar_type, scalar_type, scalar_type), codegen
 
     @intrinsic
     def exponential(typingctx, a):
@@ -410,12 +385,12 @@ def operations(dtype: str) -> dict:
         "between": between,
         "splat": splat,
         "keep": keep,
-        "multiply": multiply,
-        "subtract": subtract,
-        "divide": divide,
-        "add_product": add_product,
-        "subtract_product": subtract_product,
-        "subtract_product_scalar": subtract_product_scalar,
+        "multiply": arithmetic("fmul"),
+        "subtract": arithmetic("fsub"),
+        "divide": arithmetic("fdiv"),
+        "add_product": multiply_add(vector_type, negate=False),
+        "subtract_product": multiply_add(vector_type, negate=True),
+        "subtract_product_scalar": multiply_add(scalar_type, negate=True),
         "exponential": exponential,
         "no_sums": no_sums,
         "add_values": accumulation(square=False),

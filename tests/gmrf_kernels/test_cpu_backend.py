@@ -233,8 +233,8 @@ def test_a_process_forked_while_other_threads_call(monkeypatch):
     for other in others:
         other.start()
     try:
-        # Holding the locks makes certain what the other threads make likely.
-        with cpu._compile_lock, memory._lock:
+        # Holding the lock makes certain what the other threads make likely.
+        with cpu._compile_lock:
             child = ThreadPoolExecutor(1).submit(_in_forked_process, _digests, 1, calls)
             while not multiprocessing.active_children():
                 time.sleep(0.01)
@@ -425,7 +425,8 @@ def test_gradients_reach_results_in_kept_memory(no_free_blocks, monkeypatch):
 
 
 def _collected_blocks():
-    for i in range(3000):
+    gc.freeze()  # what exists already need not be looked at each time
+    for i in range(2000):
         cycle = [memory.empty((64 + i % 8,), torch.float64)]
         cycle.append(cycle)
         del cycle
@@ -437,7 +438,7 @@ def _collected_blocks():
 
 @forks
 def test_blocks_freed_by_the_garbage_collector(no_free_blocks, monkeypatch):
-    """The collector runs at any allocation, also while `memory` holds its lock: a block that it frees must not wait for it."""
+    """The collector runs at any allocation, those inside `memory` among them: a block that it frees there must not wait."""
     monkeypatch.setattr(memory, "_SMALLEST_BYTES", 1)
     # In a process of its own, because a thread that waits for itself cannot be ended.
     assert _in_forked_process(_collected_blocks) == "done"

@@ -34,7 +34,12 @@ SIZES = [(1, 1), (3, 2), (1, 3)]
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
-def assert_close(actual, expected, scale=None):
+def named(value):
+    """The name of a dtype or a grid in the name of a test."""
+    return str(value).removeprefix("torch.")
+
+
+def assert_close(actual, expected):
     """Equal up to roundings of the arithmetic, relative to the largest entry, and one of the dtype that stores it."""
     assert actual.shape == expected.shape
     assert actual.is_contiguous()
@@ -58,7 +63,7 @@ def assert_same(actual, expected):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize(("dtype", "stencil", "grid"), CASES)
+@pytest.mark.parametrize(("dtype", "stencil", "grid"), CASES, ids=named)
 def test_values_equal_dense_linear_algebra(name, dtype, stencil, grid, device, poisoned_memory):
     for samples, batch in SIZES:
         args = arguments(name, OFFSETS[stencil], grid, samples, batch, dtype, device)
@@ -68,7 +73,7 @@ def test_values_equal_dense_linear_algebra(name, dtype, stencil, grid, device, p
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("dtype", HALF, ids=named)
 def test_dtypes_of_results(name, dtype, device):
     args = arguments(name, OFFSETS["3x3"], (2, 3), dtype=dtype, device=device)
     expected = {"outer": [torch.float32, dtype], "nll": [torch.float32] * 2, "nll_factor_grad": [torch.float32, dtype]}
@@ -116,7 +121,7 @@ def test_random_cases_equal_dense_likelihoods_and_gradients(stencil, device):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 70)), ("far line", (3,))])
+@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 70)), ("far line", (3,))], ids=named)
 def test_entries_that_do_not_exist_are_zero_in_results_and_gradients(name, stencil, grid, device, poisoned_memory):
     offsets = OFFSETS[stencil]
     outside = ~exists(offsets, grid)
@@ -153,7 +158,7 @@ def _sliced(tensor):
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("layout", [_strided, _sliced])
-@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 40))])
+@pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 40))], ids=named)
 def test_strides_do_not_matter(name, layout, stencil, grid, device):
     args = arguments(name, OFFSETS[stencil], grid, device=device)
     # A gradient of a result may come in any strides, too.
@@ -162,9 +167,12 @@ def test_strides_do_not_matter(name, layout, stencil, grid, device):
     expected, actual = call(name, args), call(name, with_tensors(args, strided))
     assert_same(actual, expected)
     cotangents = [torch.randn_like(r) for r in expected]
-    assert_same(
+    # Torch's own sums add in an order that depends on the strides.
+    torch.testing.assert_close(
         torch.autograd.grad(actual, strided, [layout(c) for c in cotangents]),
         torch.autograd.grad(expected, contiguous, cotangents),
+        rtol=1e-12,
+        atol=1e-12,
     )
 
 
@@ -204,13 +212,14 @@ def test_public_functions_take_slices_of_a_network_and_transposed_grids(device):
 
 def _differentiable(name, stencil, grid, device):
     """The operator as a function of its tensors alone, and these."""
-    args = arguments(name, OFFSETS[stencil], grid, samples=2, batch=2, device=device)
+    batch = 1 if stencil == "5x5" else 2  # the checks step along every coefficient, and this one has many
+    args = arguments(name, OFFSETS[stencil], grid, samples=2, batch=batch, device=device)
     inputs = tuple(t.requires_grad_() for t in tensors(args))
     return lambda *new: call(name, with_tensors(args, new)), inputs
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize(("stencil", "grid"), SMALL)
+@pytest.mark.parametrize(("stencil", "grid"), SMALL, ids=named)
 def test_gradcheck(name, stencil, grid, device):
     function, inputs = _differentiable(name, stencil, grid, device)
     assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
@@ -218,7 +227,7 @@ def test_gradcheck(name, stencil, grid, device):
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize(
-    ("stencil", "grid"), [("far line", (7,)), ("diagonal", (1, 2)), ("5x5", (2, 3)), ("volume", (1, 2, 2))]
+    ("stencil", "grid"), [("far line", (7,)), ("diagonal", (1, 2)), ("5x5", (2, 3)), ("volume", (1, 2, 2))], ids=named
 )
 def test_gradgradcheck(name, stencil, grid, device):
     function, inputs = _differentiable(name, stencil, grid, device)
@@ -338,6 +347,7 @@ def test_gradients_through_vmap(name, device):
 @pytest.mark.parametrize(
     ("dtype", "stencil", "grid"),
     [(torch.float64, "5x5", (3, 4)), (torch.float64, "diagonal", (2, 3)), (torch.bfloat16, "3x3", (2, 3))],
+    ids=named,
 )
 def test_opcheck(name, dtype, stencil, grid, device):
     args = arguments(name, OFFSETS[stencil], grid, dtype=dtype, device=device, nan_outside=False)
@@ -347,7 +357,7 @@ def test_opcheck(name, dtype, stencil, grid, device):
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize(("dtype", "stencil"), [(torch.float64, "5x5"), (torch.float16, "3x3")])
+@pytest.mark.parametrize(("dtype", "stencil"), [(torch.float64, "5x5"), (torch.float16, "3x3")], ids=named)
 def test_fake_results_have_the_layout_of_real_ones(name, dtype, stencil, device):
     for samples, batch in [(3, 2), (0, 2), (2, 0)]:
         args = arguments(name, OFFSETS[stencil], (3, 4), samples, batch, dtype, device)
@@ -455,6 +465,7 @@ def _backward_error(diag, off_diag, x, b, offsets, transpose):
         (torch.float16, "3x3", (3, 40)),
         (torch.bfloat16, "3x3", (3, 40)),
     ],
+    ids=named,
 )
 def test_backward_error_of_a_solve_whatever_the_condition(transpose, dtype, stencil, grid, device):
     """Diagonals spread over five orders of magnitude, off-diagonals that exceed most of them: solutions that grow by tens."""
