@@ -198,7 +198,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, chains: in
 
     A row first subtracts, in vectors, what other rows contribute, and divides that and the row's own coefficients by the
     diagonal. What is left is a short recursion along the row, whose pace is the latency of one multiply-add: several images
-    in step hide it.
+    in step hide it. The price is that the ratio of a coefficient of the own row to the diagonal must be in the dtype's range.
     """
     vector, coefficient = _bytes(dtype)
     terms = _Terms(offsets, transpose)

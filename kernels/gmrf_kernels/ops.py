@@ -169,7 +169,8 @@ def _nll_factor_grad_backward(ctx, log_diag_g, off_diag_g):
     diag_g = log_diag_g * log_diag.exp()
     residual_bar = _matvec(diag_g, off_diag_g, cotangent, ctx.offsets, False)
     cotangent_bar = _matvec(diag_g, off_diag_g, residual, ctx.offsets, True)
-    scale_bar = (cotangent_bar * whitened).flatten(2).sum(-1) - log_diag_g.flatten(1).sum(-1)
+    axes = tuple(range(-ndim, 0))  # not `flatten`, which has no batching rule for `is_grads_batched`
+    scale_bar = (cotangent_bar * whitened).sum(axes) - log_diag_g.sum(axes)
     log_diag_bar = (residual * cotangent).sum(0) * diag_g
     return scale_bar, residual_bar, _over_grid(scale, ndim) * cotangent_bar, log_diag_bar, None, None
 
