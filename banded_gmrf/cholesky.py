@@ -69,7 +69,7 @@ class StencilCholesky:
     @property
     def diag(self) -> Tensor:
         """The diagonal of L, exp(log_diag): (*batch, *grid), in float32 for float16 and bfloat16 coefficients."""
-        return self._diag().expand(*self._batch_shape, *self._grid)
+        return self._log_diag.to(accumulate_dtype(self.dtype)).exp().expand(*self._batch_shape, *self._grid)
 
     def matvec(self, x: Tensor, transpose: bool = False) -> Tensor:
         """L x, or Lᵀx with ``transpose``: (*sample, *batch, *grid), ``x`` broadcast against the batch as torch does.
@@ -138,15 +138,12 @@ class StencilCholesky:
         entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols)))
         return scipy.sparse.csr_array(entries, shape=(n, n))
 
-    def _diag(self) -> Tensor:
-        return self._log_diag.to(accumulate_dtype(self.dtype)).exp()
-
     def _apply(self, operation, name: str, vector: Tensor, transpose: bool) -> Tensor:
         check_vector(name, vector, "the factor", self._off_diag, self._grid)
         vector_batch = vector.shape[: vector.ndim - len(self._grid)]
         batch = broadcast_batch(name, vector_batch, "the factor", self._batch_shape)
         vector = vector.expand(*batch, *self._grid)
-        return operation(self._diag(), self._off_diag, vector, self.stencil.offsets, self.stencil.ndim, transpose)
+        return operation(self._log_diag, self._off_diag, vector, self.stencil.offsets, self.stencil.ndim, transpose, log=True)
 
     def __repr__(self) -> str:
         return (

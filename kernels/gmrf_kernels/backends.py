@@ -1,6 +1,7 @@
 """Which implementation runs an operation: by the device of its tensors, unless `use_backend` says otherwise."""
 
 import contextlib
+import functools
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
@@ -45,4 +46,9 @@ def backend_for(device: torch.device) -> ModuleType:
     name = _override or _BY_DEVICE.get(device.type, "reference")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use 'reference' there")
+    return _module(name)
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)

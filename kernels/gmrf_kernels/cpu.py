@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import warnings
+from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -31,6 +32,12 @@ from .threads import run_in_threads
 # Below this many coefficients a call is shorter than waking a thread.
 _SERIAL_COEFFICIENTS = 2**15
 
+# Rows in a band, at most: each plane of coefficients is then read in runs as long as the machine's own prefetching wants.
+_BAND_ROWS = 16
+
+# Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
+_BAND_COEFFICIENTS = 2**17
+
 # Larger gradients would not stay in the caches of the last level until they are read.
 _STREAMING_BYTES = 2**26
 
@@ -40,24 +47,23 @@ _LONGEST_ROW = 2**31 - 2**10
 _compile_lock = threading.Lock()
 
 
-def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
-    """L x, or Lᵀx with ``transpose``: (S, B, *grid)."""
+def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
+    """L x, or Lᵀx with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, x = _prepare(diag, off_diag, x)
     y = empty(x.shape, x.dtype)
-    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=transpose)
-    arguments = [*_addresses(diag, off_diag, x), y.data_ptr()]
-    _run(kernel, arguments, x, items=_num_rows(x), threads=_num_threads(off_diag.numel()))
+    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=transpose, log=log)
+    _run_bands(kernel, [*_addresses(diag, off_diag, x), y.data_ptr()], x, len(offsets))
     return y
 
 
-def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
-    """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid)."""
+def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
+    """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, b = _prepare(diag, off_diag, b)
     x = empty(b.shape, b.dtype)
     images = b.shape[0] * b.shape[1]
     threads = min(_num_threads(off_diag.numel() * b.shape[0]), images)
     chains = 2 if images >= 2 * threads else 1
-    kernel = _kernel(cpu_source.solve, offsets, _name(off_diag), transpose=transpose, chains=chains)
+    kernel = _kernel(cpu_source.solve, offsets, _name(off_diag), transpose=transpose, log=log, chains=chains)
     scratch_size = cpu_source.solve_scratch(offsets, _name(off_diag), chains, b.shape[-1])
     scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
     arguments = [*_addresses(diag, off_diag, b), x.data_ptr(), scratch.data_ptr()]
@@ -76,14 +82,12 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     y = empty(residual.shape, residual.dtype)
     samples, batch, *grid = residual.shape
     rows = math.prod(grid[:-1])
-    row_squares = torch.empty((samples, batch, rows), dtype=torch.float64)
-    row_logs = torch.empty((batch, rows), dtype=torch.float64)
-    arguments = [*_addresses(log_diag, off_diag, residual), y.data_ptr(), row_squares.data_ptr(), row_logs.data_ptr()]
-    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=True, likelihood=True)
-    _run(kernel, arguments, residual, items=_num_rows(residual), threads=_num_threads(off_diag.numel()))
+    row_sums = torch.empty((samples, batch, rows), dtype=torch.float64)
+    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=True, log=True, likelihood=True)
+    arguments = [*_addresses(log_diag, off_diag, residual), y.data_ptr(), row_sums.data_ptr()]
+    _run_bands(kernel, arguments, residual, len(offsets))
     # NumPy adds in an order that does not depend on the number of threads.
-    squares, logs = row_squares.numpy().sum(-1), row_logs.numpy().sum(-1)
-    value = torch.from_numpy(0.5 * squares - logs + 0.5 * math.prod(grid) * math.log(2 * math.pi))
+    value = torch.from_numpy(row_sums.numpy().sum(-1) + 0.5 * math.prod(grid) * math.log(2 * math.pi))
     return value.to(residual.dtype), y
 
 
@@ -107,7 +111,7 @@ def _outer(
     arguments += [diag.data_ptr(), off_diag.data_ptr()]
     streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
     kernel = _kernel(cpu_source.outer, offsets, _name(off_diag), streaming=streaming)
-    _run(kernel, arguments, a, items=_num_rows(a), threads=_num_threads(off_diag.numel()))
+    _run_bands(kernel, arguments, a, len(offsets))
     return diag, off_diag
 
 
@@ -115,14 +119,19 @@ def _name(off_diag: Tensor) -> str:
     return str(off_diag.dtype).removeprefix("torch.")
 
 
-def _num_rows(x: Tensor) -> int:
-    return math.prod(x.shape[1:-1])
-
-
 def _prepare(*tensors: Tensor, ndim: int | None = None) -> list[Tensor]:
     """The tensors with contiguous grids of ``ndim`` axes; by default the last tensor is of vectors (S, B, *grid)."""
     ndim = tensors[-1].ndim - 2 if ndim is None else ndim
-    return [t if t.numel() == 0 or t[(0,) * (t.ndim - ndim)].is_contiguous() else t.contiguous() for t in tensors]
+    return [t if _contiguous_grid(t.shape[-ndim:], t.stride()[-ndim:]) else t.contiguous() for t in tensors]
+
+
+def _contiguous_grid(grid: Sequence[int], strides: Sequence[int]) -> bool:
+    step = 1
+    for size, stride in zip(reversed(grid), reversed(strides), strict=True):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _addresses(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[int]:
@@ -133,6 +142,20 @@ def _addresses(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[int]:
     ]
 
 
+def _run_bands(kernel: Callable, arguments: list[int], vector: Tensor, terms: int) -> None:
+    """Run a kernel on bands of rows; their length and number are the last of its own arguments."""
+    samples, batch, *lines, width = vector.shape
+    rows = math.prod(lines)
+    threads = _num_threads(batch * terms * rows * width)
+    band = min(_BAND_ROWS, rows * batch // (4 * threads))
+    if samples > 1:
+        # The coefficients of a band are to stay in the cache from one sample to the next.
+        band = min(band, _BAND_COEFFICIENTS // (max(1, terms) * width))
+    band = max(1, band)
+    bands = -(-rows // band)
+    _run(kernel, [*arguments, band, bands], vector, batch * bands, threads)
+
+
 def _run(kernel: Callable, arguments: Sequence[int], vector: Tensor, items: int, threads: int, multiple: int = 1) -> None:
     """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``."""
     grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
@@ -140,8 +163,8 @@ def _run(kernel: Callable, arguments: Sequence[int], vector: Tensor, items: int,
         raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
     # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
     span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
-    data = torch.tensor([0, 0, items, span, *arguments, *vector.shape[:2], *grid])
-    run_in_threads(kernel, data.data_ptr(), threads)
+    data = array("q", [0, 0, items, span, *arguments, *vector.shape[:2], *grid])
+    run_in_threads(kernel, data.buffer_info()[0], threads)
 
 
 def _num_threads(coefficients: int) -> int:

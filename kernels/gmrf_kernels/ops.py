@@ -25,15 +25,15 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.custom_op("gmrf_kernels::matvec", mutates_args=())
-def _matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Sequence[int], transpose: bool) -> Tensor:
-    return backend_for(x.device).matvec(diag, off_diag, x, unflatten(offsets, diag.ndim - 1), transpose)
+def _matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Sequence[int], transpose: bool, log: bool) -> Tensor:
+    return backend_for(x.device).matvec(diag, off_diag, x, unflatten(offsets, diag.ndim - 1), transpose, log)
 
 
 @torch.library.custom_op("gmrf_kernels::solve", mutates_args=())
-def _solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Sequence[int], transpose: bool) -> Tensor:
+def _solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Sequence[int], transpose: bool, log: bool) -> Tensor:
     if b.numel() == 0:
         return torch.empty_like(b, memory_format=torch.contiguous_format)
-    return backend_for(b.device).solve(diag, off_diag, b, unflatten(offsets, diag.ndim - 1), transpose)
+    return backend_for(b.device).solve(diag, off_diag, b, unflatten(offsets, diag.ndim - 1), transpose, log)
 
 
 @torch.library.custom_op("gmrf_kernels::outer", mutates_args=())
@@ -56,7 +56,7 @@ def _nll_factor_grad(
 
 @_matvec.register_fake
 @_solve.register_fake
-def _(diag, off_diag, x, offsets, transpose):
+def _(diag, off_diag, x, offsets, transpose, log):
     return x.new_empty(x.shape)
 
 
@@ -86,34 +86,36 @@ def _over_grid(scale: Tensor, ndim: int) -> Tensor:
     return scale.reshape(*scale.shape, *[1] * ndim)
 
 
+def _factor_bar(ctx, a, b, diag, off_diag):
+    """Cotangents P(a bᵀ) of ``diag`` and ``off_diag``, the first two inputs of an operation, where they are asked for."""
+    if not any(ctx.needs_input_grad[:2]):
+        return None, None
+    diag_bar, off_diag_bar = _outer(a, b, ctx.offsets, off_diag.dtype)
+    return diag_bar * diag.exp() if ctx.log else diag_bar, off_diag_bar
+
+
 def _matvec_setup(ctx, inputs, output):
-    diag, off_diag, x, ctx.offsets, ctx.transpose = inputs
+    diag, off_diag, x, ctx.offsets, ctx.transpose, ctx.log = inputs
     ctx.save_for_backward(diag, off_diag, x)
 
 
 def _matvec_backward(ctx, g):
     diag, off_diag, x = ctx.saved_tensors
-    x_bar = _matvec(diag, off_diag, g, ctx.offsets, not ctx.transpose) if ctx.needs_input_grad[2] else None
-    diag_bar = off_diag_bar = None
-    if any(ctx.needs_input_grad[:2]):
-        a, b = (x, g) if ctx.transpose else (g, x)
-        diag_bar, off_diag_bar = _outer(a, b, ctx.offsets, off_diag.dtype)
-    return diag_bar, off_diag_bar, x_bar, None, None
+    x_bar = _matvec(diag, off_diag, g, ctx.offsets, not ctx.transpose, ctx.log) if ctx.needs_input_grad[2] else None
+    a, b = (x, g) if ctx.transpose else (g, x)
+    return *_factor_bar(ctx, a, b, diag, off_diag), x_bar, None, None, None
 
 
 def _solve_setup(ctx, inputs, output):
-    diag, off_diag, _, ctx.offsets, ctx.transpose = inputs
+    diag, off_diag, _, ctx.offsets, ctx.transpose, ctx.log = inputs
     ctx.save_for_backward(diag, off_diag, output)
 
 
 def _solve_backward(ctx, g):
     diag, off_diag, x = ctx.saved_tensors
-    v = _solve(diag, off_diag, g, ctx.offsets, not ctx.transpose)
-    diag_bar = off_diag_bar = None
-    if any(ctx.needs_input_grad[:2]):
-        a, b = (x, -v) if ctx.transpose else (-v, x)
-        diag_bar, off_diag_bar = _outer(a, b, ctx.offsets, off_diag.dtype)
-    return diag_bar, off_diag_bar, v, None, None
+    v = _solve(diag, off_diag, g, ctx.offsets, not ctx.transpose, ctx.log)
+    a, b = (x, -v) if ctx.transpose else (-v, x)
+    return *_factor_bar(ctx, a, b, diag, off_diag), v, None, None, None
 
 
 def _outer_setup(ctx, inputs, output):
@@ -123,8 +125,8 @@ def _outer_setup(ctx, inputs, output):
 
 def _outer_backward(ctx, diag_g, off_diag_g):
     a, b = ctx.saved_tensors
-    a_bar = _matvec(diag_g, off_diag_g, b, ctx.offsets, False) if ctx.needs_input_grad[0] else None
-    b_bar = _matvec(diag_g, off_diag_g, a, ctx.offsets, True) if ctx.needs_input_grad[1] else None
+    a_bar = _matvec(diag_g, off_diag_g, b, ctx.offsets, False, False) if ctx.needs_input_grad[0] else None
+    b_bar = _matvec(diag_g, off_diag_g, a, ctx.offsets, True, False) if ctx.needs_input_grad[1] else None
     return a_bar, b_bar, None, None
 
 
@@ -145,7 +147,7 @@ def _nll_backward(ctx, value_g, whitened_g):
         cotangent = whitened_g if cotangent is None else cotangent + whitened_g
     residual_bar = log_diag_bar = off_diag_bar = None
     if ctx.needs_input_grad[0]:
-        residual_bar = _matvec(log_diag.exp(), off_diag, cotangent, ctx.offsets, False)
+        residual_bar = _matvec(log_diag, off_diag, cotangent, ctx.offsets, False, True)
     if any(ctx.needs_input_grad[1:3]):
         if whitened_g is None:
             log_diag_bar, off_diag_bar = _nll_factor_grad(value_g, residual, whitened, log_diag, ctx.offsets, off_diag.dtype)
@@ -167,8 +169,8 @@ def _nll_factor_grad_backward(ctx, log_diag_g, off_diag_g):
     ndim = log_diag.ndim - 1
     cotangent = _over_grid(scale, ndim) * whitened
     diag_g = log_diag_g * log_diag.exp()
-    residual_bar = _matvec(diag_g, off_diag_g, cotangent, ctx.offsets, False)
-    cotangent_bar = _matvec(diag_g, off_diag_g, residual, ctx.offsets, True)
+    residual_bar = _matvec(diag_g, off_diag_g, cotangent, ctx.offsets, False, False)
+    cotangent_bar = _matvec(diag_g, off_diag_g, residual, ctx.offsets, True, False)
     axes = tuple(range(-ndim, 0))  # not `flatten`, which has no batching rule for `is_grads_batched`
     scale_bar = (cotangent_bar * whitened).sum(axes) - log_diag_g.sum(axes)
     log_diag_bar = (residual * cotangent).sum(0) * diag_g
@@ -243,7 +245,7 @@ def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, di
     if off_diag.shape[-ndim - 1] != num_offsets:
         raise ValueError(f"off_diag has {off_diag.shape[-ndim - 1]} offsets, the stencil has {num_offsets}")
     if diag_name != "diag" or diag.dtype != accumulate_dtype(off_diag.dtype):
-        check_alike("off_diag", off_diag, diag_name, diag)
+        check_dtype("off_diag", off_diag, diag_name, diag)
     check_device("off_diag", off_diag, diag_name, diag)
     return broadcast_batch("off_diag", off_diag.shape[: -ndim - 1], diag_name, diag.shape[: diag.ndim - ndim])
 
@@ -256,11 +258,10 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64")
 
 
-def check_alike(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise TypeError or ValueError unless two tensors have one dtype and one device."""
+def check_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Raise TypeError unless two tensors have one dtype."""
     if tensor.dtype != other.dtype:
         raise TypeError(f"{name} is {tensor.dtype}, {other_name} is {other.dtype}")
-    check_device(name, tensor, other_name, other)
 
 
 def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -292,7 +293,7 @@ def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: 
     if vector.ndim < len(grid) or vector.shape[vector.ndim - len(grid) :] != torch.Size(grid):
         raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected (..., {', '.join(map(str, grid))})")
     if vector.dtype != accumulate_dtype(coefficient.dtype):
-        check_alike(name, vector, coefficient_name, coefficient)
+        check_dtype(name, vector, coefficient_name, coefficient)
     check_device(name, vector, coefficient_name, coefficient)
 
 
@@ -337,7 +338,7 @@ def _expand_factor(diag: Tensor, off_diag: Tensor, ndim: int, batch: torch.Size)
     )
 
 
-def _apply(op, name, diag, off_diag, x, offsets, ndim, transpose):
+def _apply(op, name, diag, off_diag, x, offsets, ndim, transpose, log):
     batch = check_factor(diag, off_diag, len(offsets), ndim)
     grid = diag.shape[diag.ndim - ndim :]
     check_vector(name, x, "off_diag", off_diag, grid)
@@ -350,11 +351,14 @@ def _apply(op, name, diag, off_diag, x, offsets, ndim, transpose):
         layout.vector(x.to(dtype)),
         _flat(offsets),
         transpose,
+        log,
     )
     return layout.batched(y).to(x.dtype)
 
 
-def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, ndim: int, transpose: bool = False) -> Tensor:
+def matvec(
+    diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, ndim: int, transpose: bool = False, log: bool = False
+) -> Tensor:
     """Product L x, or Lᵀx with ``transpose``, for a factor L stored by column.
 
     Args:
@@ -367,6 +371,7 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, ndim: in
         offsets: the K-1 forward offsets, in raster order.
         ndim: number of grid axes, 1 to 3.
         transpose: multiply by Lᵀ.
+        log: ``diag`` is the logarithm of the diagonal, which is then positive.
 
     Returns:
         (*sample, *batch, *grid) in the dtype of ``x``.
@@ -374,12 +379,14 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, ndim: in
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
     """
-    return _apply(_matvec, "x", diag, off_diag, x, offsets, ndim, transpose)
+    return _apply(_matvec, "x", diag, off_diag, x, offsets, ndim, transpose, log)
 
 
-def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, ndim: int, transpose: bool = False) -> Tensor:
+def solve(
+    diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, ndim: int, transpose: bool = False, log: bool = False
+) -> Tensor:
     """Solution of L x = b, or of Lᵀx = b with ``transpose``; arguments, shapes and errors as for `matvec`."""
-    return _apply(_solve, "b", diag, off_diag, b, offsets, ndim, transpose)
+    return _apply(_solve, "b", diag, off_diag, b, offsets, ndim, transpose, log)
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 0) -> tuple[Tensor, Tensor]:
@@ -398,7 +405,8 @@ def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 
     """
     check_tensor("a", a)
     check_tensor("b", b)
-    check_alike("b", b, "a", a)
+    check_dtype("b", b, "a", a)
+    check_device("b", b, "a", a)
     if a.shape != b.shape or a.ndim < ndim + sample_ndim:
         raise ValueError(
             f"a has shape {tuple(a.shape)} and b {tuple(b.shape)}, expected one shape with {sample_ndim} sample axes "

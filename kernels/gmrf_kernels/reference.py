@@ -2,7 +2,8 @@
 
 This file is the definition of what every other backend computes. Shapes, in all of them:
 
-* ``diag`` (B, *grid), ``off_diag`` (B, K-1, *grid): the factor L of each batch element, stored by column;
+* ``diag`` (B, *grid), ``off_diag`` (B, K-1, *grid): the factor L of each batch element, stored by column; where ``log``,
+  ``diag`` is the logarithm of its diagonal;
 * ``x``, ``b``, ``a`` (S, B, *grid): S vectors for each factor.
 
 ``off_diag`` may be float16 or bfloat16; everything else then is float32, and so is the arithmetic.
@@ -16,8 +17,9 @@ from torch import Tensor
 from .stencils import Offsets, overlap, wavefront_slopes
 
 
-def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
+def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
     """L x, or Lᵀx with ``transpose``: (S, B, *grid)."""
+    diag = diag.exp() if log else diag
     y = (diag * x).contiguous()
     for k, offset in enumerate(offsets):
         here, there = overlap(offset, diag.shape[1:])
@@ -29,8 +31,9 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpos
     return y
 
 
-def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool) -> Tensor:
+def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
     """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid). Substitution, one wavefront of independent sites at a time."""
+    diag = diag.exp() if log else diag
     grid = diag.shape[1:]
     sites = torch.stack(torch.meshgrid(*(torch.arange(n) for n in grid), indexing="ij")).flatten(1)
     order = torch.tensor(wavefront_slopes(offsets, len(grid))) @ sites
@@ -68,7 +71,7 @@ def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[T
 def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
     """Negative log likelihood (S, B) in nats, and the whitened residual y = Lᵀ residual (S, B, *grid)."""
     n = math.prod(log_diag.shape[1:])
-    y = matvec(log_diag.exp(), off_diag, residual, offsets, transpose=True)
+    y = matvec(log_diag, off_diag, residual, offsets, transpose=True, log=True)
     value = 0.5 * y.square().flatten(2).sum(-1) - log_diag.flatten(1).sum(-1) + 0.5 * n * math.log(2 * math.pi)
     return value, y
 

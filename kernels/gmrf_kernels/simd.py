@@ -14,6 +14,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, models, register_model
 
+# LLVM's bits for classes of floating-point numbers, either sign.
+_NAN, _INFINITE, _SUBNORMAL, _ZERO = 0x3, 0x204, 0x90, 0x60
+
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
 _I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
@@ -122,18 +125,6 @@ def operations(dtype: str) -> dict:
 
         return load, load_masked
 
-    @intrinsic
-    def prefetch_c(typingctx, address, index):
-        """Have the cache line of a coefficient brought in; any address will do."""
-
-        def codegen(context, builder, signature, args):
-            # For reading (0), into all levels of cache (3), as data (1).
-            options = [ir.Constant(_I32, option) for option in (0, 3, 1)]
-            call(builder, "llvm.prefetch.p0", ir.VoidType(), [pointer(builder, *args, _STORED[dtype]), *options])
-            return context.get_dummy_value()
-
-        return types.void(types.int64, types.int64), codegen
-
     def make_store(stored):
         element = _STORED[stored]
         align = ELEMENT_BYTES[stored]
@@ -233,6 +224,68 @@ def operations(dtype: str) -> dict:
 
         return vector_type(vector_type, mask_type), codegen
 
+    @intrinsic
+    def window(typingctx, low, high, first):
+        """Lanes ``first`` to ``first + n - 1`` of two vectors one behind the other; ``first`` is a literal."""
+        if not isinstance(first, types.IntegerLiteral):
+            return None
+        indices = ir.Constant(ir.VectorType(_I32, n), [first.literal_value + i for i in range(n)])
+
+        def codegen(context, builder, signature, args):
+            return builder.shuffle_vector(args[0], args[1], indices)
+
+        return vector_type(vector_type, vector_type, first), codegen
+
+    def in_class(builder, value, classes):
+        """Mask of the lanes whose floating-point class is among LLVM's bits ``classes``."""
+        function_type = ir.FunctionType(mask_type.llvm, [vector, _I32])
+        name = f"llvm.is.fpclass.v{n}{_mangled(scalar)}"
+        function = cgutils.get_or_insert_function(builder.module, function_type, name)
+        return builder.call(function, [value, ir.Constant(_I32, classes)])
+
+    @intrinsic
+    def not_finite(typingctx, value):
+        def codegen(context, builder, signature, args):
+            return in_class(builder, args[0], _NAN | _INFINITE)
+
+        return mask_type(vector_type), codegen
+
+    @intrinsic
+    def not_normal(typingctx, quotient, numerator):
+        """Mask of the lanes whose quotient is not a normal number, but for those that are 0 because the numerator is."""
+
+        def codegen(context, builder, signature, args):
+            quotient, numerator = args
+            outside = in_class(builder, quotient, _NAN | _INFINITE | _SUBNORMAL | _ZERO)
+            return builder.and_(outside, builder.fcmp_unordered("!=", numerator, ir.Constant(vector, None)))
+
+        return mask_type(vector_type, vector_type), codegen
+
+    def logic(instruction):
+        @intrinsic
+        def combine(typingctx, a, b):
+            def codegen(context, builder, signature, args):
+                return getattr(builder, instruction)(*args)
+
+            return mask_type(mask_type, mask_type), codegen
+
+        return combine
+
+    @intrinsic
+    def no_lanes(typingctx):
+        def codegen(context, builder, signature, args):
+            return ir.Constant(mask_type.llvm, None)
+
+        return mask_type(), codegen
+
+    @intrinsic
+    def any_lane(typingctx, mask):
+        def codegen(context, builder, signature, args):
+            bits = builder.bitcast(args[0], ir.IntType(n))
+            return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+
+        return types.boolean(mask_type), codegen
+
     def arithmetic(instruction):
         @intrinsic
         def compute(typingctx, a, b):
@@ -303,17 +356,15 @@ def operations(dtype: str) -> dict:
     # Sums over a row, one float64 for each lane.
     sums_type = _Vector("float64", ir.DoubleType(), n)
 
-    def accumulation(square):
-        @intrinsic
-        def add(typingctx, sums, a):
-            """Each lane's sum plus the lane of ``a`` (squared)."""
+    def widened_sum(product):
+        """An intrinsic that adds ``product(value)``, two factors in float64, to each lane's sum."""
 
+        @intrinsic
+        def add(typingctx, sums, value):
             def codegen(context, builder, signature, args):
-                sums, a = args
-                wide = a if a.type == sums.type else builder.fpext(a, sums.type)
-                if square:
-                    return call(builder, f"llvm.fmuladd.v{n}f64", sums.type, [wide, wide, sums])
-                return builder.fadd(sums, wide)
+                sums, value = args
+                wide = value if value.type == sums.type else builder.fpext(value, sums.type)
+                return call(builder, f"llvm.fmuladd.v{n}f64", sums.type, [wide, product(wide), sums])
 
             return sums_type(sums_type, vector_type), codegen
 
@@ -368,7 +419,6 @@ def operations(dtype: str) -> dict:
         "load_masked": load_masked,
         "load_c": load_c,
         "load_c_masked": load_c_masked,
-        "prefetch_c": prefetch_c,
         "store": store,
         "store_masked": store_masked,
         "store_c": store_c,
@@ -385,6 +435,13 @@ def operations(dtype: str) -> dict:
         "between": between,
         "splat": splat,
         "keep": keep,
+        "window": window,
+        "not_finite": not_finite,
+        "not_normal": not_normal,
+        "both": logic("and_"),
+        "either": logic("or_"),
+        "no_lanes": no_lanes,
+        "any_lane": any_lane,
         "multiply": arithmetic("fmul"),
         "subtract": arithmetic("fsub"),
         "divide": arithmetic("fdiv"),
@@ -393,8 +450,8 @@ def operations(dtype: str) -> dict:
         "subtract_product_scalar": multiply_add(scalar_type, negate=True),
         "exponential": exponential,
         "no_sums": no_sums,
-        "add_values": accumulation(square=False),
-        "add_squares": accumulation(square=True),
+        "add_square": widened_sum(lambda wide: wide),
+        "subtract_twice": widened_sum(lambda wide: ir.Constant(wide.type, [-2.0] * n)),
         "total": total,
     }
 

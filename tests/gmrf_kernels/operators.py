@@ -11,7 +11,10 @@ from gmrf_kernels.stencils import Offsets, unflatten
 from tests.cases import GRIDS, STENCILS
 from tests.dense import dense_factor, neighbours, random_factor
 
-OPERATORS = ("matvec", "matvec transposed", "solve", "solve transposed", "outer", "nll", "nll_factor_grad")
+OPERATORS = (
+    *("matvec", "matvec transposed", "matvec transposed log", "solve", "solve transposed", "solve log"),
+    *("outer", "nll", "nll_factor_grad"),
+)
 
 # Few, because a backend may compile each of them for each dtype. The far line reaches beyond the neighbours that the CPU's
 # recursion keeps in registers.
@@ -59,10 +62,11 @@ def arguments(
     x, y = torch.randn(2, samples, batch, *grid, dtype=torch.float64).to(device, vector_dtype)
     scale = torch.randn(samples, batch, dtype=torch.float64).to(device, vector_dtype)
     flat = [component for offset in offsets for component in offset]
-    operator, *transposed = name.split()
+    operator, *flags = name.split()
+    system = [log_diag if "log" in flags else diag, off_diag, x, flat, "transposed" in flags, "log" in flags]
     return {
-        "matvec": [diag, off_diag, x, flat, bool(transposed)],
-        "solve": [diag, off_diag, x, flat, bool(transposed)],
+        "matvec": system,
+        "solve": system,
         "outer": [x, y, flat, dtype],
         "nll": [x, log_diag, off_diag, flat],
         "nll_factor_grad": [scale, x, y, log_diag, flat, dtype],
@@ -104,18 +108,18 @@ def dense(name: str, args: Sequence) -> tuple[Tensor, ...]:
     ](*args)
 
 
-def _system(diag, off_diag, flat, transpose):
-    L = matrices(diag, off_diag, unflatten(flat, diag.ndim - 1))
+def _system(diag, off_diag, flat, transpose, log):
+    L = matrices(diag.exp() if log else diag, off_diag, unflatten(flat, diag.ndim - 1))
     return L.mT if transpose else L
 
 
-def _matvec(diag, off_diag, x, flat, transpose):
-    A = _system(diag, off_diag, flat, transpose)
+def _matvec(diag, off_diag, x, flat, transpose, log=False):
+    A = _system(diag, off_diag, flat, transpose, log)
     return ((A @ x.flatten(2).unsqueeze(-1)).reshape(x.shape),)
 
 
-def _solve(diag, off_diag, b, flat, transpose):
-    A = _system(diag, off_diag, flat, transpose)
+def _solve(diag, off_diag, b, flat, transpose, log=False):
+    A = _system(diag, off_diag, flat, transpose, log)
     return (torch.linalg.solve_triangular(A, b.flatten(2).unsqueeze(-1), upper=transpose).reshape(b.shape),)
 
 
@@ -129,7 +133,7 @@ def _outer(a, b, flat, dtype):
 
 
 def _nll(residual, log_diag, off_diag, flat):
-    (whitened,) = _matvec(log_diag.exp(), off_diag, residual, flat, True)
+    (whitened,) = _matvec(log_diag, off_diag, residual, flat, True, log=True)
     squares, logdet = whitened.flatten(2).square().sum(-1), log_diag.flatten(1).sum(-1)
     return 0.5 * squares - logdet + 0.5 * math.prod(log_diag.shape[1:]) * math.log(2 * math.pi), whitened
 
@@ -139,6 +143,6 @@ def _nll_factor_grad(scale, residual, whitened, log_diag, flat, dtype):
     offsets = unflatten(flat, log_diag.ndim - 1)
     log_diag = log_diag.clone().requires_grad_()
     off_diag = torch.zeros(len(log_diag), len(offsets), *log_diag.shape[1:], dtype=torch.float64, requires_grad=True)
-    (product,) = _matvec(log_diag.exp(), off_diag, residual, flat, True)
+    (product,) = _matvec(log_diag, off_diag, residual, flat, True, log=True)
     value = (whitened * product).flatten(2).sum(-1) - log_diag.flatten(1).sum(-1)
     return torch.autograd.grad((scale * value).sum(), (log_diag, off_diag), materialize_grads=True)

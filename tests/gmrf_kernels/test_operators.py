@@ -11,7 +11,7 @@ from torch.distributions import Distribution
 
 import gmrf_kernels
 from gmrf_kernels.ops import accumulate_dtype
-from tests.dense import exists, neighbours
+from tests.dense import exists, neighbours, random_factor
 from tests.gmrf_kernels.operators import (
     CASES,
     HALF,
@@ -111,7 +111,7 @@ def test_random_cases_equal_dense_likelihoods_and_gradients(stencil, device):
         expected_value, expected_whitened = dense("nll", args)
         ones = torch.ones(samples, batch, dtype=torch.float64)
         factor = dense("nll_factor_grad", [ones, residual, expected_whitened, log_diag, args[3], torch.float64])
-        (towards_residual,) = dense("matvec", [log_diag.exp(), off_diag, expected_whitened, args[3], False])
+        (towards_residual,) = dense("matvec", [log_diag, off_diag, expected_whitened, args[3], False, True])
         actual = (value, whitened, *torch.autograd.grad(value.sum(), inputs))
         for a, e in zip(actual, (expected_value, expected_whitened, towards_residual, *factor), strict=True):
             assert (a.detach().cpu() - e).abs().max() <= 1e-10 * e.abs().max() if e.numel() else a.numel() == 0
@@ -476,9 +476,49 @@ def test_backward_error_of_a_solve_whatever_the_condition(transpose, dtype, sten
     # Small right-hand sides leave float32 more room to grow in.
     b = (1e-10 * torch.randn(2, 2, *grid, dtype=torch.float64)).to(device, vector_dtype)
     flat = [component for offset in offsets for component in offset]
-    x = torch.ops.gmrf_kernels.solve(diag, off_diag, b, flat, transpose)
+    x = torch.ops.gmrf_kernels.solve(diag, off_diag, b, flat, transpose, False)
     assert x.isfinite().all()
     assert x.abs().max() > 1e10 * x.abs().min()
     limit = (len(offsets) + 3) * torch.finfo(vector_dtype).eps  # K + 2, with K - 1 offsets
     for s, i in itertools.product(range(2), repeat=2):
         assert _backward_error(diag[i], off_diag[i], x[s, i], b[s, i], offsets, transpose) <= limit
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "stencil", "grid", "k"), [(torch.float32, "5x5", (3, 40), 0), (torch.float64, "far line", (70,), 1)]
+)
+@pytest.mark.parametrize(
+    ("diag_power", "entry_power", "other_power", "b"),
+    [(83, -66, 100, 0.0), (-83, 66, -100, 0.0), (-33, 0, 100, 1.0)],
+    ids=["entry / diagonal underflows", "entry / diagonal overflows", "b / diagonal overflows"],
+)
+def test_backward_error_of_a_solve_whose_quotients_leave_the_range(
+    transpose, dtype, stencil, grid, k, diag_power, entry_power, other_power, b, device
+):
+    """One site has a diagonal and an entry whose solution is in range while a quotient of the two, or of b, is not.
+
+    Powers of two are given for float32 and scaled to the exponents of float64.
+    """
+    offsets = OFFSETS[stencil]
+    scale = round(math.log2(math.log2(torch.finfo(dtype).max)) - 7)
+    diag_value, entry, other = (2.0 ** (power << scale) for power in (diag_power, entry_power, other_power))
+    entry *= 1 if b else 4 / 3  # a quotient that underflows then loses digits
+    log_diag, off_diag = random_factor(offsets, grid, (2,), dtype, nan_outside=False)
+    diag, rhs = log_diag.exp(), torch.randn(1, 2, *grid, dtype=dtype)
+    # In the second image one site depends on nothing but its neighbour, whose solution is `other`.
+    here = (*(n // 2 for n in grid[:-1]), 20)
+    there = tuple(i + o for i, o in zip(here, offsets[k], strict=True))
+    site, neighbour = (here, there) if transpose else (there, here)
+    diag[1], off_diag[1] = 1, 0
+    diag[1][site], off_diag[1, k][here] = diag_value, entry
+    rhs[0, 1][neighbour] = other
+    rhs[0, 1][site] = b * other * (1 + 2 * torch.finfo(dtype).eps)
+    diag, off_diag, rhs = diag.to(device), off_diag.to(device), rhs.to(device)
+    flat = [component for offset in offsets for component in offset]
+    x = torch.ops.gmrf_kernels.solve(diag, off_diag, rhs, flat, transpose, False)
+    assert x.isfinite().all()
+    assert x[0, 1][site] != 0
+    limit = (len(offsets) + 3) * torch.finfo(dtype).eps
+    for i in range(2):
+        assert _backward_error(diag[i], off_diag[i], x[0, i], rhs[0, i], offsets, transpose) <= limit
