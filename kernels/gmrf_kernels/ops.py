@@ -141,21 +141,22 @@ def _nll_backward(ctx, value_g, whitened_g):
         return None, None, None, None
     residual, log_diag, off_diag, whitened = ctx.saved_tensors
     ndim = log_diag.ndim - 1
-    # The cotangent of the whitened residual: the value's through ½ yᵀy, and its own in a second backward.
-    cotangent = None if value_g is None else _over_grid(value_g, ndim) * whitened
-    if whitened_g is not None:
-        cotangent = whitened_g if cotangent is None else cotangent + whitened_g
+    needs_factor = any(ctx.needs_input_grad[1:3])
+    cotangent = whitened_g
+    if value_g is not None and (ctx.needs_input_grad[0] or whitened_g is not None):
+        # Of the whitened residual: the value's through ½ yᵀy, and its own in a second backward.
+        cotangent = _over_grid(value_g, ndim) * whitened
+        cotangent = cotangent if whitened_g is None else cotangent + whitened_g
     residual_bar = log_diag_bar = off_diag_bar = None
     if ctx.needs_input_grad[0]:
         residual_bar = _matvec(log_diag, off_diag, cotangent, ctx.offsets, False, True)
-    if any(ctx.needs_input_grad[1:3]):
-        if whitened_g is None:
-            log_diag_bar, off_diag_bar = _nll_factor_grad(value_g, residual, whitened, log_diag, ctx.offsets, off_diag.dtype)
-        else:
-            diag_bar, off_diag_bar = _outer(residual, cotangent, ctx.offsets, off_diag.dtype)
-            log_diag_bar = diag_bar * log_diag.exp()
-            if value_g is not None:
-                log_diag_bar = log_diag_bar - _over_grid(value_g.sum(0), ndim)
+    if needs_factor and whitened_g is None:
+        log_diag_bar, off_diag_bar = _nll_factor_grad(value_g, residual, whitened, log_diag, ctx.offsets, off_diag.dtype)
+    elif needs_factor:
+        diag_bar, off_diag_bar = _outer(residual, cotangent, ctx.offsets, off_diag.dtype)
+        log_diag_bar = diag_bar * log_diag.exp()
+        if value_g is not None:
+            log_diag_bar = log_diag_bar - _over_grid(value_g.sum(0), ndim)
     return residual_bar, log_diag_bar, off_diag_bar, None
 
 
