@@ -1,0 +1,9 @@
+"""Triton backend: kernels for GPUs. Shapes are those of `reference`; kernels/README.md says how each kernel works.
+
+Triton's interpreter (``TRITON_INTERPRET=1`` in the environment of the process) runs the same kernels on CPU tensors, slowly.
+"""
+
+import triton
+
+# Triton decides when a kernel is defined whether it is compiled or interpreted.
+INTERPRETED: bool = triton.knobs.runtime.interpret
