@@ -5,5 +5,10 @@ Triton's interpreter (``TRITON_INTERPRET=1`` in the environment of the process) 
 
 import triton
 
+from .gather import matvec, nll
+from .outer import nll_factor_grad, outer
+
+__all__ = ["INTERPRETED", "matvec", "nll", "nll_factor_grad", "outer"]
+
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 INTERPRETED: bool = triton.knobs.runtime.interpret
