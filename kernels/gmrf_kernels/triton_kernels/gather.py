@@ -41,7 +41,7 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     _launch(log_diag, off_diag, residual, whitened, partial, offsets, transpose=True)
     if value.numel():
         with on_device_of(residual):
-            _finish_nll[(value.numel(),)](value, partial, tiles, math.prod(grid), BLOCK=1024)
+            _finish_nll[(value.numel(),)](value, partial, tiles, math.prod(grid), PARTS=schedule.PARTS)
     return value, whitened
 
 
@@ -174,13 +174,13 @@ def _add_products(sums, entry, xs, sites, mask):
 
 
 @triton.jit(do_not_specialize=["tiles", "n"])
-def _finish_nll(value_ptr, partial_ptr, tiles, n: tl.int64, BLOCK: tl.constexpr):
+def _finish_nll(value_ptr, partial_ptr, tiles, n: tl.int64, PARTS: tl.constexpr):
     """value (S, B) from the parts (S, B, tiles), in float64 and in the order of the tiles."""
     HALF_LOG_TWO_PI: tl.constexpr = 0.9189385332046727
     item = tl.program_id(0).to(tl.int64)
-    sums = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, tiles, BLOCK):
-        index = first + tl.arange(0, BLOCK)
+    sums = tl.zeros((PARTS,), tl.float64)
+    for first in range(0, tiles, PARTS):
+        index = first + tl.arange(0, PARTS)
         sums += tl.load(partial_ptr + item * tiles + index, index < tiles, other=0.0).to(tl.float64)
-    value = sum_by_pairs(sums, BLOCK) + n.to(tl.float64) * HALF_LOG_TWO_PI
+    value = sum_by_pairs(sums, PARTS) + n.to(tl.float64) * HALF_LOG_TWO_PI
     tl.store(value_ptr + item + tl.arange(0, 1), value.to(value_ptr.dtype.element_ty))

@@ -31,6 +31,9 @@ _MOST_WARPS = 8
 # Sums that `outer` holds at once: b is loaded once for so many offsets.
 _GROUP = 8
 
+# Tiles whose parts of a likelihood are added at once, by four warps.
+PARTS = 1024
+
 # Narrower tiles would only be more kernels to compile.
 _LEAST_COLUMNS = 8
 
