@@ -20,7 +20,7 @@ from .wavefronts import plan
 # loads in flight of each of a thousand threads cover the latency of the memory; 4 bytes of 16-bit coefficients, because
 # neighbours' values, which a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
 # Several: as many as leave room for the sums.
-_SITES_PER_THREAD = {torch.float16: (2, 2), torch.bfloat16: (2, 2), torch.float32: (4, 2), torch.float64: (2, 1)}
+_SITES_PER_THREAD = {torch.float16: (2, 1), torch.bfloat16: (2, 1), torch.float32: (4, 2), torch.float64: (2, 1)}
 
 # Samples whose sums a thread of `gather` holds at once: with f = 7 they take at most 80 registers.
 _SAMPLES = 4
