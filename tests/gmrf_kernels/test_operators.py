@@ -400,6 +400,16 @@ def test_compiled_by_inductor(device, keep_torch_defaults):
 # --- accuracy ---
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=named)
+def test_the_exponential_of_the_diagonal_is_accurate_far_from_zero(dtype, device):
+    """With no neighbours, a residual of ones is whitened to exp(log_diag)."""
+    log_diag = torch.linspace(-80, 80, 2000, dtype=dtype).reshape(1, 40, 50)
+    ones, none = torch.ones_like(log_diag)[None], log_diag.new_empty(1, 0, 40, 50)
+    _, whitened = torch.ops.gmrf_kernels.nll(ones.to(device), log_diag.to(device), none.to(device), [])
+    # Two roundings: of the exponential in half an ulp, and of what a library's function may lose beyond it.
+    torch.testing.assert_close(whitened[0].cpu(), log_diag.double().exp().to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
 def _backward_error(diag, off_diag, x, b, offsets, transpose):
     """max_i of (|b - A x| / |A||x|)_i, A = L or Lᵀ, in rational numbers: it has no rounding of its own."""
     grid = x.shape
