@@ -54,7 +54,10 @@ def small_tiles(monkeypatch):
 
     def tile(grid, samples, dtype):
         depth, height, width = geometry.grid3(grid)
-        return schedule.Tile(rows=2, columns=4, samples=2, group=5, warps=1, count=-(-depth * height // 2) * -(-width // 4))
+        count = -(-depth * height // 2) * -(-width // 4)
+        return schedule.Tile(
+            rows=2, columns=4, samples=2, group=5, warps=1, count=count, sample_blocks=-(-samples // 2), parts=2
+        )
 
     monkeypatch.setattr(schedule, "tile", tile)
 
@@ -107,6 +110,5 @@ def test_empty_batches_and_no_samples(name, samples, batch):
     assert_dense(name, OFFSETS["5x5"], (3, 4), samples=samples, batch=batch)
 
 
-def test_more_tiles_than_are_added_at_once(monkeypatch, small_tiles):
-    monkeypatch.setattr(schedule, "PARTS", 2)
+def test_more_tiles_than_are_added_at_once(small_tiles):
     assert_dense("nll", OFFSETS["far line"], (70,))

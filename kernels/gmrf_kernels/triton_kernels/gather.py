@@ -11,6 +11,7 @@ Bytes moved through memory for N sites in all images, S samples, coefficients of
 off-diagonals, less the rows whose neighbour lies off the grid; the diagonal, v·N; the samples, v·S·N; the product, v·S·N.
 """
 
+import functools
 import math
 
 import torch
@@ -36,12 +37,14 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     samples, batch, *grid = residual.shape
     whitened = torch.empty_like(residual, memory_format=torch.contiguous_format)
     value = residual.new_empty((samples, batch))
-    tiles = schedule.tile(tuple(grid), samples, off_diag.dtype).count
-    partial = residual.new_empty((samples, batch, tiles))
+    tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
+    partial = residual.new_empty((samples, batch, tile.count))
     _launch(log_diag, off_diag, residual, whitened, partial, offsets, transpose=True)
     if value.numel():
         with on_device_of(residual):
-            _finish_nll[(value.numel(),)](value, partial, tiles, math.prod(grid), PARTS=schedule.PARTS)
+            _finish_nll[(samples * batch,)](
+                *(value, partial, tile.count, math.prod(grid)), PARTS=tile.parts, num_warps=max(1, tile.parts // 256)
+            )
     return value, whitened
 
 
@@ -55,13 +58,13 @@ def _launch(
     ndim = len(grid)
     tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
     with on_device_of(x):
-        _gather[(batch * tile.count * triton.cdiv(samples, tile.samples),)](
+        _gather[(batch * tile.count * tile.sample_blocks,)](
             *(diag, diag.stride(0), *strides3(diag, ndim)),
             *(off_diag, off_diag.stride(0), off_diag.stride(1), *strides3(off_diag, ndim)),
             *(x, x.stride(0), x.stride(1), *strides3(x, ndim)),
             *(y, partial),
             *(samples, batch, *grid3(grid)),
-            NEIGHBOURS=tuple(tuple(o if transpose else -o for o in offset) for offset in offsets3(offsets)),
+            NEIGHBOURS=offsets3(offsets) if transpose else _backward(offsets),
             AT_NEIGHBOUR=not transpose,
             ROWS=tile.rows,
             COLS=tile.columns,
@@ -69,6 +72,12 @@ def _launch(
             INDEX=tl.int64 if spans_32_bits(diag, off_diag, x, y, ndim=ndim) else tl.int32,
             num_warps=tile.warps,
         )
+
+
+@functools.cache
+def _backward(offsets: Offsets) -> Offsets:
+    """Where the neighbours lie that have a site as theirs."""
+    return tuple(tuple(-component for component in offset) for offset in offsets3(offsets))
 
 
 @triton.jit(do_not_specialize=["S", "B", "D", "H"])

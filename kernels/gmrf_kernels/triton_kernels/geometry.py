@@ -5,6 +5,7 @@ terms is code of its own and no array of indices exists.
 """
 
 import contextlib
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -19,6 +20,7 @@ def grid3(grid: Sequence[int]) -> tuple[int, int, int]:
     return depth, height, width
 
 
+@functools.cache
 def offsets3(offsets: Offsets) -> Offsets:
     """The offsets with three components, (planes, rows, columns)."""
     return tuple((0,) * (3 - len(offset)) + tuple(offset) for offset in offsets)
@@ -32,12 +34,11 @@ def strides3(tensor: Tensor, ndim: int) -> tuple[int, int, int]:
 
 def spans_32_bits(*tensors: Tensor, ndim: int) -> bool:
     """One of the grids, its last ``ndim`` axes, spans 2³¹ elements of memory or more: offsets inside it need 64 bits."""
-
-    def span(tensor):
-        axes = range(tensor.ndim - ndim, tensor.ndim)
-        return sum((tensor.shape[axis] - 1) * tensor.stride(axis) for axis in axes)
-
-    return any(span(tensor) >= 2**31 for tensor in tensors)
+    for tensor in tensors:
+        extent = sum((size - 1) * stride for size, stride in zip(tensor.shape[-ndim:], tensor.stride()[-ndim:], strict=True))
+        if extent >= 2**31:
+            return True
+    return False
 
 
 def on_device_of(tensor: Tensor) -> contextlib.AbstractContextManager:

@@ -31,8 +31,8 @@ _MOST_WARPS = 8
 # Sums that `outer` holds at once: b is loaded once for so many offsets.
 _GROUP = 8
 
-# Tiles whose parts of a likelihood are added at once, by four warps.
-PARTS = 1024
+# Parts of a likelihood that are added at once, if there are so many tiles.
+_PARTS = 1024
 
 # Narrower tiles would only be more kernels to compile.
 _LEAST_COLUMNS = 8
@@ -51,6 +51,8 @@ class Tile:
         group: offsets that a program of `outer` takes at once.
         warps: of the program.
         count: tiles that cover the grid.
+        sample_blocks: programs of `gather` for one tile.
+        parts: of a likelihood, one from each tile, that are added at once.
     """
 
     rows: int
@@ -59,6 +61,8 @@ class Tile:
     group: int
     warps: int
     count: int
+    sample_blocks: int
+    parts: int
 
 
 @functools.cache
@@ -81,7 +85,17 @@ def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
     widest = min(max(_LEAST_COLUMNS, triton.next_power_of_2(total_columns)), most)
     shapes = [shape(1 << i) for i in range(widest.bit_length()) if 1 << i >= min(32, widest)]
     rows, columns, count = min(shapes, key=cost)
-    return Tile(rows, columns, _SAMPLES if several else 1, _GROUP, max(1, rows * columns // (32 * per_thread)), count)
+    taken = _SAMPLES if several else 1
+    return Tile(
+        rows=rows,
+        columns=columns,
+        samples=taken,
+        group=_GROUP,
+        warps=max(1, rows * columns // (32 * per_thread)),
+        count=count,
+        sample_blocks=triton.cdiv(samples, taken),
+        parts=min(_PARTS, triton.next_power_of_2(count)),
+    )
 
 
 # --- Wavefronts (solve.py) ---
