@@ -7,8 +7,9 @@ import triton
 
 from .gather import matvec, nll
 from .outer import nll_factor_grad, outer
+from .solve import solve
 
-__all__ = ["INTERPRETED", "matvec", "nll", "nll_factor_grad", "outer"]
+__all__ = ["INTERPRETED", "matvec", "nll", "nll_factor_grad", "outer", "solve"]
 
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 INTERPRETED: bool = triton.knobs.runtime.interpret
