@@ -56,7 +56,7 @@ def small_tiles(monkeypatch):
         depth, height, width = geometry.grid3(grid)
         count = -(-depth * height // 2) * -(-width // 4)
         return schedule.Tile(
-            rows=2, columns=4, samples=2, group=5, warps=1, count=count, sample_blocks=-(-samples // 2), parts=2
+            rows=2, columns=4, samples=2, ahead=5, group=5, warps=1, count=count, sample_blocks=-(-samples // 2), parts=2
         )
 
     monkeypatch.setattr(schedule, "tile", tile)

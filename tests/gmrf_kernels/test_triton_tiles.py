@@ -59,7 +59,7 @@ def test_the_likelihood_loads_each_coefficient_once_in_vectors(dtype):
     kernel, _ = machines("nll", dtype, SEVEN, IMAGE, 1, "sm_90")
     # Coefficients are what is evicted first: PTX names the number and the bits of what a load moves.
     loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)", kernel.assembly)
-    bits = {torch.float32: ("4", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
+    bits = {torch.float32: ("2", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
     assert loads == [bits] * len(SEVEN)
 
 
@@ -67,7 +67,7 @@ def test_the_likelihood_loads_each_coefficient_once_in_vectors(dtype):
 def test_the_gradient_stores_each_entry_once_in_vectors(dtype):
     (kernel,) = machines("nll_factor_grad", dtype, SEVEN, IMAGE, 1, "sm_90")
     stores = re.findall(r"st\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.assembly)
-    bits = {torch.float32: ("4", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
+    bits = {torch.float32: ("2", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
     assert sorted(stores[-len(SEVEN) :]) == [bits] * len(SEVEN)
     assert len(stores) == len(SEVEN) + 1
     assert "evict_first" not in kernel.assembly  # it loads no coefficient

@@ -1,11 +1,11 @@
 """Products with L and Lᵀ, and the fused negative log likelihood: each site gathers from its neighbours.
 
 A program owns a tile of sites of one image, for up to four samples. It loads each coefficient of its sites once, coalesced, in
-vectors of 16 bytes where strides and alignment allow it, and uses it for all its samples; neighbouring values of the samples
-come through the L1 cache, which they share with nothing: coefficients are marked to be evicted first. More samples of a shared
-factor are programs with consecutive numbers, which run at the same time and find the coefficients in the L2 cache: held in
-registers for all samples, they would leave no room for the sums, and looping over the samples in one program would leave most
-of the GPU idle when there are few images.
+vectors where strides and alignment allow it, several offsets before it is needed, and uses it for all its samples; neighbouring
+values of the samples come through the L1 cache, which they need not share: coefficients are marked to be evicted first. More
+samples of a shared factor are programs with consecutive numbers, which run at the same time and find the coefficients in the L2
+cache: held in registers for all samples, they would leave no room for the sums, and looping over the samples in one program
+would leave most of the GPU idle when there are few images.
 
 Bytes moved through memory for N sites in all images, S samples, coefficients of c bytes and values of v bytes: (K-1)·c·N of the
 off-diagonals, less the rows whose neighbour lies off the grid; the diagonal, v·N; the samples, v·S·N; the product, v·S·N.
@@ -69,6 +69,7 @@ def _launch(
             ROWS=tile.rows,
             COLS=tile.columns,
             SAMPLES=tile.samples,
+            AHEAD=tile.ahead,
             INDEX=tl.int64 if spans_32_bits(diag, off_diag, x, y, ndim=ndim) else tl.int32,
             num_warps=tile.warps,
         )
@@ -111,6 +112,7 @@ def _gather(
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
     SAMPLES: tl.constexpr,
+    AHEAD: tl.constexpr,  # coefficients of a site whose loads are under way before the first is needed
     INDEX: tl.constexpr,
 ):
     sample_blocks = tl.cdiv(S, SAMPLES)
@@ -121,11 +123,16 @@ def _gather(
     image = (program // sample_blocks // tiles).to(tl.int64)
 
     plane, row, column = tile_of(tile, H, W, ROWS, COLS, INDEX)
-    row_exists = plane < D  # (ROWS, 1)
-    exists = row_exists & (column < W)  # (ROWS, COLS)
+    exists = (plane < D) & (column < W)  # (ROWS, COLS)
     diag_sites = plane * diag_d + row * diag_h + column * diag_w
     off_sites = plane * off_d + row * off_h + column * off_w
     x_sites = plane * x_d + row * x_h + column * x_w
+
+    coefficients = off_ptr + image * off_b + off_sites
+    entries = ()
+    for k in tl.static_range(min(AHEAD, len(NEIGHBOURS))):
+        off_there = distance(NEIGHBOURS, k, off_d, off_h, off_w)
+        entries += (_load_entry(coefficients + k * off_k, off_there, plane, row, column, D, H, W, NEIGHBOURS, k, AT_NEIGHBOUR),)
 
     diag = tl.load(diag_ptr + image * diag_b + diag_sites, exists, other=0.0)
     if partial_ptr is not None:
@@ -137,18 +144,28 @@ def _gather(
         sums += (diag * tl.load(xs[i] + x_sites, exists, other=0.0),)
 
     for k in tl.static_range(len(NEIGHBOURS)):
-        row_has = row_exists & inside(plane, D, NEIGHBOURS[k][0]) & inside(row, H, NEIGHBOURS[k][1])  # (ROWS, 1)
-        has = row_has & (column < W) & inside(column, W, NEIGHBOURS[k][2])  # (ROWS, COLS)
-        entries = off_ptr + image * off_b + k * off_k + off_sites
-        if AT_NEIGHBOUR:
-            entries += distance(NEIGHBOURS, k, off_d, off_h, off_w)
-            entry = tl.load(entries, has, other=0.0, eviction_policy="evict_first")
-        else:
-            # A mask by rows lets a thread load vectors; what is stored where no entry exists is dropped afterwards.
-            entry = tl.load(entries, row_has & (column < W), other=0.0, eviction_policy="evict_first")
-            entry = tl.where(has, entry, 0.0)
+        if k + AHEAD < len(NEIGHBOURS):
+            off_there = distance(NEIGHBOURS, k + AHEAD, off_d, off_h, off_w)
+            entries += (
+                _load_entry(
+                    coefficients + (k + AHEAD) * off_k,
+                    off_there,
+                    plane,
+                    row,
+                    column,
+                    D,
+                    H,
+                    W,
+                    NEIGHBOURS,
+                    k + AHEAD,
+                    AT_NEIGHBOUR,
+                ),
+            )
+        has = _has_row(plane, row, D, H, NEIGHBOURS, k) & (column < W) & inside(column, W, NEIGHBOURS[k][2])
+        # What is stored where no entry exists, NaN perhaps, is dropped.
+        entry = tl.where(has, entries[k], 0.0).to(diag.dtype)
         there = x_sites + distance(NEIGHBOURS, k, x_d, x_h, x_w)
-        sums = _add_products(sums, entry.to(diag.dtype), xs, there, has)
+        sums = _add_products(sums, entry, xs, there, has)
 
     n = tl.cast(D * H, tl.int64) * W
     y_sites = (plane * H + row) * W + column
@@ -160,6 +177,36 @@ def _gather(
         for i in tl.static_range(SAMPLES):
             parts = tl.where(exists, tl.fma(0.5 * sums[i], sums[i], -log_diag), 0.0)
             tl.store(partials[i] + tl.arange(0, 1), sum_by_pairs(parts, ROWS * COLS))
+
+
+@triton.jit
+def _load_entry(
+    sites,
+    there,
+    plane,
+    row,
+    column,
+    D,
+    H,
+    W,
+    NEIGHBOURS: tl.constexpr,
+    K: tl.constexpr,
+    AT_NEIGHBOUR: tl.constexpr,
+):
+    """The K-th coefficient of each site, or with AT_NEIGHBOUR that of its neighbour; 0 where its row has no neighbours."""
+    row_has = _has_row(plane, row, D, H, NEIGHBOURS, K)
+    if AT_NEIGHBOUR:
+        has = row_has & (column < W) & inside(column, W, NEIGHBOURS[K][2])
+        return tl.load(sites + there, has, other=0.0, eviction_policy="evict_first")
+    else:
+        # A mask by rows lets a thread load vectors, entries that do not exist among them.
+        return tl.load(sites, row_has & (column < W), other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _has_row(plane, row, D, H, NEIGHBOURS: tl.constexpr, K: tl.constexpr):
+    """(ROWS, 1): the row of the K-th neighbours of this row's sites exists, and so does the row."""
+    return (plane < D) & inside(plane, D, NEIGHBOURS[K][0]) & inside(row, H, NEIGHBOURS[K][1])
 
 
 @triton.jit

@@ -16,13 +16,19 @@ from .wavefronts import plan
 
 # --- Tiles of the kernels without recursion (gather.py, outer.py) ---
 
-# Sites of a thread, for one sample and for several. One: a load of 16 bytes of float32 or float64 coefficients, so that two
-# loads in flight of each of a thousand threads cover the latency of the memory; 4 bytes of 16-bit coefficients, because
-# neighbours' values, which a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
-# Several: as many as leave room for the sums.
-_SITES_PER_THREAD = {torch.float16: (2, 1), torch.bfloat16: (2, 1), torch.float32: (4, 2), torch.float64: (2, 1)}
+# (sites of a thread, coefficients of each that it loads before it needs the first), for one sample and for several.
+# One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where the memory of
+# an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours' values, which
+# a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
+# Several: the loads of samples are many times those of coefficients, and their sums need the registers.
+_SITES_AND_AHEAD = {
+    torch.float16: ((2, 16), (1, 8)),
+    torch.bfloat16: ((2, 16), (1, 8)),
+    torch.float32: ((2, 8), (2, 4)),
+    torch.float64: ((2, 8), (1, 4)),
+}
 
-# Samples whose sums a thread of `gather` holds at once: with f = 7 they take at most 80 registers.
+# Samples whose sums a thread of `gather` holds at once.
 _SAMPLES = 4
 
 # Threads of a program: eight programs fill the 2048 threads of a multiprocessor.
@@ -48,6 +54,7 @@ class Tile:
     Args:
         rows, columns: of sites, powers of two.
         samples: that a program of `gather` takes at once.
+        ahead: coefficients of each site that a program of `gather` loads before it needs the first.
         group: offsets that a program of `outer` takes at once.
         warps: of the program.
         count: tiles that cover the grid.
@@ -58,6 +65,7 @@ class Tile:
     rows: int
     columns: int
     samples: int
+    ahead: int
     group: int
     warps: int
     count: int
@@ -69,7 +77,7 @@ class Tile:
 def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
     """The tile for a grid and coefficients of ``dtype``. Strides have no part in it: they must not change a sum's order."""
     several = samples > 1
-    per_thread = _SITES_PER_THREAD[dtype][several]
+    per_thread, ahead = _SITES_AND_AHEAD[dtype][several]
     most = _MOST_WARPS * 32 * per_thread
     total_rows, total_columns = math.prod(grid[:-1]), grid[-1]
 
@@ -90,6 +98,7 @@ def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
         rows=rows,
         columns=columns,
         samples=taken,
+        ahead=ahead,
         group=_GROUP,
         warps=max(1, rows * columns // (32 * per_thread)),
         count=count,
@@ -100,7 +109,22 @@ def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
 
 # --- Wavefronts (solve.py) ---
 
+# Lanes of a program: one warp, whose lanes pass values to each other by shuffles.
 _LANES = 32
+
+# Bytes of coefficients of one offset that a lane loads at once: the widest load there is.
+_VECTOR_BYTES = 16
+
+# 32-bit registers for a lane's coefficients of a step, its windows, and four more values for each site of a block. With as many
+# as this the compiler finds room for the rest in the 255 of a thread.
+_WAVEFRONT_REGISTERS = 180
+
+# Warps that can issue at once on the 132 multiprocessors of an H100: with fewer programs than that, items are not put together.
+_WARPS_AT_WORK = 4 * 132
+
+# A flag costs its band a write to the L2 cache and the wait for it; each step between flags keeps the next band a step behind,
+# where a band of 32 rows begins 64 steps or so after the one before anyway.
+_STEPS_PER_FLAG = 8
 
 
 @dataclass(frozen=True)
@@ -125,15 +149,26 @@ class Wavefronts:
 
 
 @functools.cache
-def wavefronts(
-    offsets: Offsets, grid: tuple[int, int, int], items: int, dtype: torch.dtype, vector_dtype: torch.dtype
-) -> Wavefronts:
-    """How `solve` goes about a stencil, a grid (D, H, W) and as many pairs of an image and a sample."""
+def wavefronts(offsets: Offsets, grid: tuple[int, int, int], items: int, dtype: torch.dtype) -> Wavefronts:
+    """How to solve for offsets of three components, a grid (D, H, W), so many pairs of an image and a sample, and coefficients
+    of ``dtype``."""
     depth, height, width = grid
-    sites = 4
+    sites = _block_sites(offsets, width, dtype)
     order = plan(offsets, sites, one_plane=False)
-    row_lanes = min(height, -(-(-(-width // sites) + order.idle) // order.slopes[1]))
-    if depth * row_lanes <= _LANES:
-        return Wavefronts(sites, _LANES, _LANES // (depth * row_lanes), row_lanes, 0, 0)
-    band = triton.cdiv(height, triton.cdiv(height, _LANES))
-    return Wavefronts(sites, _LANES, _LANES // band, band, band, 8)
+    # A lane may begin another row when it has paused for so long that nothing of the two rows can meet.
+    row_lanes = min(height, triton.cdiv(triton.cdiv(width, sites) + order.idle, order.slopes[1]))
+    band = 0
+    if depth * row_lanes > _LANES:
+        band = row_lanes = triton.cdiv(height, triton.cdiv(height, _LANES))
+    fit = _LANES // (row_lanes if band else depth * row_lanes)
+    taken = min(fit, max(1, items // _WARPS_AT_WORK))
+    return Wavefronts(sites, _LANES, taken, row_lanes, band, _STEPS_PER_FLAG if band else 0)
+
+
+def _block_sites(offsets: Offsets, width: int, dtype: torch.dtype) -> int:
+    """Sites of a block: as many as a load of coefficients brings, unless they need too many registers or the row has fewer."""
+    words = 2 if dtype == torch.float64 else 1
+    sites = min(_VECTOR_BYTES // dtype.itemsize, triton.next_power_of_2(width))
+    while sites > 1 and words * sites * (plan(offsets, sites, False).blocks_kept + len(offsets) + 4) > _WAVEFRONT_REGISTERS:
+        sites //= 2
+    return sites
