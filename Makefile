@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo test test-gpu clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments demo
@@ -11,6 +11,9 @@ test: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/ready
+	$(BIN)/python -m pytest -m gpu
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

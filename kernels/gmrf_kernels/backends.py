@@ -3,13 +3,14 @@
 import contextlib
 import functools
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 
 import torch
 
-_MODULES = {"reference": ".reference", "cpu": ".cpu"}
-_BY_DEVICE = {"cpu": "cpu"}
+_MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_kernels"}
+_BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 _override: str | None = None
 
@@ -19,7 +20,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Run every operation inside the ``with`` block on one backend, whatever the device of its tensors.
 
     Args:
-        name: ``"reference"`` (plain torch, any device) or ``"cpu"`` (Numba, CPU tensors only).
+        name: ``"reference"`` (plain torch, any device), ``"cpu"`` (Numba, CPU tensors only) or ``"triton"`` (CUDA tensors only,
+            AMD's among them; CPU tensors where Triton interprets its kernels, ``TRITON_INTERPRET=1``).
 
     The choice holds for the whole process, as torch's own backend flags do, so that a backward pass run by an autograd
     thread sees it too. It is restored on leaving the block.
@@ -38,17 +40,30 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def backend_for(device: torch.device) -> ModuleType:
-    """The module that implements the operations for tensors on ``device``.
+    """The module that implements the operations for tensors on ``device``: by default the CPU backend for CPU tensors, the
+    Triton backend for CUDA tensors, and the reference for all others.
 
     Raises:
-        ValueError: the backend chosen with `use_backend` does not take tensors of this device.
+        ValueError: the backend does not take tensors of this device, or needs Triton, which is not installed.
     """
     name = _override or _BY_DEVICE.get(device.type, "reference")
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use 'reference' there")
+    if name == "triton":
+        _check_triton(device)
     return _module(name)
 
 
 @functools.cache
 def _module(name: str) -> ModuleType:
     return importlib.import_module(_MODULES[name], __package__)
+
+
+def _check_triton(device: torch.device) -> None:
+    instead = "'cpu' or 'reference'" if device.type == "cpu" else "'reference'"
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError(f"backend 'triton' needs the package triton, which is not installed; use {instead} on {device}")
+    interpreted = _module("triton").INTERPRETED
+    if device.type != ("cpu" if interpreted else "cuda"):
+        takes = "CPU tensors in Triton's interpreter" if interpreted else "CUDA tensors"
+        raise ValueError(f"backend 'triton' takes {takes}, got tensors on {device}; use {instead} there")

@@ -1,4 +1,7 @@
-"""The registered operators as the tests call them: random arguments, and the values by dense float64 linear algebra."""
+"""The registered operators as the tests call them: random arguments, and the values by dense float64 linear algebra.
+
+Also what tests compare with them, and the same values in other strides.
+"""
 
 import math
 from collections.abc import Sequence
@@ -42,6 +45,9 @@ CASES = [  # dtype of the coefficients, stencil, grid
     *((dtype, "3x3", grid) for dtype in HALF for grid in ((5, 7), (1, 1), WIDE[2])),
 ]
 SMALL = [("far line", (8,)), ("diagonal", (2, 3)), ("5x5", (3, 4)), ("volume", (2, 2, 3))]
+
+# Sums of at most K = 13 terms, through solves whose matrices have condition numbers of some tens: hundreds of roundings.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
 def arguments(
@@ -146,3 +152,39 @@ def _nll_factor_grad(scale, residual, whitened, log_diag, flat, dtype):
     (product,) = _matvec(log_diag, off_diag, residual, flat, True, log=True)
     value = (whitened * product).flatten(2).sum(-1) - log_diag.flatten(1).sum(-1)
     return torch.autograd.grad((scale * value).sum(), (log_diag, off_diag), materialize_grads=True)
+
+
+def assert_close(actual, expected):
+    """Equal up to roundings of the arithmetic, relative to the largest entry, and one of the dtype that stores it."""
+    assert actual.shape == expected.shape
+    assert actual.is_contiguous()
+    tolerance = TOLERANCE[accumulate_dtype(actual.dtype)]
+    stored = torch.finfo(actual.dtype).eps if actual.dtype in HALF else 0
+    largest = expected.abs().max().item() if expected.numel() else 1.0
+    torch.testing.assert_close(
+        actual.cpu().double(), expected.double(), rtol=tolerance + stored, atol=tolerance * max(1.0, largest)
+    )
+
+
+def assert_same(actual, expected):
+    """The same bits."""
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert a.dtype == e.dtype
+        assert torch.equal(a, e)
+
+
+def strided(tensor):
+    """The same values in other strides: every other element of every axis, the axes in reverse order in memory."""
+    room = torch.full([2 * n for n in reversed(tensor.shape)], math.nan, dtype=tensor.dtype, device=tensor.device)
+    view = room.permute(*reversed(range(room.ndim)))[(slice(None, None, 2),) * room.ndim]
+    return view.copy_(tensor)
+
+
+def sliced(tensor):
+    """The same values as a slice of a network's output: grids stay contiguous, the batch axis strides over more channels."""
+    axis = min(1, tensor.ndim - 1)
+    shape = list(tensor.shape)
+    shape[axis] += 3
+    room = torch.full(shape, math.nan, dtype=tensor.dtype, device=tensor.device)
+    return room.narrow(axis, 2, tensor.shape[axis]).copy_(tensor)

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import gmrf_kernels
-from gmrf_kernels import backends, cpu, memory, threads
-from tests.gmrf_kernels.operators import OFFSETS, OPERATORS, arguments, call, tensors, with_tensors
+from gmrf_kernels import cpu, memory, threads
+from tests.gmrf_kernels.operators import OFFSETS, OPERATORS, arguments, call, tensors
 
 # Seconds after which a process or thread that should be done in one is taken to hang.
 HANGS = 30
@@ -307,48 +306,6 @@ def test_neither_arguments_nor_memory_around_results_are_written(name, monkeypat
         assert (room[:128] == 7).all()
         assert (room[-128:] == 7).all()
     assert_same_bits(tensors(args), before)
-
-
-# --- the choice of a backend ---
-
-
-def test_backends_nest_and_are_restored_after_an_exception():
-    def chosen():
-        return backends.backend_for(torch.device("cpu")).__name__.split(".")[-1]
-
-    assert chosen() == "cpu"
-    with gmrf_kernels.use_backend("reference"):
-        with gmrf_kernels.use_backend("cpu"):
-            assert chosen() == "cpu"
-        assert chosen() == "reference"
-        with pytest.raises(ZeroDivisionError), gmrf_kernels.use_backend("cpu"):
-            raise ZeroDivisionError
-        assert chosen() == "reference"
-    assert chosen() == "cpu"
-
-
-def test_an_unknown_backend_is_named():
-    expected = r"name is 'numpy', expected one of 'reference', 'cpu'"
-    with pytest.raises(ValueError, match=expected), gmrf_kernels.use_backend("numpy"):
-        pass
-
-
-def test_the_cpu_backend_takes_cpu_tensors_only():
-    with gmrf_kernels.use_backend("cpu"), pytest.raises(ValueError, match=r"takes CPU tensors, got tensors on cuda:1"):
-        backends.backend_for(torch.device("cuda", 1))
-
-
-def test_a_backward_pass_runs_on_the_chosen_backend(monkeypatch):
-    def never(*args, **kwargs):
-        raise AssertionError("the CPU backend was called")
-
-    for function in ("matvec", "solve", "outer", "nll", "nll_factor_grad"):
-        monkeypatch.setattr(cpu, function, never)
-    with gmrf_kernels.use_backend("reference"):
-        for name in OPERATORS:
-            args = arguments(name, OFFSETS["volume"], (2, 2, 3), nan_outside=False)
-            inputs = [t.requires_grad_() for t in tensors(args)]
-            sum(r.sum() for r in call(name, with_tensors(args, inputs))).backward()
 
 
 # --- memory ---

@@ -20,9 +20,13 @@ from tests.gmrf_kernels.operators import (
     OPERATORS,
     SMALL,
     arguments,
+    assert_close,
+    assert_same,
     call,
     dense,
     operator,
+    sliced,
+    strided,
     tensors,
     with_tensors,
 )
@@ -30,33 +34,10 @@ from tests.gmrf_kernels.operators import (
 # Samples, images: one; several; an odd number, which a backend that takes images in pairs must not trip over.
 SIZES = [(1, 1), (3, 2), (1, 3)]
 
-# Sums of at most K = 13 terms, through solves whose matrices have condition numbers of some tens: hundreds of roundings.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-
 
 def named(value):
     """The name of a dtype or a grid in the name of a test."""
     return str(value).removeprefix("torch.")
-
-
-def assert_close(actual, expected):
-    """Equal up to roundings of the arithmetic, relative to the largest entry, and one of the dtype that stores it."""
-    assert actual.shape == expected.shape
-    assert actual.is_contiguous()
-    tolerance = TOLERANCE[accumulate_dtype(actual.dtype)]
-    stored = torch.finfo(actual.dtype).eps if actual.dtype in HALF else 0
-    largest = expected.abs().max().item() if expected.numel() else 1.0
-    torch.testing.assert_close(
-        actual.cpu().double(), expected.double(), rtol=tolerance + stored, atol=tolerance * max(1.0, largest)
-    )
-
-
-def assert_same(actual, expected):
-    """The same bits."""
-    for a, e in zip(actual, expected, strict=True):
-        assert a.shape == e.shape
-        assert a.dtype == e.dtype
-        assert torch.equal(a, e)
 
 
 # --- values ---
@@ -140,24 +121,8 @@ def test_entries_that_do_not_exist_are_zero_in_results_and_gradients(name, stenc
 # --- strides ---
 
 
-def _strided(tensor):
-    """The same values in other strides: every other element of every axis, the axes in reverse order in memory."""
-    room = torch.full([2 * n for n in reversed(tensor.shape)], math.nan, dtype=tensor.dtype, device=tensor.device)
-    view = room.permute(*reversed(range(room.ndim)))[(slice(None, None, 2),) * room.ndim]
-    return view.copy_(tensor)
-
-
-def _sliced(tensor):
-    """The same values as a slice of a network's output: grids stay contiguous, the batch axis strides over more channels."""
-    axis = min(1, tensor.ndim - 1)
-    shape = list(tensor.shape)
-    shape[axis] += 3
-    room = torch.full(shape, math.nan, dtype=tensor.dtype, device=tensor.device)
-    return room.narrow(axis, 2, tensor.shape[axis]).copy_(tensor)
-
-
 @pytest.mark.parametrize("name", OPERATORS)
-@pytest.mark.parametrize("layout", [_strided, _sliced])
+@pytest.mark.parametrize("layout", [strided, sliced])
 @pytest.mark.parametrize(("stencil", "grid"), [*SMALL, ("5x5", (3, 40))], ids=named)
 def test_strides_do_not_matter(name, layout, stencil, grid, device):
     args = arguments(name, OFFSETS[stencil], grid, device=device)
@@ -361,7 +326,7 @@ def test_opcheck(name, dtype, stencil, grid, device):
 def test_fake_results_have_the_layout_of_real_ones(name, dtype, stencil, device):
     for samples, batch in [(3, 2), (0, 2), (2, 0)]:
         args = arguments(name, OFFSETS[stencil], (3, 4), samples, batch, dtype, device)
-        meta = [_strided(t).to("meta") for t in tensors(args)]
+        meta = [strided(t).to("meta") for t in tensors(args)]
         for real, fake in zip(call(name, args), call(name, with_tensors(args, meta)), strict=True):
             assert fake.device.type == "meta"
             assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
@@ -434,6 +399,16 @@ def test_compiled_by_inductor(device, keep_torch_defaults):
 
 
 # --- accuracy ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=named)
+def test_the_exponential_of_the_diagonal_is_accurate_far_from_zero(dtype, device):
+    """With no neighbours, a residual of ones is whitened to exp(log_diag)."""
+    log_diag = torch.linspace(-80, 80, 2000, dtype=dtype).reshape(1, 40, 50)
+    ones, none = torch.ones_like(log_diag)[None], log_diag.new_empty(1, 0, 40, 50)
+    _, whitened = torch.ops.gmrf_kernels.nll(ones.to(device), log_diag.to(device), none.to(device), [])
+    # Two roundings: of the exponential in half an ulp, and of what a library's function may lose beyond it.
+    torch.testing.assert_close(whitened[0].cpu(), log_diag.double().exp().to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
 def _backward_error(diag, off_diag, x, b, offsets, transpose):

@@ -1,0 +1,244 @@
+"""Products with L and Lᵀ, and the fused negative log likelihood: each site gathers from its neighbours.
+
+A program owns a tile of sites of one image, for up to four samples. It loads each coefficient of its sites once, coalesced, in
+vectors where strides and alignment allow it, several offsets before it is needed, and uses it for all its samples; neighbouring
+values of the samples come through the L1 cache, which they need not share: coefficients are marked to be evicted first. More
+samples of a shared factor are programs with consecutive numbers, which run at the same time and find the coefficients in the L2
+cache: held in registers for all samples, they would leave no room for the sums, and looping over the samples in one program
+would leave most of the GPU idle when there are few images.
+
+Bytes moved through memory for N sites in all images, S samples, coefficients of c bytes and values of v bytes: (K-1)·c·N of the
+off-diagonals, less the rows whose neighbour lies off the grid; the diagonal, v·N; the samples, v·S·N; the product, v·S·N.
+"""
+
+import functools
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..stencils import Offsets
+from . import schedule
+from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
+from .tiles import distance, exp, inside, sum_by_pairs, tile_of
+
+
+def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
+    """L x, or Lᵀx with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _launch(diag, off_diag, x, y, None, offsets, transpose, log)
+    return y
+
+
+def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
+    """Negative log likelihood (S, B) in nats, and the whitened residual y = Lᵀ residual (S, B, *grid)."""
+    samples, batch, *grid = residual.shape
+    whitened = torch.empty_like(residual, memory_format=torch.contiguous_format)
+    value = residual.new_empty((samples, batch))
+    tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
+    partial = residual.new_empty((samples, batch, tile.count))
+    _launch(log_diag, off_diag, residual, whitened, partial, offsets, transpose=True, log=True)
+    if value.numel():
+        with on_device_of(residual):
+            _finish_nll[(samples * batch,)](
+                *(value, partial, tile.count, math.prod(grid)), PARTS=tile.parts, num_warps=max(1, tile.parts // 256)
+            )
+    return value, whitened
+
+
+def _launch(
+    diag: Tensor, off_diag: Tensor, x: Tensor, y: Tensor, partial: Tensor | None, offsets: Offsets, transpose: bool, log: bool
+) -> None:
+    """Write the product to the contiguous ``y``, and where there is a ``partial`` each tile's part of the likelihood to it."""
+    samples, batch, *grid = x.shape
+    if x.numel() == 0:
+        return
+    ndim = len(grid)
+    tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
+    with on_device_of(x):
+        _gather[(batch * tile.count * tile.sample_blocks,)](
+            *(diag, diag.stride(0), *strides3(diag, ndim)),
+            *(off_diag, off_diag.stride(0), off_diag.stride(1), *strides3(off_diag, ndim)),
+            *(x, x.stride(0), x.stride(1), *strides3(x, ndim)),
+            *(y, partial),
+            *(samples, batch, *grid3(grid)),
+            NEIGHBOURS=offsets3(offsets) if transpose else _backward(offsets),
+            AT_NEIGHBOUR=not transpose,
+            LOG=log,
+            ROWS=tile.rows,
+            COLS=tile.columns,
+            SAMPLES=tile.samples,
+            AHEAD=tile.ahead,
+            INDEX=tl.int64 if spans_32_bits(diag, off_diag, x, y, ndim=ndim) else tl.int32,
+            num_warps=tile.warps,
+        )
+
+
+@functools.cache
+def _backward(offsets: Offsets) -> Offsets:
+    """Where the neighbours lie that have a site as theirs."""
+    return tuple(tuple(-component for component in offset) for offset in offsets3(offsets))
+
+
+@triton.jit(do_not_specialize=["S", "B", "D", "H"])
+def _gather(
+    diag_ptr,  # (B, D, H, W): the diagonal, or its logarithm where LOG
+    diag_b: tl.int64,
+    diag_d,
+    diag_h,
+    diag_w,
+    off_ptr,  # (B, K-1, D, H, W)
+    off_b: tl.int64,
+    off_k: tl.int64,
+    off_d,
+    off_h,
+    off_w,
+    x_ptr,  # (S, B, D, H, W)
+    x_s: tl.int64,
+    x_b: tl.int64,
+    x_d,
+    x_h,
+    x_w,
+    y_ptr,  # (S, B, D, H, W), contiguous
+    partial_ptr,  # (S, B, tiles), contiguous; None for a product alone
+    S,
+    B,
+    D,
+    H,
+    W,
+    NEIGHBOURS: tl.constexpr,  # where the k-th neighbour of a site lies, (planes, rows, columns)
+    AT_NEIGHBOUR: tl.constexpr,  # the entry that meets it is stored there, not at the site
+    LOG: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    SAMPLES: tl.constexpr,
+    AHEAD: tl.constexpr,  # coefficients of a site whose loads are under way before the first is needed
+    INDEX: tl.constexpr,
+):
+    sample_blocks = tl.cdiv(S, SAMPLES)
+    tiles = tl.cdiv(D * H, ROWS) * tl.cdiv(W, COLS)
+    program = tl.program_id(0)
+    sample = program % sample_blocks * SAMPLES
+    tile = program // sample_blocks % tiles
+    image = (program // sample_blocks // tiles).to(tl.int64)
+
+    plane, row, column = tile_of(tile, H, W, ROWS, COLS, INDEX)
+    exists = (plane < D) & (column < W)  # (ROWS, COLS)
+    diag_sites = plane * diag_d + row * diag_h + column * diag_w
+    off_sites = plane * off_d + row * off_h + column * off_w
+    x_sites = plane * x_d + row * x_h + column * x_w
+
+    coefficients = off_ptr + image * off_b + off_sites
+    entries = ()
+    for k in tl.static_range(min(AHEAD, len(NEIGHBOURS))):
+        off_there = distance(NEIGHBOURS, k, off_d, off_h, off_w)
+        entries += (_load_entry(coefficients + k * off_k, off_there, plane, row, column, D, H, W, NEIGHBOURS, k, AT_NEIGHBOUR),)
+
+    diag = tl.load(diag_ptr + image * diag_b + diag_sites, exists, other=0.0)
+    log_diag = diag
+    if LOG:
+        diag = exp(log_diag)
+    xs = _sample_pointers(x_ptr + image * x_b, x_s, sample, S, SAMPLES)
+    sums = ()
+    for i in tl.static_range(SAMPLES):
+        sums += (diag * tl.load(xs[i] + x_sites, exists, other=0.0),)
+
+    for k in tl.static_range(len(NEIGHBOURS)):
+        if k + AHEAD < len(NEIGHBOURS):
+            off_there = distance(NEIGHBOURS, k + AHEAD, off_d, off_h, off_w)
+            entries += (
+                _load_entry(
+                    coefficients + (k + AHEAD) * off_k,
+                    off_there,
+                    plane,
+                    row,
+                    column,
+                    D,
+                    H,
+                    W,
+                    NEIGHBOURS,
+                    k + AHEAD,
+                    AT_NEIGHBOUR,
+                ),
+            )
+        has = _has_row(plane, row, D, H, NEIGHBOURS, k) & (column < W) & inside(column, W, NEIGHBOURS[k][2])
+        # What is stored where no entry exists, NaN perhaps, is dropped.
+        entry = tl.where(has, entries[k], 0.0).to(diag.dtype)
+        there = x_sites + distance(NEIGHBOURS, k, x_d, x_h, x_w)
+        sums = _add_products(sums, entry, xs, there, has)
+
+    n = tl.cast(D * H, tl.int64) * W
+    y_sites = (plane * H + row) * W + column
+    ys = _sample_pointers(y_ptr + image * n, B * n, sample, S, SAMPLES)
+    for i in tl.static_range(SAMPLES):
+        tl.store(ys[i] + y_sites, sums[i], exists)
+    if partial_ptr is not None:
+        partials = _sample_pointers(partial_ptr + image * tiles + tile, tl.cast(B, tl.int64) * tiles, sample, S, SAMPLES)
+        for i in tl.static_range(SAMPLES):
+            parts = tl.where(exists, tl.fma(0.5 * sums[i], sums[i], -log_diag), 0.0)
+            tl.store(partials[i] + tl.arange(0, 1), sum_by_pairs(parts, ROWS * COLS))
+
+
+@triton.jit
+def _load_entry(
+    sites,
+    there,
+    plane,
+    row,
+    column,
+    D,
+    H,
+    W,
+    NEIGHBOURS: tl.constexpr,
+    K: tl.constexpr,
+    AT_NEIGHBOUR: tl.constexpr,
+):
+    """The K-th coefficient of each site, or with AT_NEIGHBOUR that of its neighbour; 0 where its row has no neighbours."""
+    row_has = _has_row(plane, row, D, H, NEIGHBOURS, K)
+    if AT_NEIGHBOUR:
+        has = row_has & (column < W) & inside(column, W, NEIGHBOURS[K][2])
+        return tl.load(sites + there, has, other=0.0, eviction_policy="evict_first")
+    else:
+        # A mask by rows lets a thread load vectors, entries that do not exist among them.
+        return tl.load(sites, row_has & (column < W), other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _has_row(plane, row, D, H, NEIGHBOURS: tl.constexpr, K: tl.constexpr):
+    """(ROWS, 1): the row of the K-th neighbours of this row's sites exists, and so does the row."""
+    return (plane < D) & inside(plane, D, NEIGHBOURS[K][0]) & inside(row, H, NEIGHBOURS[K][1])
+
+
+@triton.jit
+def _sample_pointers(pointer, stride, first, S, SAMPLES: tl.constexpr):
+    """Where SAMPLES samples begin, from the first one on. A last block that is not full takes the last sample several times:
+    the same values are written to the same place."""
+    pointers = ()
+    for i in tl.static_range(SAMPLES):
+        pointers += (pointer + tl.minimum(first + i, S - 1).to(tl.int64) * stride,)
+    return pointers
+
+
+@triton.jit
+def _add_products(sums, entry, xs, sites, mask):
+    """The sums, one for each sample, plus entry · x."""
+    more = ()
+    for i in tl.static_range(len(sums)):
+        x = tl.load(xs[i] + sites, mask, other=0.0)
+        more += (tl.fma(entry, x, sums[i]),)
+    return more
+
+
+@triton.jit(do_not_specialize=["tiles", "n"])
+def _finish_nll(value_ptr, partial_ptr, tiles, n: tl.int64, PARTS: tl.constexpr):
+    """value (S, B) from the parts (S, B, tiles), in float64 and in the order of the tiles."""
+    HALF_LOG_TWO_PI: tl.constexpr = 0.9189385332046727
+    item = tl.program_id(0).to(tl.int64)
+    sums = tl.zeros((PARTS,), tl.float64)
+    for first in range(0, tiles, PARTS):
+        index = first + tl.arange(0, PARTS)
+        sums += tl.load(partial_ptr + item * tiles + index, index < tiles, other=0.0).to(tl.float64)
+    value = sum_by_pairs(sums, PARTS) + n.to(tl.float64) * HALF_LOG_TWO_PI
+    tl.store(value_ptr + item + tl.arange(0, 1), value.to(value_ptr.dtype.element_ty))

@@ -1,0 +1,174 @@
+"""What each kernel is launched with, by the size of the problem: the one place where speed is chosen.
+
+No GPU was to be had when these numbers were written: they follow from bytes in flight and from the registers that the compiler
+reports, and the times are not measured.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from ..stencils import Offsets
+from .wavefronts import plan
+
+# --- Tiles of the kernels without recursion (gather.py, outer.py) ---
+
+# (sites of a thread, coefficients of each that it loads before it needs the first), for one sample and for several.
+# One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where the memory
+# of an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours' values,
+# which a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
+# Several: the loads of samples are many times those of coefficients, and their sums need the registers.
+_SITES_AND_AHEAD = {
+    torch.float16: ((2, 16), (1, 8)),
+    torch.bfloat16: ((2, 16), (1, 8)),
+    torch.float32: ((2, 8), (2, 4)),
+    torch.float64: ((2, 8), (1, 4)),
+}
+
+# Samples whose sums a thread of `gather` holds at once.
+_SAMPLES = 4
+
+# Threads of a program: eight programs fill the 2048 threads of a multiprocessor.
+_MOST_WARPS = 8
+
+# Sums that `outer` holds at once: b is loaded once for so many offsets.
+_GROUP = 8
+
+# Parts of a likelihood that are added at once, if there are so many tiles.
+_PARTS = 1024
+
+# Narrower tiles would only be more kernels to compile.
+_LEAST_COLUMNS = 8
+
+# What a program costs beyond its sites, in sites: it decides between many small tiles that fit and few large ones that do not.
+_PROGRAM_SITES = 128
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Sites and samples of one program of `gather` and `outer`.
+
+    Args:
+        rows, columns: of sites, powers of two.
+        samples: that a program of `gather` takes at once.
+        ahead: coefficients of each site that a program of `gather` loads before it needs the first.
+        group: offsets that a program of `outer` takes at once.
+        warps: of the program.
+        count: tiles that cover the grid.
+        sample_blocks: programs of `gather` for one tile.
+        parts: of a likelihood, one from each tile, that are added at once.
+    """
+
+    rows: int
+    columns: int
+    samples: int
+    ahead: int
+    group: int
+    warps: int
+    count: int
+    sample_blocks: int
+    parts: int
+
+
+@functools.cache
+def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
+    """The tile for a grid and coefficients of ``dtype``. Strides have no part in it: they must not change a sum's order."""
+    several = samples > 1
+    per_thread, ahead = _SITES_AND_AHEAD[dtype][several]
+    most = _MOST_WARPS * 32 * per_thread
+    total_rows, total_columns = math.prod(grid[:-1]), grid[-1]
+
+    def shape(columns):
+        """Rows, columns, and the number of tiles."""
+        rows = min(triton.next_power_of_2(total_rows), most // columns)
+        return rows, columns, triton.cdiv(total_rows, rows) * triton.cdiv(total_columns, columns)
+
+    def cost(shape):
+        rows, columns, count = shape
+        return count * (rows * columns + _PROGRAM_SITES), abs(columns - 64)
+
+    widest = min(max(_LEAST_COLUMNS, triton.next_power_of_2(total_columns)), most)
+    shapes = [shape(1 << i) for i in range(widest.bit_length()) if 1 << i >= min(32, widest)]
+    rows, columns, count = min(shapes, key=cost)
+    taken = _SAMPLES if several else 1
+    return Tile(
+        rows=rows,
+        columns=columns,
+        samples=taken,
+        ahead=ahead,
+        group=_GROUP,
+        warps=max(1, rows * columns // (32 * per_thread)),
+        count=count,
+        sample_blocks=triton.cdiv(samples, taken),
+        parts=min(_PARTS, triton.next_power_of_2(count)),
+    )
+
+
+# --- Wavefronts (solve.py) ---
+
+# Lanes of a program: one warp, whose lanes pass values to each other by shuffles.
+_LANES = 32
+
+# Bytes of coefficients of one offset that a lane loads at once: the widest load there is.
+_VECTOR_BYTES = 16
+
+# 32-bit registers for a lane's coefficients of a step, its windows, and four more values for each site of a block. With as many
+# as this the compiler finds room for the rest in the 255 of a thread.
+_WAVEFRONT_REGISTERS = 180
+
+# Warps that can issue at once on the 132 multiprocessors of an H100: with fewer programs than that, items are not put together.
+_WARPS_AT_WORK = 4 * 132
+
+# A flag costs its band a write to the L2 cache and the wait for it; each step between flags keeps the next band a step behind,
+# where a band of 32 rows begins 64 steps or so after the one before anyway.
+_STEPS_PER_FLAG = 8
+
+
+@dataclass(frozen=True)
+class Wavefronts:
+    """Work of one program of `solve`.
+
+    Args:
+        sites: of a block, which a lane solves in a step.
+        lanes: of a program.
+        items: pairs of an image and a sample that a program solves at once.
+        row_lanes: lanes for the rows of one plane of an item.
+        band: rows of a band; 0 where a program solves all rows of its items.
+        steps_per_flag: steps of a band between two flags.
+    """
+
+    sites: int
+    lanes: int
+    items: int
+    row_lanes: int
+    band: int
+    steps_per_flag: int
+
+
+@functools.cache
+def wavefronts(offsets: Offsets, grid: tuple[int, int, int], items: int, dtype: torch.dtype) -> Wavefronts:
+    """How to solve for offsets of three components, a grid (D, H, W), so many pairs of an image and a sample, and coefficients
+    of ``dtype``."""
+    depth, height, width = grid
+    sites = _block_sites(offsets, width, dtype)
+    order = plan(offsets, sites, one_plane=False)
+    # A lane may begin another row when it has paused for so long that nothing of the two rows can meet.
+    row_lanes = min(height, triton.cdiv(triton.cdiv(width, sites) + order.idle, order.slopes[1]))
+    band = 0
+    if depth * row_lanes > _LANES:
+        band = row_lanes = triton.cdiv(height, triton.cdiv(height, _LANES))
+    fit = _LANES // (row_lanes if band else depth * row_lanes)
+    taken = min(fit, max(1, items // _WARPS_AT_WORK))
+    return Wavefronts(sites, _LANES, taken, row_lanes, band, _STEPS_PER_FLAG if band else 0)
+
+
+def _block_sites(offsets: Offsets, width: int, dtype: torch.dtype) -> int:
+    """Sites of a block: as many as a load of coefficients brings, unless they need too many registers or the row has fewer."""
+    words = 2 if dtype == torch.float64 else 1
+    sites = min(_VECTOR_BYTES // dtype.itemsize, triton.next_power_of_2(width))
+    while sites > 1 and words * sites * (plan(offsets, sites, False).blocks_kept + len(offsets) + 4) > _WAVEFRONT_REGISTERS:
+        sites //= 2
+    return sites

@@ -1,0 +1,525 @@
+"""Triangular solves with L and Lᵀ: block wavefronts, each row of an image in the hands of one lane.
+
+`wavefronts` says in which order blocks of V sites are solved, and why what a block needs is in registers of its own lane or of
+another. A program is one warp, and a step of it passes blocks between lanes by shuffles: no barrier and no memory lie between
+one wavefront and the next. Its lanes are the rows active at one time, of as many items (pairs of an image and a sample) as fit,
+consecutive samples first, so that samples of one factor load the same addresses with the same instruction. The coefficients
+of a step are loaded one step ahead, each into the registers that the step before has just left.
+
+Where more rows are active at once than a program has lanes, bands of rows are programs that follow each other: a band reads
+from memory what its rows need of the bands before it, and waits for those where they are not far enough. Bands take their
+numbers from a counter, so a band only ever waits for programs that have begun before it: in whatever order the GPU starts
+programs, and however few it holds at a time, they cannot wait for each other for ever.
+
+Bytes moved through memory: each coefficient, diagonal and right-hand side is read once, each solution written once.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..stencils import Offsets
+from . import schedule
+from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
+from .wavefronts import Plan, block_shifts, plan
+
+# Positions in the tuples from which the kernel unrolls its code.
+_PLANES, _ROWS = tl.constexpr(0), tl.constexpr(1)
+_OFFSET, _SHIFT, _FROM, _TO, _TERMS, _TERMS_END = (tl.constexpr(i) for i in range(2, 8))  # of a tile
+_YOUNGEST, _COUNT, _FIRST, _PASSED_ON, _PLANES_TO_SOURCE, _ROWS_TO_SOURCE = (
+    tl.constexpr(i) for i in range(2, 8)
+)  # of a window
+_MOST_ROWS, _FIRST_BAND, _BANDS = (tl.constexpr(i) for i in range(2, 5))  # of a plane with bands to read
+_SITE, _TILE, _ENTRY, _VALUE, _BOUND = (tl.constexpr(i) for i in range(5))  # of a term
+
+# Later than every step.
+_DONE = tl.constexpr(2**30)
+
+Numbers = tuple[tuple[int, ...], ...]
+
+
+def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
+    """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
+    diag = diag.exp() if log else diag
+    samples, batch, *grid = b.shape
+    ndim = len(grid)
+    depth, height, width = grid3(grid)
+    offsets = offsets3(offsets)
+    chosen = schedule.wavefronts(offsets, (depth, height, width), samples * batch, off_diag.dtype)
+    groups = triton.cdiv(samples * batch, chosen.items)
+    bands = depth * triton.cdiv(height, chosen.band) if chosen.band else 1
+    x = torch.empty_like(b, memory_format=torch.contiguous_format)
+    counters = torch.zeros(1 + bands * groups, dtype=torch.int32, device=b.device) if chosen.band else None
+    wide = spans_32_bits(off_diag, ndim=ndim + 1) or spans_32_bits(diag, b, x, ndim=ndim)
+    with on_device_of(b):
+        _solve[(bands * groups,)](
+            *(diag, diag.stride(0), *strides3(diag, ndim)),
+            *(off_diag, off_diag.stride(0), off_diag.stride(1), *strides3(off_diag, ndim)),
+            *(b, b.stride(0), b.stride(1), *strides3(b, ndim)),
+            *(x, counters),
+            *(samples, samples * batch, depth, height, width),
+            *(groups, chosen.items, chosen.row_lanes),
+            **_constants(offsets, chosen.sites, width % chosen.sites == 0, chosen.band, transpose),
+            TRANSPOSE=transpose,
+            DIAG_VECTORS=_in_vectors(diag, chosen.sites),
+            OFF_VECTORS=_in_vectors(off_diag, chosen.sites),
+            B_VECTORS=_in_vectors(b, chosen.sites),
+            V=chosen.sites,
+            LANES=chosen.lanes,
+            BAND=chosen.band,
+            PUBLISH=chosen.steps_per_flag,
+            INDEX=tl.int64 if wide else tl.int32,
+            num_warps=1,
+        )
+    return x
+
+
+@functools.cache
+def _constants(offsets: Offsets, sites: int, full: bool, band: int, transpose: bool) -> dict[str, object]:
+    """What the kernel is unrolled from, for a stencil and blocks of ``sites`` sites that are all ``full`` or not."""
+    order = plan(offsets, sites, one_plane=band > 0)
+    tiles, known, new = _terms(offsets, order, sites, full, transpose)
+    bands_before = _bands_before(order, band) if band else ()
+    return {
+        "TILES": tiles,
+        "KNOWN": known,
+        "NEW": new,
+        "WINDOWS": _windows(order),
+        "KEPT": sites * order.blocks_kept,
+        "PLANE_SLOPE": order.slopes[0],
+        "ROW_SLOPE": order.slopes[1],
+        "FULL": full,
+        "BANDS_BEFORE": bands_before,
+        "BANDS_READ": triton.next_power_of_2(max(1, sum(bands for *_, bands in bands_before))),
+        "LEAD": order.lead,
+        "YOUNGEST": order.youngest,
+    }
+
+
+def _terms(offsets: Offsets, order: Plan, sites: int, full: bool, transpose: bool) -> tuple[Numbers, Numbers, Numbers]:
+    """The tiles of coefficients that a block of sites meets, and the terms in which they stand.
+
+    Returns:
+        tiles: (planes and rows from the site to its neighbour, offset, blocks from the coefficients to the site, first and last
+            column that count, first and last of the known terms). Lᵀ has its coefficients at the sites, L at the neighbours.
+        known: terms whose solutions are in the windows: (site, tile, column of the tile, number of the solution, bound).
+        new: the same for solutions of the block itself, where the number is that of the site.
+
+    A tile is loaded as a whole. Where an entry of it exists only if the site's column + ``bound`` lies on the grid, that is not
+    0; the load itself leaves out what does not exist in L.
+    """
+    windows = {(w.planes, w.rows): w for w in order.windows}
+    tiles, known, new = [], [], []
+    # Old solutions first, the own row last, and in it the nearest neighbours.
+    for k in sorted(range(len(offsets)), key=lambda k: (order.windows.index(windows[offsets[k][:2]]), k), reverse=True):
+        planes, rows, columns = offsets[k]
+        window = windows[planes, rows]
+        for shift in [0] if transpose else block_shifts((columns,), sites):
+            first, last = (
+                (0, sites) if transpose else (max(0, shift * sites - columns), min(sites, (shift + 1) * sites - columns))
+            )
+            first_term = len(known)
+            for column in range(first, last):
+                site = column if transpose else column + columns - shift * sites
+                neighbour = column + columns if transpose else column - shift * sites
+                bound = 0
+                if transpose and (not 0 <= neighbour < sites or (columns > 0 and not full)):
+                    bound = neighbour // sites * sites if full else neighbour
+                blocks = neighbour // sites if transpose else shift
+                term = (site, len(tiles), column - first)
+                if window.rows == window.planes == 0 and blocks == 0:
+                    new.append((*term, neighbour, bound))
+                else:
+                    kept = window.first + blocks - window.blocks
+                    known.append((*term, kept * sites + neighbour % sites, bound))
+            tiles.append((planes, rows, k, shift, first, last, first_term, len(known)))
+    return tuple(tiles), tuple(known), tuple(new)
+
+
+def _windows(order: Plan) -> Numbers:
+    """What the kernel needs of each window: (planes, rows and blocks from the site to the youngest block, number of blocks,
+    number of the first, number of the block that the source passes on or -1, planes and rows from there to the lane)."""
+    windows = []
+    for w in order.windows:
+        source = order.windows[w.source] if w.source >= 0 else w
+        passed_on = source.first + w.youngest - source.youngest if w.source >= 0 else -1
+        way = (w.planes - source.planes, w.rows - source.rows)
+        windows.append((w.planes, w.rows, w.blocks, w.oldest - w.youngest + 1, w.first, passed_on, *way))
+    return tuple(windows)
+
+
+def _bands_before(order: Plan, band: int) -> Numbers:
+    """Where a band finds the rows that it reads, plane by plane: (planes before, fewest and most rows before, number of the
+    first band among all of them, bands that the rows can lie in)."""
+    rows: dict[int, list[int]] = {}
+    for w in order.windows[1:]:
+        rows.setdefault(w.planes, []).append(w.rows)
+    before, first = [], 0
+    for planes, distances in sorted(rows.items()):
+        bands = (band - 2 + max(distances) - min(distances)) // band + 2
+        before.append((planes, min(distances), max(distances), first, bands))
+        first += bands
+    return tuple(before)
+
+
+def _in_vectors(tensor: Tensor, sites: int) -> bool:
+    """Every block of sites, in rows of a multiple of as many, is one aligned piece of memory."""
+    *strides, last = tensor.stride()
+    return last == 1 and all(s % sites == 0 for s in strides) and tensor.data_ptr() % (sites * tensor.itemsize) == 0
+
+
+# All that the code must know of sizes and strides are constants of their own.
+_SIZES = [
+    *(f"{tensor}_{axis}" for tensor in ("diag", "off", "b") for axis in "sbkdhw"),
+    *("samples", "all_items", "D", "H", "W", "groups", "items", "row_lanes"),
+]
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def _solve(
+    diag_ptr,  # (B, D, H, W)
+    diag_b: tl.int64,
+    diag_d: tl.int64,
+    diag_h,
+    diag_w,
+    off_ptr,  # (B, K-1, D, H, W)
+    off_b: tl.int64,
+    off_k,
+    off_d,
+    off_h,
+    off_w,
+    b_ptr,  # (S, B, D, H, W)
+    b_s: tl.int64,
+    b_b: tl.int64,
+    b_d: tl.int64,
+    b_h,
+    b_w,
+    x_ptr,  # (S, B, D, H, W), contiguous
+    counter_ptr,  # (1 + bands · groups,): bands that have begun; then, for each, the first step that it has not done
+    samples,  # S
+    all_items,  # S · B
+    D,
+    H,
+    W,
+    groups,  # of items; a program solves one group, or a band of one
+    items,  # in a group
+    row_lanes,  # lanes of one plane of one item
+    TILES: tl.constexpr,
+    KNOWN: tl.constexpr,
+    NEW: tl.constexpr,
+    WINDOWS: tl.constexpr,
+    KEPT: tl.constexpr,  # sites in all windows of a lane
+    BANDS_BEFORE: tl.constexpr,
+    BANDS_READ: tl.constexpr,  # no band reads more others
+    PLANE_SLOPE: tl.constexpr,
+    ROW_SLOPE: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    FULL: tl.constexpr,  # W is a multiple of V
+    DIAG_VECTORS: tl.constexpr,  # every block of the tensor is one aligned piece of memory
+    OFF_VECTORS: tl.constexpr,
+    B_VECTORS: tl.constexpr,
+    V: tl.constexpr,  # sites of a block
+    LANES: tl.constexpr,
+    BAND: tl.constexpr,  # rows of a band; 0 where a program solves all rows
+    LEAD: tl.constexpr,  # steps in which a band only gathers from others, before its own first
+    YOUNGEST: tl.constexpr,  # age of the youngest block that a band takes from others
+    PUBLISH: tl.constexpr,  # steps from one flag of a band to the next
+    INDEX: tl.constexpr,
+):
+    dtype = x_ptr.dtype.element_ty
+    blocks = tl.cdiv(W, V)
+    if BAND > 0:
+        ticket = tl.atomic_add(counter_ptr, 1, sem="relaxed")
+        group = ticket % groups
+        band = ticket // groups
+        bands_per_plane = tl.cdiv(H, BAND)
+        first_plane = band // bands_per_plane
+        first_row = band % bands_per_plane * BAND
+        planes = 1
+        rows = tl.minimum(H - first_row, BAND)
+    else:
+        group = tl.program_id(0)
+        first_plane = 0
+        first_row = 0
+        planes = D
+        rows = H
+
+    # Planes, rows and blocks are counted in the order of the solve: for Lᵀ from the end of the grid.
+    lane = tl.arange(0, LANES)
+    own_item = lane // (planes * row_lanes)
+    plane_lane = lane // row_lanes % planes
+    row_lane = lane % row_lanes
+    item = group.to(tl.int64) * items + own_item
+    has_item = (own_item < items) & (item < all_items)
+    sample = item % samples
+    image = item // samples
+    plane = first_plane + plane_lane
+    site_plane = (D - 1 - plane if TRANSPOSE else plane).to(tl.int64)
+    diag = diag_ptr + image * diag_b + site_plane * diag_d
+    off = off_ptr + image * off_b + site_plane * off_d
+    off_k, off_d, off_h, off_w = off_k.to(INDEX), off_d.to(INDEX), off_h.to(INDEX), off_w.to(INDEX)
+    b = b_ptr + sample * b_s + image * b_b + site_plane * b_d
+    x = x_ptr + ((sample * (all_items // samples) + image) * D + site_plane) * H * W
+
+    # For each window the lane that passes on its youngest block, and whether that block is this program's.
+    sources = ()
+    ours = ()
+    for q in tl.static_range(len(WINDOWS)):
+        source_plane = plane_lane - WINDOWS[q][_PLANES_TO_SOURCE]
+        source_row = row_lane - WINDOWS[q][_ROWS_TO_SOURCE]
+        ours += ((source_plane >= 0) & ((rows > row_lanes) | ((source_row >= 0) & (source_row < rows))),)
+        source_row = (source_row % row_lanes + row_lanes) % row_lanes
+        source = (own_item * planes + tl.maximum(source_plane, 0)) * row_lanes + source_row
+        sources += (tl.minimum(source, LANES - 1),)
+
+    begin = PLANE_SLOPE * first_plane + ROW_SLOPE * first_row
+    end = begin + PLANE_SLOPE * (planes - 1) + ROW_SLOPE * (rows - 1) + blocks
+    if BAND > 0:
+        begin -= LEAD
+        progress = counter_ptr + 1 + group * (D * bands_per_plane)
+        bands_read = _bands_read(first_plane, first_row, bands_per_plane, BANDS_BEFORE, BAND, BANDS_READ)
+        read_begins = bands_read // bands_per_plane * PLANE_SLOPE + bands_read % bands_per_plane * (BAND * ROW_SLOPE)
+        seen = begin - 1
+
+    # The first step solves nothing, it only loads for the next.
+    kept = ()
+    for _ in tl.static_range(KEPT):
+        kept += (tl.zeros((LANES,), dtype),)
+    rights = tl.zeros((LANES, V), dtype)
+    divisors = tl.full((LANES, V), 1.0, dtype)
+    tiles = ()
+    for i in tl.static_range(len(TILES)):
+        tiles += (_columns(tl.zeros((LANES, V), off_ptr.dtype.element_ty), LANES, V, TILES[i][_FROM], TILES[i][_TO]),)
+    row = first_row + row_lane
+    block = begin - 1 - PLANE_SLOPE * plane - ROW_SLOPE * row
+    # Where there are more rows than lanes, a lane goes on from the end of one row to another.
+    period = tl.where(rows > row_lanes, ROW_SLOPE * row_lanes, _DONE)
+
+    for step in range(begin - 1, end):
+        live = has_item & (row < H) & (block >= 0) & (block < blocks)
+        column = (blocks - 1 - block if TRANSPOSE else block) * V
+        x_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
+
+        # The place of the next step, whose values are loaded into the registers that this step leaves.
+        row_ends = block + 1 == period
+        row = tl.where(row_ends, row + row_lanes, row)
+        block = tl.where(row_ends, 0, block + 1)
+        next_live = has_item & (row < H) & (block >= 0) & (block < blocks)
+        next_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
+        next_column = (blocks - 1 - block if TRANSPOSE else block) * V
+
+        arriving = ()
+        if BAND > 0:
+            seen = _wait(seen, step + 2 - YOUNGEST, progress, bands_read, read_begins)
+            for q in tl.static_range(1, len(WINDOWS)):
+                exists = has_item & (row < H) & _has_row(plane, row, H, WINDOWS[q][_PLANES], WINDOWS[q][_ROWS])
+                if WINDOWS[q][_PASSED_ON] >= 0:
+                    exists = exists & (ours[q] == 0)
+                exists = exists & (block >= WINDOWS[q][_YOUNGEST]) & (block - WINDOWS[q][_YOUNGEST] < blocks)
+                way = (WINDOWS[q][_PLANES] * H + WINDOWS[q][_ROWS]).to(tl.int64) * W + WINDOWS[q][_YOUNGEST] * V
+                there = next_column + (WINDOWS[q][_YOUNGEST] * V if TRANSPOSE else -WINDOWS[q][_YOUNGEST] * V)
+                pointers = x + next_row * W + next_column + (way if TRANSPOSE else -way)
+                # Past the L1 cache, which does not learn of what other programs write.
+                arriving += _columns(_load_block(pointers, 1, there, W, exists, 0.0, V, FULL, FULL, ".cg"), LANES, V, 0, V)
+
+        sums = _columns(rights, LANES, V, 0, V)
+        place = b + next_row * b_h + next_column.to(INDEX) * b_w
+        rights = _load_block(place, b_w, next_column, W, next_live, 0.0, V, FULL, B_VECTORS)
+        diagonal = _columns(divisors, LANES, V, 0, V)
+        place = diag + next_row * diag_h + next_column.to(INDEX) * diag_w
+        divisors = _load_block(place, diag_w, next_column, W, next_live, 1.0, V, FULL, DIAG_VECTORS)
+
+        place = next_row * off_h + next_column.to(INDEX) * off_w
+        next_tiles = ()
+        for i in tl.static_range(len(TILES)):
+            for j in tl.static_range(tl.constexpr(TILES[i][_TERMS]), tl.constexpr(TILES[i][_TERMS_END])):
+                rest = _subtract(
+                    sums[KNOWN[j][_SITE]], tiles[i][KNOWN[j][_ENTRY]], kept[KNOWN[j][_VALUE]], column, W, KNOWN[j][_BOUND]
+                )
+                sums = _with(sums, KNOWN[j][_SITE], rest)
+            # Only now that its registers are free the next tile is loaded.
+            exists = next_live & _has_row(plane, row, H, TILES[i][_PLANES], TILES[i][_ROWS])
+            distance = TILES[i][_OFFSET] * off_k
+            there = next_column
+            if not TRANSPOSE:
+                exists = exists & (block >= TILES[i][_SHIFT]) & (block - TILES[i][_SHIFT] < blocks)
+                distance -= TILES[i][_PLANES] * off_d + TILES[i][_ROWS] * off_h + TILES[i][_SHIFT] * V * off_w
+                there -= TILES[i][_SHIFT] * V
+            tile = _load_block(off + (place + distance), off_w, there, W, exists, 0.0, V, FULL, OFF_VECTORS)
+            next_tiles += (_columns(tile, LANES, V, TILES[i][_FROM], TILES[i][_TO]),)
+
+        # The recursion along the block.
+        new = sums
+        for i in tl.static_range(V):
+            rest = sums[V - 1 - i if TRANSPOSE else i]
+            for j in tl.static_range(len(NEW)):
+                if NEW[j][_SITE] == (V - 1 - i if TRANSPOSE else i):
+                    rest = _subtract(rest, tiles[NEW[j][_TILE]][NEW[j][_ENTRY]], new[NEW[j][_VALUE]], column, W, NEW[j][_BOUND])
+            exists = live if FULL else live & (column + (V - 1 - i if TRANSPOSE else i) < W)
+            # Every lane passes on what it has: 0 where there is no site.
+            solution = tl.where(exists, _divide(rest, diagonal[V - 1 - i if TRANSPOSE else i]), 0.0)
+            new = _with(new, V - 1 - i if TRANSPOSE else i, 0.0 - solution)
+        x_place = x + x_row * W + column
+        tl.store(_pointers(x_place, 1, V, FULL), 0.0 - _tile(new, LANES, V), _mask(live, column, W, V, FULL))
+
+        # The windows move on by a step.
+        moved = new
+        for q in tl.static_range(len(WINDOWS)):
+            if q > 0:
+                for i in tl.static_range(V):
+                    youngest = 0.0 - arriving[(q - 1) * V + i] if BAND > 0 else 0.0
+                    if WINDOWS[q][_PASSED_ON] >= 0:
+                        passed_on = tl.gather(moved[WINDOWS[q][_PASSED_ON] * V + i], sources[q], 0)
+                        youngest = tl.where(ours[q], passed_on, youngest)
+                    moved += (youngest,)
+            for i in tl.static_range(tl.constexpr((WINDOWS[q][_COUNT] - 1) * V)):
+                moved += (kept[WINDOWS[q][_FIRST] * V + i],)
+        kept = moved
+        tiles = next_tiles
+
+        if BAND > 0:
+            _publish(progress + band, step + 1, (step - begin) % PUBLISH == PUBLISH - 1)
+    if BAND > 0:
+        _publish(progress + band, _DONE, True)
+
+
+@triton.jit
+def _columns(tile, LANES: tl.constexpr, V: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
+    """Columns of a tile (LANES, V), as so many tensors (LANES,): a lane's registers by themselves."""
+    all_columns = _all_columns(tile, LANES, V)
+    columns = ()
+    for i in tl.static_range(FROM, TO):
+        columns += (all_columns[i],)
+    return columns
+
+
+@triton.jit
+def _all_columns(tile, LANES: tl.constexpr, V: tl.constexpr):
+    if V == 1:
+        return (tl.reshape(tile, (LANES,)),)
+    else:
+        even, odd = tl.split(tl.reshape(tile, (LANES, V // 2, 2)))
+        evens = _all_columns(even, LANES, V // 2)
+        odds = _all_columns(odd, LANES, V // 2)
+        columns = ()
+        for i in tl.static_range(V // 2):
+            columns += (evens[i], odds[i])
+        return columns
+
+
+@triton.jit
+def _tile(columns, LANES: tl.constexpr, V: tl.constexpr):
+    """The inverse of `_columns`."""
+    if V == 1:
+        return tl.reshape(columns[0], (LANES, 1))
+    else:
+        evens = ()
+        odds = ()
+        for i in tl.static_range(V // 2):
+            evens += (columns[2 * i],)
+            odds += (columns[2 * i + 1],)
+        return tl.reshape(tl.join(_tile(evens, LANES, V // 2), _tile(odds, LANES, V // 2)), (LANES, V))
+
+
+@triton.jit
+def _with(columns, PLACE: tl.constexpr, column):
+    """The columns with another one in this place."""
+    changed = ()
+    for i in tl.static_range(len(columns)):
+        changed += (column if i == PLACE else columns[i],)
+    return changed
+
+
+@triton.jit
+def _pointers(first, stride, V: tl.constexpr, VECTORS: tl.constexpr):
+    """(LANES, V) pointers to V sites from the first on."""
+    if VECTORS:
+        size: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+        return tl.multiple_of(first[:, None] + tl.arange(0, V)[None, :], (size, V * size))
+    else:
+        return first[:, None] + (tl.arange(0, V) * stride)[None, :]
+
+
+@triton.jit
+def _mask(lanes, column, W, V: tl.constexpr, FULL: tl.constexpr):
+    """(LANES, V): the sites of these lanes that lie in the row, or (LANES, 1) where all of them do."""
+    if FULL:
+        return lanes[:, None]
+    else:
+        return lanes[:, None] & (column[:, None] + tl.arange(0, V)[None, :] < W)
+
+
+@triton.jit
+def _load_block(
+    first, stride, column, W, lanes, other, V: tl.constexpr, FULL: tl.constexpr, VECTORS: tl.constexpr, CACHE: tl.constexpr = ""
+):
+    """(LANES, V) values from the first on, ``other`` for lanes and sites that do not exist."""
+    pointers = _pointers(first, stride, V, VECTORS)
+    return tl.load(pointers, _mask(lanes, column, W, V, FULL), other=other, cache_modifier=CACHE)
+
+
+@triton.jit
+def _has_row(plane, row, H, PLANES: tl.constexpr, ROWS: tl.constexpr):
+    """The row so many planes and rows before exists."""
+    return (plane >= PLANES) & (row >= ROWS) & (row - ROWS < H)
+
+
+@triton.jit
+def _divide(a, b):
+    """The correctly rounded quotient."""
+    if a.dtype == tl.float32:
+        return tl.div_rn(a, b)
+    else:
+        return a / b
+
+
+@triton.jit
+def _subtract(rest, entry, turned, column, W, BOUND: tl.constexpr):
+    """The rest less a term: the entry, if it exists, times a solution, whose sign is turned."""
+    if BOUND < 0:
+        entry = tl.where(column + BOUND >= 0, entry, 0.0)
+    elif BOUND > 0:
+        entry = tl.where(column + BOUND < W, entry, 0.0)
+    return tl.fma(entry.to(rest.dtype), turned, rest)
+
+
+@triton.jit
+def _bands_read(plane, row, bands_per_plane, BEFORE: tl.constexpr, BAND: tl.constexpr, COUNT: tl.constexpr):
+    """Numbers of the bands that the band at this plane and row reads, (COUNT,), -1 where there are fewer."""
+    index = tl.arange(0, COUNT)
+    bands = tl.full((COUNT,), -1, tl.int32)
+    for i in tl.static_range(len(BEFORE)):
+        nth = index - BEFORE[i][_FIRST_BAND]
+        band = tl.maximum(row - BEFORE[i][_MOST_ROWS], 0) // BAND + nth
+        reads = (nth >= 0) & (nth < BEFORE[i][_BANDS]) & (plane >= BEFORE[i][_PLANES])
+        if BEFORE[i][_PLANES] == 0:
+            reads = reads & (band * BAND < row)
+        else:
+            reads = reads & (band < bands_per_plane) & (band * BAND < row + BAND - BEFORE[i][_ROWS])
+        bands = tl.where(reads, (plane - BEFORE[i][_PLANES]) * bands_per_plane + band, bands)
+    return bands
+
+
+@triton.jit
+def _wait(seen, needed, progress, bands, begins):
+    """Wait until each of the bands has done all steps before ``needed``; returns before which step all is known to be done."""
+    if seen < needed:
+        while seen < needed:
+            done = tl.atomic_add(progress + bands, 0, bands >= 0, sem="acquire")
+            # Whoever has not begun yet has nothing to do before its first step.
+            seen = tl.min(tl.where(bands >= 0, tl.maximum(done, begins), _DONE), axis=0)
+        # The lanes that have seen the flags let the others read.
+        tl.debug_barrier()
+    return seen
+
+
+@triton.jit
+def _publish(progress, step, now):
+    """Let other programs know that all steps before this one are done."""
+    if now:
+        # The flag must not be seen before what the other lanes of this program have written.
+        tl.debug_barrier()
+        tl.atomic_xchg(progress, step, sem="release")

@@ -1,0 +1,114 @@
+"""Kernels without recursion in Triton's interpreter; `test_triton_interpreter` runs this file in a process of its own."""
+
+import importlib
+
+import pytest
+import torch
+
+from gmrf_kernels.triton_kernels import geometry, schedule
+from tests.cases import GRIDS
+from tests.gmrf_kernels.operators import (
+    HALF,
+    NDIM,
+    OFFSETS,
+    OPERATORS,
+    arguments,
+    assert_close,
+    assert_same,
+    call,
+    dense,
+    sliced,
+    strided,
+    tensors,
+    with_tensors,
+)
+
+NAMES = [name for name in OPERATORS if not name.startswith("solve")]
+
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
+
+
+def assert_dense(name, *args, **options):
+    args = arguments(name, *args, **options)
+    for actual, expected in zip(call(name, args), dense(name, args), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stencil", OFFSETS)
+def test_values(name, stencil):
+    odd, one, *_ = GRIDS[NDIM[stencil]]
+    assert_dense(name, OFFSETS[stencil], odd, samples=1, batch=3)
+    assert_dense(name, OFFSETS[stencil], one, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", HALF)
+def test_sixteen_bit_coefficients(name, dtype):
+    assert_dense(name, OFFSETS["3x3"], (5, 7), dtype=dtype)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles on each axis, a last block of samples that is not full, and a last group of offsets that is not either."""
+
+    def tile(grid, samples, dtype):
+        depth, height, width = geometry.grid3(grid)
+        count = -(-depth * height // 2) * -(-width // 4)
+        return schedule.Tile(
+            rows=2, columns=4, samples=2, ahead=5, group=5, warps=1, count=count, sample_blocks=-(-samples // 2), parts=2
+        )
+
+    monkeypatch.setattr(schedule, "tile", tile)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("stencil", "grid"), [("far line", (9,)), ("5x5", (3, 5)), ("volume", (2, 2, 5))])
+def test_tiles_smaller_than_the_grid(name, stencil, grid, small_tiles):
+    assert_dense(name, OFFSETS[stencil], grid, samples=3, batch=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_inside_a_grid_in_64_bits(name, monkeypatch):
+    args = arguments(name, OFFSETS["volume"], (2, 3, 5))
+    expected = call(name, args)
+    with monkeypatch.context() as patched:
+        for module in ("gather", "outer"):
+            module = importlib.import_module(f"gmrf_kernels.triton_kernels.{module}")
+            patched.setattr(module, "spans_32_bits", lambda *tensors, ndim: True)
+        assert_same(call(name, args), expected)
+
+
+def test_a_grid_that_spans_32_bits():
+    base = torch.empty(1, device="meta", dtype=torch.float16)
+    below = base.expand(4, 3, 2**30).as_strided((4, 3, 2**30), (2**40, 2**30 - 1, 1))
+    above = base.expand(4, 3, 2**30).as_strided((4, 3, 2**30), (2**40, 2**30, 1))
+    assert not geometry.spans_32_bits(base.expand(7, 5), below[:, :2], ndim=2)
+    assert geometry.spans_32_bits(base.expand(7, 5), above, ndim=2)
+    assert geometry.spans_32_bits(below, ndim=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("layout", [strided, sliced])
+@pytest.mark.parametrize(("stencil", "grid"), [("5x5", (3, 4)), ("volume", (2, 2, 3))])
+def test_strides(name, layout, stencil, grid):
+    args = arguments(name, OFFSETS[stencil], grid)
+    assert_same(call(name, with_tensors(args, [layout(t) for t in tensors(args)])), call(name, args))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_expanded_arguments(name, axis):
+    args = arguments(name, OFFSETS["3x3"], (3, 5), samples=4, batch=3, nan_outside=False)
+    expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
+    assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, [t.contiguous() for t in expanded])))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("samples", "batch"), [(0, 2), (2, 0), (0, 0)])
+def test_empty_batches_and_no_samples(name, samples, batch):
+    assert_dense(name, OFFSETS["5x5"], (3, 4), samples=samples, batch=batch)
+
+
+def test_more_tiles_than_are_added_at_once(small_tiles):
+    assert_dense("nll", OFFSETS["far line"], (70,))
