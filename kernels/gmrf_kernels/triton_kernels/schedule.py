@@ -17,9 +17,9 @@ from .wavefronts import plan
 # --- Tiles of the kernels without recursion (gather.py, outer.py) ---
 
 # (sites of a thread, coefficients of each that it loads before it needs the first), for one sample and for several.
-# One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where the memory of
-# an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours' values, which
-# a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
+# One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where the memory
+# of an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours' values,
+# which a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
 # Several: the loads of samples are many times those of coefficients, and their sums need the registers.
 _SITES_AND_AHEAD = {
     torch.float16: ((2, 16), (1, 8)),
