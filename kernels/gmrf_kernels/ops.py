@@ -142,11 +142,12 @@ def _nll_backward(ctx, value_g, whitened_g):
     residual, log_diag, off_diag, whitened = ctx.saved_tensors
     ndim = log_diag.ndim - 1
     needs_factor = any(ctx.needs_input_grad[1:3])
+    # The cotangent of the whitened residual: the value's through ½ yᵀy, and its own in a second backward. The value's gradient
+    # for the factor alone does without.
     cotangent = whitened_g
-    if value_g is not None and (ctx.needs_input_grad[0] or whitened_g is not None):
-        # Of the whitened residual: the value's through ½ yᵀy, and its own in a second backward.
-        cotangent = _over_grid(value_g, ndim) * whitened
-        cotangent = cotangent if whitened_g is None else cotangent + whitened_g
+    if value_g is not None and (whitened_g is not None or ctx.needs_input_grad[0]):
+        through_value = _over_grid(value_g, ndim) * whitened
+        cotangent = through_value if whitened_g is None else through_value + whitened_g
     residual_bar = log_diag_bar = off_diag_bar = None
     if ctx.needs_input_grad[0]:
         residual_bar = _matvec(log_diag, off_diag, cotangent, ctx.offsets, False, True)

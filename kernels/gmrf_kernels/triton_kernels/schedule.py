@@ -115,9 +115,10 @@ _LANES = 32
 # Bytes of coefficients of one offset that a lane loads at once: the widest load there is.
 _VECTOR_BYTES = 16
 
-# 32-bit registers for a lane's coefficients of a step, its windows, and four more values for each site of a block. With as many
-# as this the compiler finds room for the rest in the 255 of a thread.
+# 32-bit registers for a lane's coefficients of a step, its windows, and four more values for each site of a block. With this
+# many the compiler finds room for the rest in the 255 of a thread; 16-bit coefficients loaded one by one need more of a rest.
 _WAVEFRONT_REGISTERS = 180
+_WAVEFRONT_REGISTERS_ONE_BY_ONE = 150
 
 # Warps that can issue at once on the 132 multiprocessors of an H100: with fewer programs than that, items are not put together.
 _WARPS_AT_WORK = 4 * 132
@@ -167,8 +168,14 @@ def wavefronts(offsets: Offsets, grid: tuple[int, int, int], items: int, dtype: 
 
 def _block_sites(offsets: Offsets, width: int, dtype: torch.dtype) -> int:
     """Sites of a block: as many as a load of coefficients brings, unless they need too many registers or the row has fewer."""
-    words = 2 if dtype == torch.float64 else 1
     sites = min(_VECTOR_BYTES // dtype.itemsize, triton.next_power_of_2(width))
-    while sites > 1 and words * sites * (plan(offsets, sites, False).blocks_kept + len(offsets) + 4) > _WAVEFRONT_REGISTERS:
+    while sites > 1 and not _fits(offsets, width, dtype, sites):
         sites //= 2
     return sites
+
+
+def _fits(offsets: Offsets, width: int, dtype: torch.dtype, sites: int) -> bool:
+    words = 2 if dtype == torch.float64 else 1
+    one_by_one = dtype.itemsize == 2 and width % sites > 0
+    limit = _WAVEFRONT_REGISTERS_ONE_BY_ONE if one_by_one else _WAVEFRONT_REGISTERS
+    return words * sites * (plan(offsets, sites, one_plane=False).blocks_kept + len(offsets) + 4) <= limit

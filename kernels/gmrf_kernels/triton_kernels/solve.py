@@ -24,6 +24,7 @@ from torch import Tensor
 from ..stencils import Offsets
 from . import schedule
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
+from .tiles import exp
 from .wavefronts import Plan, block_shifts, plan
 
 # Positions in the tuples from which the kernel unrolls its code.
@@ -43,7 +44,6 @@ Numbers = tuple[tuple[int, ...], ...]
 
 def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
     """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
-    diag = diag.exp() if log else diag
     samples, batch, *grid = b.shape
     ndim = len(grid)
     depth, height, width = grid3(grid)
@@ -64,6 +64,7 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
             *(groups, chosen.items, chosen.row_lanes),
             **_constants(offsets, chosen.sites, width % chosen.sites == 0, chosen.band, transpose),
             TRANSPOSE=transpose,
+            LOG=log,
             DIAG_VECTORS=_in_vectors(diag, chosen.sites),
             OFF_VECTORS=_in_vectors(off_diag, chosen.sites),
             B_VECTORS=_in_vectors(b, chosen.sites),
@@ -180,7 +181,7 @@ _SIZES = [
 
 @triton.jit(do_not_specialize=_SIZES)
 def _solve(
-    diag_ptr,  # (B, D, H, W)
+    diag_ptr,  # (B, D, H, W): the diagonal, or its logarithm where LOG
     diag_b: tl.int64,
     diag_d: tl.int64,
     diag_h,
@@ -217,6 +218,7 @@ def _solve(
     PLANE_SLOPE: tl.constexpr,
     ROW_SLOPE: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    LOG: tl.constexpr,
     FULL: tl.constexpr,  # W is a multiple of V
     DIAG_VECTORS: tl.constexpr,  # every block of the tensor is one aligned piece of memory
     OFF_VECTORS: tl.constexpr,
@@ -285,14 +287,12 @@ def _solve(
         seen = begin - 1
 
     # The first step solves nothing, it only loads for the next.
-    kept = ()
-    for _ in tl.static_range(KEPT):
-        kept += (tl.zeros((LANES,), dtype),)
-    rights = tl.zeros((LANES, V), dtype)
-    divisors = tl.full((LANES, V), 1.0, dtype)
+    kept = _filled(0.0, dtype, KEPT, LANES)
+    rights = _filled(0.0, dtype, V, LANES)
+    diagonal = _filled(1.0, dtype, V, LANES)
     tiles = ()
     for i in tl.static_range(len(TILES)):
-        tiles += (_columns(tl.zeros((LANES, V), off_ptr.dtype.element_ty), LANES, V, TILES[i][_FROM], TILES[i][_TO]),)
+        tiles += (_filled(0.0, off_ptr.dtype.element_ty, TILES[i][_TO] - TILES[i][_FROM], LANES),)
     row = first_row + row_lane
     block = begin - 1 - PLANE_SLOPE * plane - ROW_SLOPE * row
     # Where there are more rows than lanes, a lane goes on from the end of one row to another.
@@ -311,26 +311,11 @@ def _solve(
         next_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
         next_column = (blocks - 1 - block if TRANSPOSE else block) * V
 
-        arriving = ()
-        if BAND > 0:
-            seen = _wait(seen, step + 2 - YOUNGEST, progress, bands_read, read_begins)
-            for q in tl.static_range(1, len(WINDOWS)):
-                exists = has_item & (row < H) & _has_row(plane, row, H, WINDOWS[q][_PLANES], WINDOWS[q][_ROWS])
-                if WINDOWS[q][_PASSED_ON] >= 0:
-                    exists = exists & (ours[q] == 0)
-                exists = exists & (block >= WINDOWS[q][_YOUNGEST]) & (block - WINDOWS[q][_YOUNGEST] < blocks)
-                way = (WINDOWS[q][_PLANES] * H + WINDOWS[q][_ROWS]).to(tl.int64) * W + WINDOWS[q][_YOUNGEST] * V
-                there = next_column + (WINDOWS[q][_YOUNGEST] * V if TRANSPOSE else -WINDOWS[q][_YOUNGEST] * V)
-                pointers = x + next_row * W + next_column + (way if TRANSPOSE else -way)
-                # Past the L1 cache, which does not learn of what other programs write.
-                arriving += _columns(_load_block(pointers, 1, there, W, exists, 0.0, V, FULL, FULL, ".cg"), LANES, V, 0, V)
-
-        sums = _columns(rights, LANES, V, 0, V)
+        sums = rights
         place = b + next_row * b_h + next_column.to(INDEX) * b_w
-        rights = _load_block(place, b_w, next_column, W, next_live, 0.0, V, FULL, B_VECTORS)
-        diagonal = _columns(divisors, LANES, V, 0, V)
+        rights = _load(place, b_w, next_column, W, next_live, 0.0, 0, V, V, FULL, B_VECTORS, False)
         place = diag + next_row * diag_h + next_column.to(INDEX) * diag_w
-        divisors = _load_block(place, diag_w, next_column, W, next_live, 1.0, V, FULL, DIAG_VECTORS)
+        next_diagonal = _load(place, diag_w, next_column, W, next_live, 1.0, 0, V, V, FULL, DIAG_VECTORS, False)
 
         place = next_row * off_h + next_column.to(INDEX) * off_w
         next_tiles = ()
@@ -348,10 +333,38 @@ def _solve(
                 exists = exists & (block >= TILES[i][_SHIFT]) & (block - TILES[i][_SHIFT] < blocks)
                 distance -= TILES[i][_PLANES] * off_d + TILES[i][_ROWS] * off_h + TILES[i][_SHIFT] * V * off_w
                 there -= TILES[i][_SHIFT] * V
-            tile = _load_block(off + (place + distance), off_w, there, W, exists, 0.0, V, FULL, OFF_VECTORS)
-            next_tiles += (_columns(tile, LANES, V, TILES[i][_FROM], TILES[i][_TO]),)
+            next_tiles += (
+                _load(
+                    off + (place + distance),
+                    off_w,
+                    there,
+                    W,
+                    exists,
+                    0.0,
+                    TILES[i][_FROM],
+                    TILES[i][_TO],
+                    V,
+                    FULL,
+                    OFF_VECTORS,
+                    False,
+                ),
+            )
+
+        arriving = ()
+        if BAND > 0:
+            seen = _wait(seen, step + 2 - YOUNGEST, progress, bands_read, read_begins)
+            for q in tl.static_range(1, len(WINDOWS)):
+                exists = has_item & _has_row(plane, row, H, WINDOWS[q][_PLANES], WINDOWS[q][_ROWS])
+                if WINDOWS[q][_PASSED_ON] >= 0:
+                    exists = exists & (ours[q] == 0)
+                exists = exists & (block >= WINDOWS[q][_YOUNGEST]) & (block - WINDOWS[q][_YOUNGEST] < blocks)
+                way = (WINDOWS[q][_PLANES] * H + WINDOWS[q][_ROWS]).to(tl.int64) * W + WINDOWS[q][_YOUNGEST] * V
+                there = next_column + (WINDOWS[q][_YOUNGEST] * V if TRANSPOSE else -WINDOWS[q][_YOUNGEST] * V)
+                pointers = x + next_row * W + next_column + (way if TRANSPOSE else -way)
+                arriving += _load(pointers, 1, there, W, exists, 0.0, 0, V, V, FULL, FULL, True)
 
         # The recursion along the block.
+        solved = sums
         new = sums
         for i in tl.static_range(V):
             rest = sums[V - 1 - i if TRANSPOSE else i]
@@ -360,10 +373,10 @@ def _solve(
                     rest = _subtract(rest, tiles[NEW[j][_TILE]][NEW[j][_ENTRY]], new[NEW[j][_VALUE]], column, W, NEW[j][_BOUND])
             exists = live if FULL else live & (column + (V - 1 - i if TRANSPOSE else i) < W)
             # Every lane passes on what it has: 0 where there is no site.
-            solution = tl.where(exists, _divide(rest, diagonal[V - 1 - i if TRANSPOSE else i]), 0.0)
+            solution = tl.where(exists, _divide(rest, _divisor(diagonal[V - 1 - i if TRANSPOSE else i], LOG)), 0.0)
+            solved = _with(solved, V - 1 - i if TRANSPOSE else i, solution)
             new = _with(new, V - 1 - i if TRANSPOSE else i, 0.0 - solution)
-        x_place = x + x_row * W + column
-        tl.store(_pointers(x_place, 1, V, FULL), 0.0 - _tile(new, LANES, V), _mask(live, column, W, V, FULL))
+        _store(x + x_row * W + column, solved, column, W, live, V, FULL)
 
         # The windows move on by a step.
         moved = new
@@ -379,6 +392,7 @@ def _solve(
                 moved += (kept[WINDOWS[q][_FIRST] * V + i],)
         kept = moved
         tiles = next_tiles
+        diagonal = next_diagonal
 
         if BAND > 0:
             _publish(progress + band, step + 1, (step - begin) % PUBLISH == PUBLISH - 1)
@@ -387,23 +401,62 @@ def _solve(
 
 
 @triton.jit
-def _columns(tile, LANES: tl.constexpr, V: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr):
-    """Columns of a tile (LANES, V), as so many tensors (LANES,): a lane's registers by themselves."""
-    all_columns = _all_columns(tile, LANES, V)
+def _load(
+    first,
+    stride,
+    column,
+    W,
+    lanes,
+    other,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    V: tl.constexpr,
+    FULL: tl.constexpr,
+    VECTORS: tl.constexpr,
+    SHARED: tl.constexpr,
+):
+    """Columns of a block of V sites of each lane, as so many tensors (LANES,): ``other`` where no site or no lane is."""
+    # The L1 cache does not learn of what other programs write while this one runs.
+    CACHE: tl.constexpr = ".cg" if SHARED else ""
     columns = ()
-    for i in tl.static_range(FROM, TO):
-        columns += (all_columns[i],)
+    if VECTORS:
+        tile = tl.load(_vectors(first, V), lanes[:, None], other=other, cache_modifier=CACHE)
+        whole = _split(tile, tile.shape[0], V)
+        for i in tl.static_range(FROM, TO):
+            columns += (whole[i],)
+    else:
+        for i in tl.static_range(FROM, TO):
+            exists = lanes if FULL else lanes & (column + i < W)
+            columns += (tl.load(first + i * stride, exists, other=other, cache_modifier=CACHE),)
     return columns
 
 
 @triton.jit
-def _all_columns(tile, LANES: tl.constexpr, V: tl.constexpr):
+def _store(first, columns, column, W, lanes, V: tl.constexpr, FULL: tl.constexpr):
+    """Write a block of V sites of each lane."""
+    if FULL:
+        tl.store(_vectors(first, V), _join(columns, first.shape[0], V), lanes[:, None])
+    else:
+        for i in tl.static_range(V):
+            tl.store(first + i, columns[i], lanes & (column + i < W))
+
+
+@triton.jit
+def _vectors(first, V: tl.constexpr):
+    """(LANES, V) pointers to aligned pieces of memory."""
+    size: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
+    return tl.multiple_of(first[:, None] + tl.arange(0, V)[None, :], (size, V * size))
+
+
+@triton.jit
+def _split(tile, LANES: tl.constexpr, V: tl.constexpr):
+    """The V columns of a tile (LANES, V). They are in registers of their lanes already, so no data moves."""
     if V == 1:
         return (tl.reshape(tile, (LANES,)),)
     else:
         even, odd = tl.split(tl.reshape(tile, (LANES, V // 2, 2)))
-        evens = _all_columns(even, LANES, V // 2)
-        odds = _all_columns(odd, LANES, V // 2)
+        evens = _split(even, LANES, V // 2)
+        odds = _split(odd, LANES, V // 2)
         columns = ()
         for i in tl.static_range(V // 2):
             columns += (evens[i], odds[i])
@@ -411,8 +464,8 @@ def _all_columns(tile, LANES: tl.constexpr, V: tl.constexpr):
 
 
 @triton.jit
-def _tile(columns, LANES: tl.constexpr, V: tl.constexpr):
-    """The inverse of `_columns`."""
+def _join(columns, LANES: tl.constexpr, V: tl.constexpr):
+    """The tile (LANES, V) with these columns."""
     if V == 1:
         return tl.reshape(columns[0], (LANES, 1))
     else:
@@ -421,7 +474,16 @@ def _tile(columns, LANES: tl.constexpr, V: tl.constexpr):
         for i in tl.static_range(V // 2):
             evens += (columns[2 * i],)
             odds += (columns[2 * i + 1],)
-        return tl.reshape(tl.join(_tile(evens, LANES, V // 2), _tile(odds, LANES, V // 2)), (LANES, V))
+        return tl.reshape(tl.join(_join(evens, LANES, V // 2), _join(odds, LANES, V // 2)), (LANES, V))
+
+
+@triton.jit
+def _filled(value, dtype: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr):
+    """So many tensors (LANES,)."""
+    columns = ()
+    for _ in tl.static_range(COUNT):
+        columns += (tl.full((LANES,), value, dtype),)
+    return columns
 
 
 @triton.jit
@@ -434,37 +496,21 @@ def _with(columns, PLACE: tl.constexpr, column):
 
 
 @triton.jit
-def _pointers(first, stride, V: tl.constexpr, VECTORS: tl.constexpr):
-    """(LANES, V) pointers to V sites from the first on."""
-    if VECTORS:
-        size: tl.constexpr = first.dtype.element_ty.primitive_bitwidth // 8
-        return tl.multiple_of(first[:, None] + tl.arange(0, V)[None, :], (size, V * size))
-    else:
-        return first[:, None] + (tl.arange(0, V) * stride)[None, :]
-
-
-@triton.jit
-def _mask(lanes, column, W, V: tl.constexpr, FULL: tl.constexpr):
-    """(LANES, V): the sites of these lanes that lie in the row, or (LANES, 1) where all of them do."""
-    if FULL:
-        return lanes[:, None]
-    else:
-        return lanes[:, None] & (column[:, None] + tl.arange(0, V)[None, :] < W)
-
-
-@triton.jit
-def _load_block(
-    first, stride, column, W, lanes, other, V: tl.constexpr, FULL: tl.constexpr, VECTORS: tl.constexpr, CACHE: tl.constexpr = ""
-):
-    """(LANES, V) values from the first on, ``other`` for lanes and sites that do not exist."""
-    pointers = _pointers(first, stride, V, VECTORS)
-    return tl.load(pointers, _mask(lanes, column, W, V, FULL), other=other, cache_modifier=CACHE)
-
-
-@triton.jit
 def _has_row(plane, row, H, PLANES: tl.constexpr, ROWS: tl.constexpr):
-    """The row so many planes and rows before exists."""
-    return (plane >= PLANES) & (row >= ROWS) & (row - ROWS < H)
+    """The row so many planes and rows before this one exists."""
+    exists = row < H
+    if PLANES > 0:
+        exists = exists & (plane >= PLANES)
+    if ROWS > 0:
+        exists = exists & (row >= ROWS)
+    elif ROWS < 0:
+        exists = exists & (row - ROWS < H)
+    return exists
+
+
+@triton.jit
+def _divisor(diagonal, LOG: tl.constexpr):
+    return exp(diagonal) if LOG else diagonal
 
 
 @triton.jit
