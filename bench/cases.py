@@ -22,8 +22,8 @@ DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, 
 _DRAWN = 2**22 + 1
 
 
-def parse_stencil(text: str, ndim: int = 2) -> bg.Stencil:
-    """A stencil from its name on the command line, for a grid of ``ndim`` axes.
+def parse_stencil(text: str, ndim: int | None = None) -> bg.Stencil:
+    """A stencil from its name on the command line, for a grid of ``ndim`` axes, by default as many as it names, or 2.
 
     ``7`` is a patch of 7 pixels along every axis, ``3x7x7`` one with a size for each axis, ``cross2`` the neighbours along the
     axes up to 2 pixels away.
@@ -32,15 +32,16 @@ def parse_stencil(text: str, ndim: int = 2) -> bg.Stencil:
         ValueError: no such stencil, or sizes for another number of axes.
     """
     if match := re.fullmatch(r"cross(\d+)", text):
-        return bg.Stencil.cross(int(match[1]), ndim)
-    if not re.fullmatch(r"\d+(x\d+)*", text):
+        return bg.Stencil.cross(int(match[1]), ndim or 2)
+    if not re.fullmatch(r"\d+(x\d+){0,2}", text):
         raise ValueError(f"stencil {text!r}: expected an odd size as 7, a size for each axis as 3x7x7, or a cross as cross2")
     sizes = [int(size) for size in text.split("x")]
     if any(size % 2 == 0 for size in sizes):
         raise ValueError(f"stencil {text!r}: sizes are odd, so that there is a middle pixel")
-    if len(sizes) not in (1, ndim):
+    if ndim is not None and len(sizes) not in (1, ndim):
         raise ValueError(f"stencil {text!r} has {len(sizes)} axes, the grid has {ndim}")
-    return bg.Stencil.box([size // 2 for size in sizes * (ndim if len(sizes) == 1 else 1)])
+    sizes = sizes * (ndim or 2) if len(sizes) == 1 else sizes
+    return bg.Stencil.box([size // 2 for size in sizes])
 
 
 def fits(stencil: str, ndim: int) -> bool:

@@ -1,4 +1,4 @@
-"""Timing, and trials: a first run in a process of its own, which finds the memory that an operation needs, or why it cannot run."""
+"""Timing, and trials: a first call in a process of its own finds the memory that an operation needs, or why it cannot run."""
 
 import multiprocessing
 import os
@@ -86,10 +86,9 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, memory: float,
     Raises:
         TrialError: it raised an error, needed more, took longer, or died.
     """
-    receiver, sender = _context().Pipe(duplex=False)
-    process = _context().Process(
-        target=_answer, args=(sender, memory, torch.get_num_threads(), function, arguments), daemon=True
-    )
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, memory, torch.get_num_threads(), function, arguments), daemon=True)
     process.start()
     sender.close()
     try:
@@ -136,11 +135,8 @@ def _answer(sender: Connection, memory: float, threads: int, function: Callable[
 def describe(error: Exception, memory: float | None = None) -> str:
     """An error in one line; a failed allocation as what it is."""
     text = " ".join(str(error).split())
-    if (
-        isinstance(error, (MemoryError, torch.OutOfMemoryError))
-        or "not enough memory" in text
-        or "Cannot allocate memory" in text
-    ):
+    failed_allocations = ("not enough memory", "Cannot allocate memory")
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(words in text for words in failed_allocations):
         return "needs more memory" + (f" than {memory / GIB:g} GiB" if memory is not None else f": {text}")
     return f"{type(error).__name__}: {text}"[:300]
 
@@ -148,7 +144,7 @@ def describe(error: Exception, memory: float | None = None) -> str:
 class PeakMemory:
     """The highest memory since `start`, above what there was when this object was made.
 
-    On a CPU the resident memory of the process, which is to be a fresh one, known on Linux alone; on a GPU what torch allocated.
+    On a CPU the resident memory of the process, which is to be a fresh one, and only on Linux; on a GPU what torch allocated.
     """
 
     def __init__(self, device: str):

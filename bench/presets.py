@@ -1,11 +1,14 @@
 """What a run measures: sweeps over stencils, resolutions and so on, by name for the command line."""
 
+import dataclasses
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .cases import Case, fits, parse_resolution
-from .implementations import IMPLEMENTATIONS, default_backend
+from .cases import DTYPES, Case, fits, parse_resolution, parse_stencil
+from .implementations import BACKENDS, IMPLEMENTATIONS, default_backend
+from .operations import OPERATIONS
+from .peers import PEERS
 
 Names = tuple[str, ...]
 
@@ -32,6 +35,42 @@ class Sweep:
             grid = parse_resolution(resolution)
             if fits(stencil, len(grid)):
                 yield Case(stencil, grid, batch, samples, dtype, device)
+
+
+def override(sweep: Sweep, given: dict[str, str | None]) -> Sweep:
+    """The sweep with values from the command line, separated by commas, in place of its own where they are given.
+
+    Raises:
+        ValueError: a value that does not exist; it names the option.
+    """
+    return dataclasses.replace(sweep, **{field: _parse(field, text) for field, text in given.items() if text is not None})
+
+
+def _parse(field: str, text: str) -> tuple:
+    if text == "all" and field in ("operations", "peers"):
+        return tuple(_CHOICES[field])
+    if text == "none" and field == "peers":
+        return ()
+    values = [value.strip() for value in text.split(",")]
+    option = _OPTIONS.get(field, f"--{field}")
+    if field in ("batches", "samples"):
+        for value in values:
+            if not value.isdecimal() or int(value) == 0:
+                raise ValueError(f"{option} has {value!r}, expected positive integers")
+        return tuple(map(int, values))
+    for value in values:
+        if field == "stencils":
+            parse_stencil(value)
+        elif field == "resolutions":
+            parse_resolution(value)
+        elif value not in _CHOICES[field]:
+            raise ValueError(f"{option} has {value!r}, expected some of {', '.join(_CHOICES[field])}")
+    return tuple(values)
+
+
+_OPTIONS = {"batches": "--batch", "operations": "--ops", "dtypes": "--dtype"}
+
+_CHOICES = {"operations": OPERATIONS, "dtypes": DTYPES, "backends": ("default", *BACKENDS), "peers": PEERS}
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ formula for their part of S.
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +29,47 @@ TEST = ("camera", "chelsea")
 PATCH = 64
 
 
-def held_out_quality(stencils: Iterable[str], data: Path | None = None) -> dict[str, Any]:
-    """Nats per pixel of held-out patches under the factor of each stencil of two axes.
+@dataclass(frozen=True)
+class Photographs:
+    """Gray images (height, width) in levels from 0 to 255, float64, and what they are."""
+
+    source: str
+    train: list[Tensor]
+    test: list[Tensor]
+
+
+def held_out_quality(stencils: Iterable[str], photographs: Photographs) -> dict[str, Any]:
+    """Nats per pixel of the test photographs under the factor that fits the training photographs best.
 
     Args:
-        stencils: names as on the command line.
-        data: an .npz file of photographs as for `load_photographs`; the photographs of scikit-image by default.
+        stencils: names as on the command line, of stencils of two axes.
+        photographs: see `scikit_image_photographs` and `load_photographs`.
 
     Returns:
-        The mean and its standard error for each stencil, and what they are of.
-
-    Raises:
-        ValueError: ``data`` does not hold photographs.
+        For each stencil the mean over patches and, patch by patch, the gain over the smallest one, with standard errors; and
+        what they are of.
     """
-    source, train, test = scikit_image_photographs() if data is None else load_photographs(data)
-    loc = torch.cat([image.flatten() for image in train]).mean()
-    train = [image - loc for image in train]
-    patches = torch.cat([tiles(image - loc) for image in test])
-    scores = []
-    for name in stencils:
+    loc = torch.cat([image.flatten() for image in photographs.train]).mean()
+    train = [image - loc for image in photographs.train]
+    patches = torch.cat([tiles(image - loc) for image in photographs.test])
+    scores, smallest = [], None
+    for name in sorted(stencils, key=lambda name: (len(parse_stencil(name)), name)):
         stencil = parse_stencil(name)
         factor = fit(neighbour_covariance(train, stencil), stencil, (PATCH, PATCH))
         nats = bg.negative_log_likelihood(patches, factor.log_diag, factor.off_diag, stencil) / PATCH**2
-        error = (nats.std() / math.sqrt(len(nats))).item()
-        scores.append({"stencil": name, "nats_per_pixel": nats.mean().item(), "standard_error": error})
+        smallest = nats if smallest is None else smallest
+        scores.append({"stencil": name} | _mean("nats_per_pixel", nats) | _mean("gain_over_smallest", smallest - nats))
     return {
-        "photographs": source,
+        "photographs": photographs.source,
         "patches": len(patches),
         "patch_size": PATCH,
         "definition": "-log p / n in gray levels (0 to 255), ½ and constant included",
         "scores": scores,
     }
+
+
+def _mean(name: str, values: Tensor) -> dict[str, float]:
+    return {name: values.mean().item(), f"{name}_standard_error": (values.std() / math.sqrt(len(values))).item()}
 
 
 def fit(covariance: Tensor, stencil: bg.Stencil, grid: tuple[int, int]) -> bg.StencilCholesky:
@@ -90,8 +101,8 @@ def neighbour_covariance(images: Iterable[Tensor], stencil: bg.Stencil) -> Tenso
     return total / count
 
 
-def scikit_image_photographs() -> tuple[str, list[Tensor], list[Tensor]]:
-    """What they are, and training and test photographs in gray levels, of `skimage.data`."""
+def scikit_image_photographs() -> Photographs:
+    """`TRAIN` and `TEST` of `skimage.data`."""
     import skimage.color
     import skimage.data
 
@@ -101,27 +112,30 @@ def scikit_image_photographs() -> tuple[str, list[Tensor], list[Tensor]]:
         return skimage.color.rgb2gray(image) * 255 if image.ndim == 3 else image
 
     train, test = (_dequantised([load(name) for name in names]) for names in (TRAIN, TEST))
-    return f"skimage.data: fitted to {', '.join(TRAIN)}; tested on {', '.join(TEST)}", train, test
+    return Photographs(f"skimage.data: fitted to {', '.join(TRAIN)}; tested on {', '.join(TEST)}", train, test)
 
 
-def load_photographs(path: Path) -> tuple[str, list[Tensor], list[Tensor]]:
-    """The same of an .npz file with arrays ``train`` and ``test`` (count, height, width) of gray levels.
+def load_photographs(path: Path) -> Photographs:
+    """Those of an .npz file with arrays ``train`` and ``test`` (count, height, width) of gray levels.
 
     Raises:
-        ValueError: it has no such arrays, or they hold no image of at least `PATCH` pixels on each side.
+        ValueError: it cannot be read, has no such arrays, or they hold no image of at least `PATCH` pixels along each side.
     """
-    with np.load(path) as file:
-        missing = {"train", "test"} - set(file.files)
-        if missing:
-            raise ValueError(f"{path} has the arrays {', '.join(file.files)}, expected train and test")
-        arrays = [file["train"], file["test"]]
-    for name, array in zip(("train", "test"), arrays, strict=True):
+    try:
+        with np.load(path) as file:
+            arrays = {name: file[name] for name in ("train", "test") if name in file.files}
+            names = ", ".join(file.files)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
+    if len(arrays) < 2:
+        raise ValueError(f"{path} has the arrays {names}, expected train and test")
+    for name, array in arrays.items():
         if array.ndim != 3 or len(array) == 0 or min(array.shape[1:]) < PATCH:
             raise ValueError(
                 f"{path}: {name} has shape {array.shape}, expected (count, height, width) of at least {PATCH} pixels"
             )
-    train, test = (_dequantised(array) for array in arrays)
-    return f"{path.name}: fitted to {len(train)} images of train; tested on {len(test)} of test", train, test
+    train, test = (_dequantised(array) for array in arrays.values())
+    return Photographs(f"{path.name}: fitted to {len(train)} images of train; tested on {len(test)} of test", train, test)
 
 
 def tiles(image: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from .cases import DTYPES, Case, Problem
 from .implementations import IMPLEMENTATIONS, first_call
 from .measure import GIB, Timing, TrialError, copying, describe, in_own_process, synchronize, take_turns
-from .operations import OPERATIONS, Prepared, difference, tolerance
+from .operations import OPERATIONS, difference, tolerance
 from .peers import PEERS
 from .presets import Work
 
@@ -27,6 +27,14 @@ class Limits:
     first_call: float = 30.0
 
 
+class NotMeasuredError(Exception):
+    """Why there is no time for an implementation; ``status`` is failed, or skipped if it was not tried."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status = status
+
+
 def measure(work: Work, limits: Limits, tell: Callable[[str], None]) -> list[Row]:
     """The rows of one operation on one case; an implementation that gives no right result has one that says why.
 
@@ -36,72 +44,71 @@ def measure(work: Work, limits: Limits, tell: Callable[[str], None]) -> list[Row
         tell: is called with what is being done.
     """
     case, operation = work.case, OPERATIONS[work.operation]
-    reasons: dict[str, tuple[str, str]] = {}
-    peaks: dict[str, int | None] = {}
-    for name in work.implementations:
-        tell(f"{case}: {operation.title}, {IMPLEMENTATIONS[name].title}")
-        if reason := IMPLEMENTATIONS[name].why_not(case):
-            reasons[name] = ("skipped", reason)
-            continue
-        try:
-            peaks[name] = _trial(work, name, limits)
-        except TrialError as error:
-            reasons[name] = ("failed", str(error))
-
-    ready: dict[str, Prepared] = {}
-    conversions: dict[str, float] = {}
-    timings: dict[str, Timing] = {}
-    if peaks:
-        problem = _problem(case)
-        expected = operation.expected(problem)
-        for name in peaks:
-            try:
-                start = time.perf_counter()
-                prepared = IMPLEMENTATIONS[name].prepare(problem, work.operation)
-                synchronize(case.device)
-                conversions[name] = time.perf_counter() - start
-                off = difference(prepared.read(prepared.run()), expected)
-                if off > tolerance(DTYPES[case.dtype]):
-                    reasons[name] = ("failed", f"wrong: off by {off:.1e} of the largest value")
-                else:
-                    ready[name] = prepared
-            except Exception as error:
-                reasons[name] = ("failed", describe(error))
-        tell(f"{case}: {operation.title}, timing")
-        timings = _time({name: prepared.run for name, prepared in ready.items()}, problem, limits.timing)
-
-    rows = []
     about = case.to_json() | {"operation": work.operation}
+    rows, runs = {}, {}
     for name in work.implementations:
-        row = about | {"implementation": name, "title": IMPLEMENTATIONS[name].title, "peer": name in PEERS}
-        if name in reasons:
-            row["status"], row["reason"] = reasons[name]
-        else:
-            row |= _figures(case, operation.bytes(case), timings[name], timings["sum"], timings["copy_"])
-            row |= {"peak_bytes": peaks[name], "conversion_seconds": conversions[name] if name in PEERS else None}
-        rows.append(row)
-    for row in rows:
-        if row["status"] == "measured" and not row["peer"]:
-            row["peers"] = {
-                other["implementation"]: other["seconds"] / row["seconds"] for other in rows if _is_measured_peer(other)
-            }
-    if timings:
-        rows += _copy_rows(case, timings)
-    return rows
+        title, peer = IMPLEMENTATIONS[name].title, name in PEERS
+        tell(f"{case}: {operation.title}, {title}")
+        rows[name] = about | {"implementation": name, "title": title, "peer": peer, "status": "measured"}
+        try:
+            rows[name]["peak_bytes"] = _first_call(work, name, limits)
+            runs[name], seconds = _checked(work, name)
+            rows[name]["conversion_seconds"] = seconds if peer else None
+        except NotMeasuredError as error:
+            rows[name] |= {"status": error.status, "reason": str(error)}
+    if not runs:
+        return list(rows.values())
+
+    tell(f"{case}: {operation.title}, timing")
+    coefficients = _problem(case).coefficients
+    baselines = {"sum": coefficients.sum, "copy_": copying(coefficients)}
+    for baseline in baselines.values():
+        baseline()  # the others have been called
+    timings = take_turns(baselines | runs, case.device, limits.timing)
+    library = [name for name in runs if name not in PEERS]
+    peers = [name for name in runs if name in PEERS]
+    for name in runs:
+        rows[name] |= _figures(case, operation.bytes(case), timings[name], timings)
+    for name in library:
+        rows[name]["peers"] = {peer: timings[peer].median / timings[name].median for peer in peers}
+    for name in peers if library else ():
+        rows[name]["times_library"] = rows[library[0]]["peers"][name]
+    # Reading and copying the coefficients, by which the others are measured.
+    torch_row = case.to_json() | {"implementation": "torch", "title": "torch", "peer": False, "status": "measured"}
+    for name, moved in (("sum", case.coefficient_bytes), ("copy_", 2 * case.coefficient_bytes)):
+        rows[name] = torch_row | {"operation": name} | _figures(case, moved, timings[name], timings)
+    return list(rows.values())
 
 
-def _is_measured_peer(row: Row) -> bool:
-    return row["peer"] and row["status"] == "measured"
-
-
-def _trial(work: Work, name: str, limits: Limits) -> int | None:
-    if torch.device(work.case.device).type == "cpu":
-        arguments = (first_call, work.case, work.operation, name)
-        return in_own_process(*arguments, memory=limits.memory, seconds=limits.first_call)
+def _first_call(work: Work, name: str, limits: Limits) -> int | None:
+    """Peak memory in bytes, of a process of its own on a CPU."""
+    if reason := IMPLEMENTATIONS[name].why_not(work.case):
+        raise NotMeasuredError("skipped", reason)
+    arguments = (work.case, work.operation, name)
     try:
-        return first_call(work.case, work.operation, name)
+        if torch.device(work.case.device).type == "cpu":
+            return in_own_process(first_call, *arguments, memory=limits.memory, seconds=limits.first_call)
+        return first_call(*arguments)
+    except TrialError as error:
+        raise NotMeasuredError("failed", str(error)) from error
     except Exception as error:
-        raise TrialError(describe(error)) from error
+        raise NotMeasuredError("failed", describe(error)) from error
+
+
+def _checked(work: Work, name: str) -> tuple[Callable[[], object], float]:
+    """The call to time, once its result was found to be right, and the seconds that the conversion took."""
+    try:
+        problem = _problem(work.case)
+        start = time.perf_counter()
+        prepared = IMPLEMENTATIONS[name].prepare(problem, work.operation)
+        synchronize(work.case.device)
+        seconds = time.perf_counter() - start
+        off = difference(prepared.read(prepared.run()), OPERATIONS[work.operation].expected(problem))
+    except Exception as error:
+        raise NotMeasuredError("failed", describe(error)) from error
+    if off > tolerance(DTYPES[work.case.dtype]):
+        raise NotMeasuredError("failed", f"wrong: off by {off:.1e} of the largest value")
+    return prepared.run, seconds
 
 
 @functools.lru_cache(maxsize=1)
@@ -109,36 +116,17 @@ def _problem(case: Case) -> Problem:
     return Problem(case)
 
 
-def _time(runs: dict[str, Callable[[], object]], problem: Problem, seconds: float) -> dict[str, Timing]:
-    if not runs:
-        return {}
-    baselines = {"sum": problem.coefficients.sum, "copy_": copying(problem.coefficients)}
-    for baseline in baselines.values():
-        baseline()
-    return take_turns(baselines | runs, problem.case.device, seconds)
-
-
-def _figures(case: Case, moved: int, timing: Timing, reading: Timing, copy: Timing) -> Row:
+def _figures(case: Case, moved: int, timing: Timing, timings: dict[str, Timing]) -> Row:
+    reading, copy = timings["sum"].median, timings["copy_"].median
     return {
-        "status": "measured",
         "seconds": timing.median,
         "seconds_low": timing.low,
         "seconds_high": timing.high,
         "repeats": timing.repeats,
         "bytes": moved,
         "bandwidth": moved / timing.median,
-        "fraction_of_copy": moved / timing.median / (2 * case.coefficient_bytes / copy.median),
-        "times_sum": timing.median / reading.median,
-        "times_copy": timing.median / copy.median,
+        "fraction_of_copy": moved / timing.median / (2 * case.coefficient_bytes / copy),
+        "times_sum": timing.median / reading,
+        "times_copy": timing.median / copy,
         "seconds_per_pixel": timing.median / (case.samples * case.pixels),
     }
-
-
-def _copy_rows(case: Case, timings: dict[str, Timing]) -> list[Row]:
-    """Reading and copying the coefficients, by which the others are measured."""
-    about = case.to_json() | {"implementation": "torch", "title": "torch", "peer": False, "peak_bytes": None}
-    moved = {"sum": case.coefficient_bytes, "copy_": 2 * case.coefficient_bytes}
-    return [
-        about | {"operation": name} | _figures(case, moved[name], timings[name], timings["sum"], timings["copy_"])
-        for name in moved
-    ]
