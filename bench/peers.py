@@ -240,10 +240,10 @@ class DenseTriangular(Peer):
     module = "torch"
 
     def sample(self, problem: Problem) -> Prepared:
-        return self._solve(problem, problem.factor.to_dense().mT, problem.white, upper=True)
+        return self._solve(problem, dense(problem).mT, problem.white, upper=True)
 
     def solve(self, problem: Problem) -> Prepared:
-        return self._solve(problem, problem.factor.to_dense(), problem.cotangent, upper=False)
+        return self._solve(problem, dense(problem), problem.cotangent, upper=False)
 
     def _solve(self, problem, matrices, b, upper):
         b = columns(b)
@@ -255,7 +255,7 @@ class DenseNormal(Peer):
     module = "torch"
 
     def log_prob(self, problem: Problem) -> Prepared:
-        L = problem.factor.to_dense()
+        L = dense(problem)
         x = problem.x.flatten(2)
         q = torch.distributions.MultivariateNormal(torch.zeros_like(x[0]), precision_matrix=L @ L.mT, validate_args=False)
         return Prepared(lambda: (q.log_prob(x),))
@@ -326,6 +326,16 @@ def csr_factors(problem: Problem) -> list[scipy.sparse.csr_array]:
 def block_diagonal(problem: Problem) -> scipy.sparse.csr_array:
     """The factors of all images as one matrix (batch n, batch n)."""
     return scipy.sparse.block_diag(csr_factors(problem), format="csr")
+
+
+def dense(problem: Problem) -> Tensor:
+    """The same as a tensor (batch, n, n)."""
+    case = problem.case
+    n = math.prod(case.grid)
+    matrices = torch.empty(case.batch, n, n, dtype=problem.x.dtype, device=case.device)
+    for matrix, L in zip(matrices, csr_factors(problem), strict=True):
+        matrix.copy_(torch.from_numpy(L.toarray()))
+    return matrices
 
 
 def to_torch(matrix: scipy.sparse.csr_array, device: str) -> Tensor:

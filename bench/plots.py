@@ -52,7 +52,7 @@ def quality(path: Path, results: Results) -> bool:
     rows = measured(results["rows"], implementation=results["backend"], samples=1, dtype="float32", **case)
     rows = [row for row in rows if row["stencil"] in scores]
     operations = [name for name in ("log_prob_grad", "sample") if any(row["operation"] == name for row in rows)]
-    if not operations:
+    if not operations or len({row["stencil"] for row in rows}) == 1:
         return False
     colors = _stencil_colors(rows)
     fig = Figure(figsize=(3.4 * len(operations) + 1.2, 3.2), layout="constrained")
@@ -147,15 +147,14 @@ def _against_resolution(path: Path, results: Results, figure: str, unit: float, 
 
 
 def _square_images(results: Results) -> list[Row]:
-    """The library's rows on square images of one batch size: the one with most resolutions, then most rows."""
+    """The library's rows on square images of the batch size with most resolutions; none if it has a single one."""
     rows = measured(results["rows"], implementation=results["backend"], samples=1, dtype="float32")
     rows = [row for row in rows if len(row["grid"]) == 2 and row["grid"][0] == row["grid"][1]]
-    sizes: dict[int, set[int]] = {}
-    for row in rows:
-        sizes.setdefault(row["batch"], set()).add(row["grid"][0])
-    count = Counter(row["batch"] for row in rows)
-    batch = max(sizes, key=lambda batch: (len(sizes[batch]), count[batch]), default=None)
-    return measured(rows, batch=batch)
+    sides: dict[int, Counter[str]] = {}
+    for stencil, batch, _ in {(row["stencil"], row["batch"], row["grid"][0]) for row in rows}:
+        sides.setdefault(batch, Counter())[stencil] += 1
+    batch = max(sides, key=lambda batch: (max(sides[batch].values()), len(sides[batch])), default=None)
+    return measured(rows, batch=batch) if batch is not None and max(sides[batch].values()) > 1 else []
 
 
 def _stencil_colors(rows: Iterable[Row]) -> dict[str, str]:

@@ -61,18 +61,25 @@ def measured(rows: Iterable[Row], **values: Any) -> list[Row]:
 
 
 def headline_case(results: Results) -> dict[str, Any] | None:
-    """Grid and batch of the images nearest in size to those asked for, among 2-axis float32 cases with one sample each."""
+    """Grid and batch of the images nearest in size to those asked for, of several stencils if there are such.
+
+    Among the 2-axis float32 cases with one sample for each image; None if there are none.
+    """
     rows = measured(results["rows"], implementation=results["backend"], samples=1, dtype="float32")
-    shapes = {(tuple(row["grid"]), row["batch"]) for row in rows if len(row["grid"]) == 2}
-    if not shapes:
+    stencils: dict[tuple[tuple[int, ...], int], set[str]] = {}
+    for row in rows:
+        if len(row["grid"]) == 2:
+            stencils.setdefault((tuple(row["grid"]), row["batch"]), set()).add(row["stencil"])
+    if not stencils:
         return None
-    grid, batch = min(shapes, key=lambda shape: _distance(*shape))
+    grid, batch = min(stencils, key=lambda shape: (len(stencils[shape]) == 1, _distance(*shape)))
     return {"grid": list(grid), "batch": batch}
 
 
 def _distance(grid: tuple[int, ...], batch: int) -> float:
-    sides, images = math.prod(grid) / math.prod(_ASKED["grid"]), batch / _ASKED["batch"]
-    return abs(math.log(sides)) + abs(math.log(images))
+    """How far the images are from those asked for, in size and in number."""
+    sizes, numbers = math.prod(grid) / math.prod(_ASKED["grid"]), batch / _ASKED["batch"]
+    return abs(math.log(sizes)) + abs(math.log(numbers))
 
 
 def case_text(row: Row) -> str:
