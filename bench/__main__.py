@@ -31,7 +31,9 @@ def main(
         float | None, typer.Option(min=0.0, help="For which each implementation is timed on each operation of a case.")
     ] = None,
     memory_limit: Annotated[float, typer.Option(min=0.0, help="GiB that one call may use, on a CPU.")] = 8.0,
-    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds that the first call may take, on a CPU.")] = 30.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a conversion and a first call may take, on a CPU.")
+    ] = 30.0,
     data: Annotated[
         Path | None,
         typer.Option(

@@ -19,6 +19,7 @@ from torch import Tensor
 GIB = 2**30
 
 _STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def describe(error: Exception, memory: float | None = None) -> str:
 class PeakMemory:
     """The highest memory since `start`, above what there was when this object was made.
 
-    On a CPU the resident memory of the process, which is to be a fresh one, and only on Linux; on a GPU what torch allocated.
+    On a CPU the resident memory of the process, which is to be a fresh one, as Linux tells it; on a GPU what torch allocated.
     """
 
     def __init__(self, device: str):
@@ -155,13 +156,13 @@ class PeakMemory:
     def start(self) -> None:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        elif os.access("/proc/self/clear_refs", os.W_OK):
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to the present value
+        elif os.access(_CLEAR_REFS, os.W_OK):
+            _CLEAR_REFS.write_text("5")  # the high-water mark falls to the present value
 
     def bytes(self) -> int | None:
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _status("VmHWM") - self._before if _STATUS.exists() else None
+        return _status("VmHWM") - self._before if os.access(_CLEAR_REFS, os.W_OK) else None
 
 
 def _status(name: str) -> int:

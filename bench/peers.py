@@ -344,7 +344,7 @@ def to_torch(matrix: scipy.sparse.csr_array, device: str) -> Tensor:
     indptr, indices = (torch.from_numpy(array.astype(np.int32)) for array in (matrix.indptr, matrix.indices))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse")  # that CSR is in beta, and that it is not checked
-        return torch.sparse_csr_tensor(indptr, indices, torch.from_numpy(matrix.data), matrix.shape, device=device)
+        return torch.sparse_csr_tensor(indptr, indices, torch.from_numpy(matrix.data), matrix.shape).to(device)
 
 
 def to_scipy(matrix: Tensor) -> scipy.sparse.csr_array:

@@ -146,7 +146,7 @@ PRESETS = {
             Sweep(stencils=("7",), resolutions=("256",), operations=("log_prob_grad", "sample"), peers=_CPU_PEERS),
             Sweep(stencils=("5",), resolutions=("32",), operations=_ALL_OPERATIONS, peers=_CPU_PEERS),
         ),
-        seconds=1.0,
+        seconds=0.5,
     ),
     "gpu": Preset(
         sweeps=(
