@@ -38,7 +38,7 @@ def main(
         Path | None,
         typer.Option(
             envvar="BANDED_GMRF_DATA",
-            help="Photographs to judge stencils on: an .npz file with train and test.  [default: of scikit-image]",
+            help="Photographs to judge stencils on: an .npz file, as bench/quality.py says.  [default: of scikit-image]",
         ),
     ] = None,
     out: Annotated[

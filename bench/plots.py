@@ -44,7 +44,7 @@ def bandwidth(path: Path, results: Results) -> bool:
 
 
 def quality(path: Path, results: Results) -> bool:
-    """Held-out nats per pixel of each stencil against milliseconds."""
+    """Held-out nats per pixel of each stencil, and the standard error of its gain over the smallest, against milliseconds."""
     case = headline_case(results)
     if case is None or not results["quality"]:
         return False
@@ -59,8 +59,9 @@ def quality(path: Path, results: Results) -> bool:
     for ax, operation in zip(fig.subplots(1, len(operations), sharey=True, squeeze=False)[0], operations, strict=True):
         for row in sorted(measured(rows, operation=operation), key=lambda row: list(colors).index(row["stencil"])):
             label = f"{row['stencil']} (K = {row['num_coefficients']})"
-            nats = scores[row["stencil"]]["nats_per_pixel"]
-            ax.plot(row["seconds"] * 1e3, nats, "o", color=colors[row["stencil"]], markersize=8, label=label)
+            score = scores[row["stencil"]]
+            nats, error = score["nats_per_pixel"], score["gain_over_smallest_standard_error"]
+            ax.errorbar(row["seconds"] * 1e3, nats, error, fmt="o", color=colors[row["stencil"]], capsize=3, label=label)
         ax.set_title(OPERATIONS[operation].title)
         ax.set_xlim(0, 1.1 * ax.get_xlim()[1])
         ax.margins(y=0.1)
@@ -81,8 +82,13 @@ def peers(path: Path, results: Results) -> bool:
     names = [name for name in PEERS if any(name in row["peers"] for row in rows)]
     operations = [name for name in OPERATIONS if any(row["operation"] == name for row in rows)]
     marks = dict(zip(operations, itertools.cycle("osD^vP"), strict=False))
-    fig = Figure(figsize=(4.6 + 2.6 * len(cases), 1.2 + 0.4 * len(names)), layout="constrained")
-    for ax, case in zip(fig.subplots(1, len(cases), sharex=True, sharey=True, squeeze=False)[0], cases, strict=True):
+    across = min(3, len(cases))
+    down = -(-len(cases) // across)
+    fig = Figure(figsize=(4.6 + 2.4 * across, 0.8 + down * (0.6 + 0.3 * len(names))), layout="constrained")
+    axes = fig.subplots(down, across, sharex=True, sharey=True, squeeze=False).ravel()
+    for ax in axes[len(cases) :]:
+        ax.set_axis_off()
+    for ax, case in zip(axes, cases, strict=False):
         for row in rows:
             if f"stencil {row['stencil']}, {case_text(row)}" == case:
                 shown = [name for name in names if name in row["peers"]]
@@ -96,9 +102,8 @@ def peers(path: Path, results: Results) -> bool:
         ax.set_title(case)
         ax.grid(alpha=0.3)
         ax.set_yticks(range(len(names)), [PEERS[name].title for name in names])
-    fig.axes[0].set_ylim(len(names) - 0.5, -0.5)
-    low, high = fig.axes[0].get_xlim()
-    fig.axes[0].set_xlim(min(low, 0.5), max(high, 20))
+    low, high = axes[0].get_xlim()
+    axes[0].set(xlim=(min(low, 0.5), max(high, 20)), ylim=(len(names) - 0.5, -0.5))
     fig.supxlabel("times as long as banded-gmrf for the same work", fontsize=9)
     handles = [
         Line2D([], [], marker=marks[name], color=f"C{i}", linestyle="", label=OPERATIONS[name].title)

@@ -1,11 +1,12 @@
 """How well each stencil models real photographs: held-out nats per pixel of the maximum-likelihood factor, in closed form.
 
-One stationary factor is fitted to the training photographs. With S the covariance of a pixel and its forward neighbours,
-estimated wherever all of them exist, the column c of L that minimises the negative log likelihood ½ cᵀS c - log c₀ is
+A stationary factor is fitted to one half of each photograph's patches, the black squares of a chessboard, and judged on the
+other half. With S the covariance of a pixel and its forward neighbours, estimated wherever all of them exist, the column c of L
+that minimises the negative log likelihood ½ cᵀS c - log c₀ is
 
     c = S⁻¹e₀ / √(e₀ᵀS⁻¹e₀).
 
-At the border of an image neighbours are missing. A pixel there has the column that is best for the neighbours it has: the same
+At the border of a patch neighbours are missing. A pixel there has the column that is best for the neighbours it has: the same
 formula for their part of S.
 """
 
@@ -23,23 +24,36 @@ import banded_gmrf as bg
 
 from .cases import parse_stencil
 
-TRAIN = ("astronaut", "coffee", "rocket", "stereo_motorcycle", "coins", "moon", "brick", "grass", "gravel")
-TEST = ("camera", "chelsea")
+SCIKIT_IMAGE = (
+    "astronaut",
+    "brick",
+    "camera",
+    "chelsea",
+    "coffee",
+    "coins",
+    "grass",
+    "gravel",
+    "moon",
+    "rocket",
+    "stereo_motorcycle",
+)
 
 PATCH = 64
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """Gray images (height, width) in levels from 0 to 255, float64, and what they are."""
+    """Gray levels from 0 to 255, float64, and what they are.
+
+    Each set has training images (count, height, width), for one factor, and held-out patches (count, PATCH, PATCH).
+    """
 
     source: str
-    train: list[Tensor]
-    test: list[Tensor]
+    sets: list[tuple[Tensor, Tensor]]
 
 
 def held_out_quality(stencils: Iterable[str], photographs: Photographs) -> dict[str, Any]:
-    """Nats per pixel of the test photographs under the factor that fits the training photographs best.
+    """Nats per pixel of the held-out patches of each set under the factor that fits its training images best.
 
     Args:
         stencils: names as on the command line, of stencils of two axes.
@@ -49,23 +63,24 @@ def held_out_quality(stencils: Iterable[str], photographs: Photographs) -> dict[
         For each stencil the mean over patches and, patch by patch, the gain over the smallest one, with standard errors; and
         what they are of.
     """
-    loc = torch.cat([image.flatten() for image in photographs.train]).mean()
-    train = [image - loc for image in photographs.train]
-    patches = torch.cat([tiles(image - loc) for image in photographs.test])
     scores, smallest = [], None
     for name in sorted(stencils, key=lambda name: (len(parse_stencil(name)), name)):
-        stencil = parse_stencil(name)
-        factor = fit(neighbour_covariance(train, stencil), stencil, (PATCH, PATCH))
-        nats = bg.negative_log_likelihood(patches, factor.log_diag, factor.off_diag, stencil) / PATCH**2
+        nats = torch.cat([_nats_per_pixel(parse_stencil(name), train, test) for train, test in photographs.sets])
         smallest = nats if smallest is None else smallest
         scores.append({"stencil": name} | _mean("nats_per_pixel", nats) | _mean("gain_over_smallest", smallest - nats))
     return {
         "photographs": photographs.source,
-        "patches": len(patches),
+        "patches": sum(len(test) for _, test in photographs.sets),
         "patch_size": PATCH,
         "definition": "-log p / n in gray levels (0 to 255), ½ and constant included",
         "scores": scores,
     }
+
+
+def _nats_per_pixel(stencil: bg.Stencil, train: Tensor, test: Tensor) -> Tensor:
+    loc = train.mean()
+    factor = fit(neighbour_covariance(train - loc, stencil), stencil, (PATCH, PATCH))
+    return bg.negative_log_likelihood(test - loc, factor.log_diag, factor.off_diag, stencil) / PATCH**2
 
 
 def _mean(name: str, values: Tensor) -> dict[str, float]:
@@ -86,23 +101,25 @@ def fit(covariance: Tensor, stencil: bg.Stencil, grid: tuple[int, int]) -> bg.St
     return bg.StencilCholesky(coefficients[0].log(), coefficients[1:], stencil)
 
 
-def neighbour_covariance(images: Iterable[Tensor], stencil: bg.Stencil) -> Tensor:
-    """Second moments (K, K) of a pixel and its forward neighbours over centred images, where all of them exist."""
+def neighbour_covariance(images: Tensor, stencil: bg.Stencil) -> Tensor:
+    """Second moments (K, K) of a pixel and its forward neighbours over centred images (count, height, width).
+
+    Pixels without all of the neighbours are left out.
+    """
     offsets = ((0, 0), *stencil.offsets)
-    lows = [-min(offset[axis] for offset in offsets) for axis in range(2)]
-    highs = [max(offset[axis] for offset in offsets) for axis in range(2)]
-    total, count = 0, 0
-    for image in images:
-        spans = [(low, size - high) for low, high, size in zip(lows, highs, image.shape, strict=True)]
-        moved = [image[tuple(slice(a + o, b + o) for (a, b), o in zip(spans, offset, strict=True))] for offset in offsets]
-        values = torch.stack(moved).flatten(1)
-        total = total + values @ values.T
-        count += values.shape[1]
-    return total / count
+    spans = [
+        (-min(offset[axis] for offset in offsets), size - max(offset[axis] for offset in offsets))
+        for axis, size in enumerate(images.shape[1:])
+    ]
+    moved = [
+        images[:, *(slice(start + o, stop + o) for (start, stop), o in zip(spans, offset, strict=True))] for offset in offsets
+    ]
+    values = torch.stack(moved).flatten(1)
+    return values @ values.T / values.shape[1]
 
 
 def scikit_image_photographs() -> Photographs:
-    """`TRAIN` and `TEST` of `skimage.data`."""
+    """Those that ship inside scikit-image, a set for each."""
     import skimage.color
     import skimage.data
 
@@ -111,40 +128,48 @@ def scikit_image_photographs() -> Photographs:
         image = image[0] if isinstance(image, tuple) else image  # of a stereo pair the left one
         return skimage.color.rgb2gray(image) * 255 if image.ndim == 3 else image
 
-    train, test = (_dequantised([load(name) for name in names]) for names in (TRAIN, TEST))
-    return Photographs(f"skimage.data: fitted to {', '.join(TRAIN)}; tested on {', '.join(TEST)}", train, test)
+    return Photographs(f"{', '.join(SCIKIT_IMAGE)} of skimage.data", [_halves(load(name)) for name in SCIKIT_IMAGE])
 
 
 def load_photographs(path: Path) -> Photographs:
-    """Those of an .npz file with arrays ``train`` and ``test`` (count, height, width) of gray levels.
+    """Those of an .npz file: arrays ``train`` and ``test`` (count, height, width), one set, or an array for each photograph.
 
     Raises:
-        ValueError: it cannot be read, has no such arrays, or they hold no image of at least `PATCH` pixels along each side.
+        ValueError: it cannot be read, or holds neither; or images are too small for `PATCH`.
     """
     try:
         with np.load(path) as file:
-            arrays = {name: file[name] for name in ("train", "test") if name in file.files}
-            names = ", ".join(file.files)
+            arrays = dict(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
-    if len(arrays) < 2:
-        raise ValueError(f"{path} has the arrays {names}, expected train and test")
-    for name, array in arrays.items():
-        if array.ndim != 3 or len(array) == 0 or min(array.shape[1:]) < PATCH:
-            raise ValueError(
-                f"{path}: {name} has shape {array.shape}, expected (count, height, width) of at least {PATCH} pixels"
-            )
-    train, test = (_dequantised(array) for array in arrays.values())
-    return Photographs(f"{path.name}: fitted to {len(train)} images of train; tested on {len(test)} of test", train, test)
+    shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
+    if {"train", "test"} <= arrays.keys():
+        train, test = arrays["train"], arrays["test"]
+        if min(train.ndim, test.ndim) == max(train.ndim, test.ndim) == 3 and min(*train.shape[1:], *test.shape[1:]) >= PATCH:
+            patches = torch.cat([_patches(image).flatten(0, 1) for image in _dequantised(test)])
+            return Photographs(f"{path.name}, fitted to train, tested on test", [(_dequantised(train), patches)])
+    elif arrays and all(array.ndim == 2 and min(array.shape) >= 2 * PATCH for array in arrays.values()):
+        return Photographs(path.name, [_halves(array) for array in arrays.values()])
+    raise ValueError(
+        f"{path} has {shapes}; expected train and test (count, height, width) of at least {PATCH} pixels along each side, or "
+        f"photographs (height, width) of at least {2 * PATCH}"
+    )
 
 
-def tiles(image: Tensor) -> Tensor:
-    """Patches that do not overlap, (count, PATCH, PATCH)."""
-    return image.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH).reshape(-1, PATCH, PATCH)
+def _halves(photograph: np.ndarray) -> tuple[Tensor, Tensor]:
+    """The black and the white squares of a chessboard of patches."""
+    patches = _patches(_dequantised(photograph))
+    rows, columns = (torch.arange(count) for count in patches.shape[:2])
+    black = (rows[:, None] + columns) % 2 == 0
+    return patches[black], patches[~black]
 
 
-def _dequantised(images: Iterable[np.ndarray]) -> list[Tensor]:
-    """Float64 gray levels plus noise uniform over one level: flat regions of 8-bit images have no finite density otherwise."""
-    generator = torch.Generator().manual_seed(0)
-    images = [torch.from_numpy(np.asarray(image, dtype=np.float64)) for image in images]
-    return [image + torch.rand(image.shape, generator=generator, dtype=torch.float64) - 0.5 for image in images]
+def _patches(image: Tensor) -> Tensor:
+    """Patches side by side, (rows, columns, PATCH, PATCH)."""
+    return image.unfold(0, PATCH, PATCH).unfold(1, PATCH, PATCH)
+
+
+def _dequantised(images: np.ndarray) -> Tensor:
+    """Gray levels plus noise uniform over one level: flat regions of 8-bit images have no finite density otherwise."""
+    levels = torch.from_numpy(np.asarray(images, dtype=np.float64))
+    return levels + torch.rand(levels.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 0.5

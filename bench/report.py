@@ -135,7 +135,8 @@ def markdown_report(results: Results, plots: Sequence[str]) -> str:
 
 
 _PLOTS = {
-    "quality.png": "How well each stencil models photographs, against what it costs",
+    "quality.png": "How well each stencil models photographs, against what it costs; bars: standard error of the gain over the "
+    "smallest stencil",
     "time.png": "Time per pixel (solid) against copying the coefficients (dotted)",
     "bandwidth.png": "Bandwidth as a fraction of that of a copy; 1 is as fast as memory allows",
     "peers.png": "How many times as long other software takes for the same work",
@@ -178,9 +179,9 @@ def _stencil_table(results: Results) -> str | None:
         quality = results["quality"]
         patches = f"{quality['patches']} held-out patches of {quality['patch_size']} × {quality['patch_size']} pixels"
         text += (
-            f"\nNats per pixel are {quality['definition']}; lower is better. They are the mean over {patches} under one "
-            "stationary factor, fitted in closed form; pixels at the border have the columns that are best for the neighbours "
-            f"they have. The gain is patch by patch. Photographs: {quality['photographs']}.\n"
+            f"\nNats per pixel are {quality['definition']}; lower is better. They are the mean over {patches} under a "
+            "stationary factor, fitted in closed form to other patches; pixels at the border have the columns that are best for the "
+            f"neighbours they have. The gain is patch by patch. Photographs: {quality['photographs']}.\n"
         )
     return text
 

@@ -13,7 +13,7 @@ def test_covariance_counts_each_pixel_with_all_its_neighbours():
     stencil = bg.Stencil([(0, 1), (1, -1)])
     here, right, below = image[:2, 1:3], image[:2, 2:4], image[1:, :2]
     values = torch.stack([here, right, below]).flatten(1)
-    torch.testing.assert_close(neighbour_covariance([image], stencil), values @ values.T / 4)
+    torch.testing.assert_close(neighbour_covariance(image[None], stencil), values @ values.T / 4)
 
 
 def test_fit_is_exact_where_the_field_has_the_stencil():
@@ -28,7 +28,7 @@ def test_fit_is_exact_where_the_field_has_the_stencil():
 
 def test_fit_is_the_most_likely_column():
     torch.manual_seed(3)
-    images = [torch.nn.functional.avg_pool2d(torch.randn(1, 40, 50, dtype=torch.float64), 3, 1)[0]]
+    images = torch.nn.functional.avg_pool2d(torch.randn(2, 40, 50, dtype=torch.float64), 3, 1)
     stencil = bg.Stencil.square(3)
     S = neighbour_covariance(images, stencil)
     factor = fit(S, stencil, (5, 6))
@@ -57,21 +57,35 @@ def test_larger_stencils_explain_held_out_images_better(photographs):
     assert "images.npz" in quality["photographs"]
 
 
+def test_photographs_are_split_like_a_chessboard(tmp_path):
+    path = tmp_path / "photographs.npz"
+    image = np.arange(2)[:, None] + 10 * np.arange(3)  # the same gray level throughout each patch
+    np.savez(path, first=image.repeat(PATCH, axis=0).repeat(PATCH, axis=1), second=np.zeros((2 * PATCH, 2 * PATCH + 9)))
+    (train, test), (other, _) = load_photographs(path).sets
+    assert train[:, 5, 5].round().tolist() == [0, 20, 11]
+    assert test[:, 5, 5].round().tolist() == [10, 1, 21]
+    assert other.shape == (2, PATCH, PATCH)
+
+
 def test_files_without_photographs_are_refused(tmp_path):
     path = tmp_path / "other.npz"
-    np.savez(path, images=np.zeros((2, 8, 8)))
-    with pytest.raises(ValueError, match="has the arrays images, expected train and test"):
-        load_photographs(path)
-    np.savez(path, train=np.zeros((2, 8, 8)), test=np.zeros((2, 8, 8)))
-    with pytest.raises(ValueError, match=r"train has shape \(2, 8, 8\), expected"):
-        load_photographs(path)
+    for arrays in (
+        {"images": np.zeros((2, 80, 80))},
+        {"train": np.zeros((2, 8, 8)), "test": np.zeros((2, 80, 80))},
+        {"small": np.zeros((100, 200))},
+    ):
+        np.savez(path, **arrays)
+        with pytest.raises(
+            ValueError, match=r"other.npz has .* expected train and test \(count, height, width\) of at least 64"
+        ):
+            load_photographs(path)
     for missing in (tmp_path, tmp_path / "none.npz"):
         with pytest.raises(ValueError, match="cannot be read"):
             load_photographs(missing)
 
 
 def test_photographs_of_scikit_image_are_gray_levels():
-    photographs = scikit_image_photographs()
-    for image in (*photographs.train, *photographs.test):
-        assert image.ndim == 2
-        assert -0.5 <= image.min() < 128 < image.max() <= 255.5
+    for train, test in scikit_image_photographs().sets:
+        assert train.shape[1:] == test.shape[1:] == (PATCH, PATCH)
+        for patches in (train, test):
+            assert -0.5 <= patches.min() < 128 < patches.max() <= 255.5
