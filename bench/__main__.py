@@ -1,6 +1,7 @@
 """``python -m bench``: measure a preset, or what the options say; ``python -m bench compare A.json B.json``."""
 
 import datetime
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +83,9 @@ def main(
         if threads is not None:
             torch.set_num_threads(threads)
         limits = Limits(chosen.seconds if seconds is None else seconds, memory_limit * GIB, time_limit)
-        results = run.run(works, limits, device, preset, photographs, folder, Console())
+        results = run.run(
+            works, limits, device, preset, photographs, folder, Console(width=None if sys.stdout.isatty() else 140)
+        )
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     typer.echo(f"Results: {folder}")

@@ -180,8 +180,8 @@ def _stencil_table(results: Results) -> str | None:
         patches = f"{quality['patches']} held-out patches of {quality['patch_size']} × {quality['patch_size']} pixels"
         text += (
             f"\nNats per pixel are {quality['definition']}; lower is better. They are the mean over {patches} under a "
-            "stationary factor, fitted in closed form to other patches; pixels at the border have the columns that are best for the "
-            f"neighbours they have. The gain is patch by patch. Photographs: {quality['photographs']}.\n"
+            "stationary factor, fitted in closed form to other patches; pixels at the border have the columns that are best "
+            f"for the neighbours they have. The gain is patch by patch. Photographs: {quality['photographs']}.\n"
         )
     return text
 

@@ -59,7 +59,7 @@ def run(
     }
     report.write_results(folder, results)
     (folder / "report.md").write_text(report.markdown_report(results, plots.draw(folder, results)), encoding="utf-8")
-    console.print(report.terminal_table(results), width=None if console.is_terminal else 140)
+    console.print(report.terminal_table(results))
     return results
 
 
