@@ -53,18 +53,18 @@ def default_backend(device: str) -> str:
 
 
 def first_call(case: Case, operation: str, name: str) -> int | None:
-    """Build the case, convert it and call the operation once: the peak memory of all that in bytes, inputs included.
+    """Build the case, convert it and call the operation once: the peak memory of the call in bytes, its own inputs included.
 
-    What only the conversion needs is not counted. None where the memory cannot be known.
+    None where it cannot be known.
     """
     implementation = IMPLEMENTATIONS[name]
     # On few pixels first: it loads, and if need be compiles, code that stays in memory.
     small = Case(case.stencil, (4,) * len(case.grid), case.batch, case.samples, case.dtype, case.device)
     implementation.prepare(Problem(small), operation).run()
     peak = PeakMemory(case.device)
-    prepared = implementation.prepare(Problem(case), operation)
+    run = implementation.prepare(Problem(case), operation).run  # what only the conversion needed is free again
     peak.start()
-    prepared.run()
+    run()
     synchronize(case.device)
     on_gpu = torch.device(case.device).type == "cuda"
     return peak.bytes() if implementation.allocates_with_torch or not on_gpu else None

@@ -55,38 +55,42 @@ class Operation:
         return self.coefficients * case.coefficient_bytes + self.vectors * case.vector_bytes
 
 
+# The calls hold on to what they need of the problem and no more, so that its memory can be told.
+
+
 def _log_prob(problem: Problem) -> Callable[[], Tensors]:
-    factor = problem.factor
-    log_diag, off_diag = factor.log_diag, factor.off_diag
-    return lambda: (-bg.negative_log_likelihood(problem.x, log_diag, off_diag, problem.stencil),)
+    x, stencil, log_diag, off_diag = problem.x, problem.stencil, problem.factor.log_diag, problem.factor.off_diag
+    return lambda: (-bg.negative_log_likelihood(x, log_diag, off_diag, stencil),)
 
 
 def _log_prob_grad(problem: Problem) -> Callable[[], Tensors]:
-    log_diag, off_diag = trained(problem)
+    x, stencil, (log_diag, off_diag) = problem.x, problem.stencil, trained(problem)
 
     def run():
-        value = -bg.negative_log_likelihood(problem.x, log_diag, off_diag, problem.stencil)
+        value = -bg.negative_log_likelihood(x, log_diag, off_diag, stencil)
         return value.detach(), *torch.autograd.grad(value.sum(), (log_diag, off_diag))
 
     return run
 
 
 def _sample(problem: Problem) -> Callable[[], Tensors]:
-    return lambda: (problem.factor.solve(problem.white, transpose=True),)
+    factor, u = problem.factor, problem.white
+    return lambda: (factor.solve(u, transpose=True),)
 
 
 def _rsample_grad(problem: Problem) -> Callable[[], Tensors]:
-    log_diag, off_diag = trained(problem)
+    u, g, stencil, (log_diag, off_diag) = problem.white, problem.cotangent, problem.stencil, trained(problem)
 
     def run():
-        x = bg.StencilCholesky(log_diag, off_diag, problem.stencil).solve(problem.white, transpose=True)
-        return x.detach(), *torch.autograd.grad(x, (log_diag, off_diag), problem.cotangent)
+        x = bg.StencilCholesky(log_diag, off_diag, stencil).solve(u, transpose=True)
+        return x.detach(), *torch.autograd.grad(x, (log_diag, off_diag), g)
 
     return run
 
 
 def _solve(problem: Problem) -> Callable[[], Tensors]:
-    return lambda: (problem.factor.solve(problem.cotangent),)
+    factor, b = problem.factor, problem.cotangent
+    return lambda: (factor.solve(b),)
 
 
 def _precision_solve(problem: Problem) -> Callable[[], Tensors]:

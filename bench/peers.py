@@ -266,14 +266,14 @@ class EagerShifts(Peer):
     module = "torch"
 
     def log_prob(self, problem: Problem) -> Prepared:
-        factor = problem.factor
-        return Prepared(lambda: (shifted_log_prob(problem.x, factor.log_diag, factor.off_diag, problem.stencil),))
+        x, stencil, factor = problem.x, problem.stencil, problem.factor
+        return Prepared(lambda: (shifted_log_prob(x, factor.log_diag, factor.off_diag, stencil),))
 
     def log_prob_grad(self, problem: Problem) -> Prepared:
-        leaves = trained(problem)
+        x, stencil, leaves = problem.x, problem.stencil, trained(problem)
 
         def run():
-            value = shifted_log_prob(problem.x, *leaves, problem.stencil)
+            value = shifted_log_prob(x, *leaves, stencil)
             return value.detach(), *torch.autograd.grad(value.sum(), leaves, materialize_grads=True)
 
         return Prepared(run)

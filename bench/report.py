@@ -27,8 +27,9 @@ _NOTES = """\
   the time make, as a fraction of that of `copy_`, which reads and writes, on the same coefficients. A few MiB of coefficients
   stay in the cache, for the copy too: there the fraction says little, and the time of a call that does nothing counts.
 * White noise is drawn before a sample is timed. Gradients are with respect to the factor.
-* Peak memory is what one call in a fresh process takes beyond what the process had before: inputs, a peer's conversion of
-  them, and results, to within a few MiB. It is resident memory; on a GPU what torch allocated.
+* Peak memory is what one call in a fresh process takes beyond what the process had before: its inputs (a peer's in the peer's
+  own format) and results included, to within a few MiB, or tens where a kernel is compiled at its first use. It is resident
+  memory; on a GPU what torch allocated.
 * Conversion to a peer's format is not in its time. For cholespy it holds a factorisation.
 """
 
