@@ -1,1 +1,1 @@
-"""Speed of the library, as ratios measured side by side in one process."""
+"""Which stencil can I afford at which resolution, and is this as fast as it can be? ``python -m bench`` measures it here."""

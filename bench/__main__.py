@@ -1,0 +1,128 @@
+"""``python -m bench``: measure a preset, or what the options say; ``python -m bench compare A.json B.json``."""
+
+import datetime
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback(invoke_without_command=True)
+def main(
+    context: typer.Context,
+    preset: Annotated[str, typer.Option(help="quick, full, peers or gpu; the options below replace its values.")] = "quick",
+    stencils: Annotated[
+        str | None, typer.Option(help="7: 7 pixels along every axis; 3x7x7: a size for each axis; cross2. Separated by commas.")
+    ] = None,
+    resolutions: Annotated[str | None, typer.Option(help="64: 64 x 64 pixels; 3x64: three bands of them; 8x64x48.")] = None,
+    batch: Annotated[str | None, typer.Option(help="Numbers of images.")] = None,
+    samples: Annotated[str | None, typer.Option(help="Numbers of vectors for each image.")] = None,
+    ops: Annotated[
+        str | None, typer.Option(help="log_prob, log_prob_grad, sample, rsample_grad, solve, precision_solve, or all.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float64, bfloat16, float16: of the coefficients.")] = None,
+    device: Annotated[str | None, typer.Option(help="As torch names it: cpu, cuda.")] = None,
+    backends: Annotated[str | None, typer.Option(help="The library's backends; default is the one that it chooses.")] = None,
+    peers: Annotated[str | None, typer.Option(help="Other software, by the names in bench/peers.py; all; none.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads for torch and the library.")] = None,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.0, help="For which each implementation is timed on each operation of a case.")
+    ] = None,
+    memory_limit: Annotated[float, typer.Option(min=0.0, help="GiB that one call may use, on a CPU.")] = 8.0,
+    time_limit: Annotated[
+        float, typer.Option(min=0.0, help="Seconds that a conversion and a first call may take, on a CPU.")
+    ] = 30.0,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="BANDED_GMRF_DATA",
+            help="Photographs to judge stencils on: an .npz file, as bench/quality.py says.  [default: of scikit-image]",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/bench-PRESET-DATE-TIME]")
+    ] = None,
+) -> None:
+    """Which stencil can I afford at which resolution, and is this as fast as it can be?"""
+    if context.invoked_subcommand is not None:
+        return
+    try:
+        # Imported here: torch takes seconds, and processes for trials import this file too.
+        import torch
+        from rich.console import Console
+
+        from . import run
+        from .presets import PRESETS, override, plan
+        from .quality import load_photographs, scikit_image_photographs
+        from .rows import GIB, Limits
+
+        if preset not in PRESETS:
+            raise typer.BadParameter(f"{preset!r}, expected one of {', '.join(PRESETS)}", param_hint="--preset")
+        chosen = PRESETS[preset]
+        device = device or chosen.device
+        try:
+            given = {
+                "stencils": stencils,
+                "resolutions": resolutions,
+                "batches": batch,
+                "samples": samples,
+                "operations": ops,
+                "dtypes": dtype,
+                "backends": backends,
+                "peers": peers,
+            }
+            run.check_device(device)
+            works = plan([override(sweep, given) for sweep in chosen.sweeps], device)
+            photographs = scikit_image_photographs() if data is None else load_photographs(data)
+            folder = run.new_folder(out or Path("results") / f"bench-{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        if threads is not None:
+            torch.set_num_threads(threads)
+        limits = Limits(chosen.seconds if seconds is None else seconds, memory_limit * GIB, time_limit)
+        results = run.run(
+            works, limits, device, preset, photographs, folder, Console(width=None if sys.stdout.isatty() else 140)
+        )
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo(f"Results: {folder}")
+    if results["interrupted"]:
+        raise typer.Exit(130)
+
+
+@app.command()
+def compare(
+    before: Annotated[Path, typer.Argument(help="results.json of the first run, or its folder.")],
+    after: Annotated[Path, typer.Argument(help="The same of the second run.")],
+    threshold: Annotated[float, typer.Option(min=0.0, help="What counts as a change, as a fraction of the time.")] = 0.1,
+) -> None:
+    """Show what got slower from one run to another; the exit status is 1 if anything did."""
+    from rich.console import Console
+
+    from .compare import comparison_table, differences, faster_rows, lost_rows, slower_rows
+    from .report import case_text, read_results
+
+    try:
+        first, second = read_results(before), read_results(after)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    console = Console()
+    for sentence in differences(first, second):
+        console.print(sentence)
+    slower, faster = slower_rows(first, second, threshold), faster_rows(first, second, threshold)
+    for title, pairs in (("Slower", slower), ("Faster", faster)):
+        if pairs:
+            console.print(comparison_table(title, pairs))
+    lost = lost_rows(first, second)
+    for row in lost:
+        console.print(f"Failed: {row['title']}, {row['operation']} of {row['stencil']}, {case_text(row)}: {row['reason']}")
+    console.print(f"{len(slower)} slower, {len(faster)} faster, {len(lost)} failed.")
+    if slower or lost:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m bench")
