@@ -10,7 +10,7 @@ from .measure import PeakMemory, synchronize
 from .operations import OPERATIONS, Prepared
 from .peers import PEERS, Peer
 
-BACKENDS = tuple(backends._MODULES)
+BACKENDS = tuple(backends.BACKENDS)
 
 
 class Backend:
@@ -49,7 +49,7 @@ IMPLEMENTATIONS: dict[str, Backend | Peer] = {name: Backend(name) for name in BA
 
 def default_backend(device: str) -> str:
     """The backend that the library chooses for tensors on ``device``."""
-    return backends._BY_DEVICE.get(torch.device(device).type, "reference")
+    return backends.default_backend(torch.device(device))
 
 
 def first_call(case: Case, operation: str, name: str) -> int | None:

@@ -114,12 +114,24 @@ _ALL_OPERATIONS = (*_TRAINING, "solve", "precision_solve")
 _CPU_PEERS = ("scipy", "band", "cholespy", "torchsparsegradutils", "csr", "dense", "normal", "shifts")
 _GPU_PEERS = ("cholespy", "torchsparsegradutils", "csr", "cupy", "dense", "normal", "shifts")
 
-# The cases on which the library's targets are stated, as ratios to reading and to copying the coefficients.
+# The cases on which the library's targets are stated: on a CPU as ratios to reading and to copying the coefficients.
 _TARGETS = (
     Sweep(resolutions=("1024",), batches=(8, 1), operations=_TRAINING[:3]),
     Sweep(resolutions=("64",), batches=(64, 1), operations=_TRAINING[:3]),
     Sweep(stencils=("3",), resolutions=("3x256",), batches=(8, 1), operations=_TRAINING[:3]),
     Sweep(stencils=("7",), resolutions=("1024",), batches=(1,), samples=(1, 16), operations=("rsample_grad",)),
+)
+
+# On a GPU they are stated as fractions of the bandwidth of a copy, and as ratios to the reference, which launches kernels of
+# torch for every wavefront.
+_GPU_TARGETS = (
+    Sweep(batches=(256,), operations=_TRAINING[:2]),
+    Sweep(resolutions=("1024",), operations=_TRAINING[:3]),
+    Sweep(stencils=("7",), batches=(2048,), operations=("sample",)),
+    Sweep(stencils=("7",), resolutions=("64", "1024"), batches=(1,), operations=("sample",)),
+    Sweep(stencils=("7",), batches=(1,), samples=(64,), operations=("sample",)),
+    Sweep(stencils=("7",), batches=(256,), operations=_TRAINING[:3], dtypes=("float32", "bfloat16")),
+    Sweep(stencils=("7",), batches=(64,), operations=("sample",), backends=("default", "reference")),
 )
 
 PRESETS = {
@@ -152,6 +164,7 @@ PRESETS = {
         sweeps=(
             Sweep(stencils=("3", "5", "7", "cross2"), resolutions=("64", "128", "256", "512", "1024")),
             *_TARGETS,
+            *_GPU_TARGETS,
             Sweep(stencils=("7",), resolutions=("256",), dtypes=("bfloat16", "float64")),
             Sweep(stencils=("7",), batches=(64,), operations=_ALL_OPERATIONS, peers=_GPU_PEERS),
             Sweep(stencils=("7",), resolutions=("256",), operations=_ALL_OPERATIONS, peers=_GPU_PEERS),

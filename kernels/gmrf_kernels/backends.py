@@ -9,7 +9,9 @@ from types import ModuleType
 
 import torch
 
-_MODULES = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_kernels"}
+# Names for users, and the module of each.
+BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_kernels"}
+
 _BY_DEVICE = {"cpu": "cpu", "cuda": "triton"}
 
 _override: str | None = None
@@ -30,8 +32,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: the name is not a backend of this version.
     """
     global _override
-    if name not in _MODULES:
-        raise ValueError(f"use_backend: name is {name!r}, expected one of {', '.join(map(repr, _MODULES))}")
+    if name not in BACKENDS:
+        raise ValueError(f"use_backend: name is {name!r}, expected one of {', '.join(map(repr, BACKENDS))}")
     previous, _override = _override, name
     try:
         yield
@@ -39,14 +41,19 @@ def use_backend(name: str) -> Iterator[None]:
         _override = previous
 
 
+def default_backend(device: torch.device) -> str:
+    """The name of the backend for tensors on ``device``, where `use_backend` does not choose another: the CPU backend for CPU
+    tensors, the Triton backend for CUDA tensors, the reference for all others."""
+    return _BY_DEVICE.get(device.type, "reference")
+
+
 def backend_for(device: torch.device) -> ModuleType:
-    """The module that implements the operations for tensors on ``device``: by default the CPU backend for CPU tensors, the
-    Triton backend for CUDA tensors, and the reference for all others.
+    """The module that implements the operations for tensors on ``device``.
 
     Raises:
         ValueError: the backend does not take tensors of this device, or needs Triton, which is not installed.
     """
-    name = _override or _BY_DEVICE.get(device.type, "reference")
+    name = _override or default_backend(device)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use 'reference' there")
     if name == "triton":
@@ -56,7 +63,7 @@ def backend_for(device: torch.device) -> ModuleType:
 
 @functools.cache
 def _module(name: str) -> ModuleType:
-    return importlib.import_module(_MODULES[name], __package__)
+    return importlib.import_module(BACKENDS[name], __package__)
 
 
 def _check_triton(device: torch.device) -> None:
