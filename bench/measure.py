@@ -166,7 +166,8 @@ class PeakMemory:
     def bytes(self) -> int | None:
         if self._cuda:
             return torch.cuda.max_memory_allocated(self._device) - self._before
-        return _status("VmHWM") - self._before if os.access(_CLEAR_REFS, os.W_OK) else None
+        # What is freed between the two readings can make the difference of a small call negative.
+        return max(0, _status("VmHWM") - self._before) if os.access(_CLEAR_REFS, os.W_OK) else None
 
 
 def _status(name: str) -> int:
