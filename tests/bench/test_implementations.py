@@ -81,5 +81,6 @@ def test_backends_are_those_of_the_library():
 
 
 def test_first_call_knows_its_memory():
-    peak = first_call(Case("3", (512, 512), batch=2), "sample", "cpu")
-    assert peak is None or peak > 2 * 2 * 512 * 512 * 4  # at least the vector and the solution, 4 bytes each
+    peak = first_call(Case("3", (1024, 1024), batch=2), "sample", "cpu")
+    vectors = 2 * 2 * 1024 * 1024 * 4  # the vector and the solution, 4 bytes each
+    assert peak is None or peak > 0.75 * vectors  # what the process frees meanwhile is a few MiB
