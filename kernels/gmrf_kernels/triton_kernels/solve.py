@@ -107,7 +107,7 @@ def _terms(offsets: Offsets, order: Plan, sites: int, full: bool, transpose: boo
         tiles: (planes and rows from the site to its neighbour, offset, blocks from the coefficients to the site, first and last
             column that count, first and last of the known terms). Lᵀ has its coefficients at the sites, L at the neighbours.
         known: terms whose solutions are in the windows: (site, tile, column of the tile, number of the solution, bound).
-        new: the same for solutions of the block itself, where the number is that of the site.
+        new: the same for solutions of the block itself, numbered in the order of the solve.
 
     A tile is loaded as a whole. Where an entry of it exists only if the site's column + ``bound`` lies on the grid, that is not
     0; the load itself leaves out what does not exist in L.
@@ -132,7 +132,7 @@ def _terms(offsets: Offsets, order: Plan, sites: int, full: bool, transpose: boo
                 blocks = neighbour // sites if transpose else shift
                 term = (site, len(tiles), column - first)
                 if window.rows == window.planes == 0 and blocks == 0:
-                    new.append((*term, neighbour, bound))
+                    new.append((*term, sites - 1 - neighbour if transpose else neighbour, bound))
                 else:
                     kept = window.first + blocks - window.blocks
                     known.append((*term, kept * sites + neighbour % sites, bound))
@@ -321,10 +321,9 @@ def _solve(
         next_tiles = ()
         for i in tl.static_range(len(TILES)):
             for j in tl.static_range(tl.constexpr(TILES[i][_TERMS]), tl.constexpr(TILES[i][_TERMS_END])):
-                rest = _subtract(
-                    sums[KNOWN[j][_SITE]], tiles[i][KNOWN[j][_ENTRY]], kept[KNOWN[j][_VALUE]], column, W, KNOWN[j][_BOUND]
+                sums = _subtract(
+                    sums, KNOWN[j][_SITE], tiles[i][KNOWN[j][_ENTRY]], kept[KNOWN[j][_VALUE]], column, W, KNOWN[j][_BOUND]
                 )
-                sums = _with(sums, KNOWN[j][_SITE], rest)
             # Only now that its registers are free the next tile is loaded.
             exists = next_live & _has_row(plane, row, H, TILES[i][_PLANES], TILES[i][_ROWS])
             distance = TILES[i][_OFFSET] * off_k
@@ -363,23 +362,35 @@ def _solve(
                 pointers = x + next_row * W + next_column + (way if TRANSPOSE else -way)
                 arriving += _load(pointers, 1, there, W, exists, 0.0, 0, V, V, FULL, FULL, True)
 
-        # The recursion along the block.
-        solved = sums
-        new = sums
+        # The recursion along the block. Solutions are kept with their sign turned, so that a term is one fused operation.
+        turned = ()
         for i in tl.static_range(V):
-            rest = sums[V - 1 - i if TRANSPOSE else i]
             for j in tl.static_range(len(NEW)):
                 if NEW[j][_SITE] == (V - 1 - i if TRANSPOSE else i):
-                    rest = _subtract(rest, tiles[NEW[j][_TILE]][NEW[j][_ENTRY]], new[NEW[j][_VALUE]], column, W, NEW[j][_BOUND])
+                    sums = _subtract(
+                        sums,
+                        NEW[j][_SITE],
+                        tiles[NEW[j][_TILE]][NEW[j][_ENTRY]],
+                        turned[NEW[j][_VALUE]],
+                        column,
+                        W,
+                        NEW[j][_BOUND],
+                    )
+            divisor = diagonal[V - 1 - i if TRANSPOSE else i]
+            if LOG:
+                divisor = exp(divisor)
+            quotient = _divide(sums[V - 1 - i if TRANSPOSE else i], divisor)
             exists = live if FULL else live & (column + (V - 1 - i if TRANSPOSE else i) < W)
             # Every lane passes on what it has: 0 where there is no site.
-            solution = tl.where(exists, _divide(rest, _divisor(diagonal[V - 1 - i if TRANSPOSE else i], LOG)), 0.0)
-            solved = _with(solved, V - 1 - i if TRANSPOSE else i, solution)
-            new = _with(new, V - 1 - i if TRANSPOSE else i, 0.0 - solution)
+            turned += (tl.where(exists, 0.0 - quotient, 0.0),)
+        solved = ()
+        moved = ()
+        for i in tl.static_range(V):
+            solved += (0.0 - turned[V - 1 - i if TRANSPOSE else i],)
+            moved += (turned[V - 1 - i if TRANSPOSE else i],)
         _store(x + x_row * W + column, solved, column, W, live, V, FULL)
 
         # The windows move on by a step.
-        moved = new
         for q in tl.static_range(len(WINDOWS)):
             if q > 0:
                 for i in tl.static_range(V):
@@ -421,7 +432,7 @@ def _load(
     columns = ()
     if VECTORS:
         tile = tl.load(_vectors(first, V), lanes[:, None], other=other, cache_modifier=CACHE)
-        whole = _split(tile, tile.shape[0], V)
+        whole = _split(tile, V)
         for i in tl.static_range(FROM, TO):
             columns += (whole[i],)
     else:
@@ -435,7 +446,7 @@ def _load(
 def _store(first, columns, column, W, lanes, V: tl.constexpr, FULL: tl.constexpr):
     """Write a block of V sites of each lane."""
     if FULL:
-        tl.store(_vectors(first, V), _join(columns, first.shape[0], V), lanes[:, None])
+        tl.store(_vectors(first, V), _join(columns, V), lanes[:, None])
     else:
         for i in tl.static_range(V):
             tl.store(first + i, columns[i], lanes & (column + i < W))
@@ -449,32 +460,36 @@ def _vectors(first, V: tl.constexpr):
 
 
 @triton.jit
-def _split(tile, LANES: tl.constexpr, V: tl.constexpr):
-    """The V columns of a tile (LANES, V). They are in registers of their lanes already, so no data moves."""
-    if V == 1:
-        return (tl.reshape(tile, (LANES,)),)
-    else:
-        even, odd = tl.split(tl.reshape(tile, (LANES, V // 2, 2)))
-        evens = _split(even, LANES, V // 2)
-        odds = _split(odd, LANES, V // 2)
-        columns = ()
-        for i in tl.static_range(V // 2):
-            columns += (evens[i], odds[i])
-        return columns
+def _split(tile, V: tl.constexpr):
+    """The V columns of a tile (LANES, V). They are in registers of their lanes already: no data moves."""
+    columns = (tile,)
+    for i in tl.static_range(5):
+        if V >> i > 1:
+            even = ()
+            odd = ()
+            for j in tl.static_range(1 << i):
+                first, second = tl.split(tl.reshape(columns[j], (tile.shape[0], V >> (i + 1), 2)))
+                even += (first,)
+                odd += (second,)
+            columns = even + odd
+    flat = ()
+    for j in tl.static_range(V):
+        flat += (tl.reshape(columns[j], (tile.shape[0],)),)
+    return flat
 
 
 @triton.jit
-def _join(columns, LANES: tl.constexpr, V: tl.constexpr):
+def _join(columns, V: tl.constexpr):
     """The tile (LANES, V) with these columns."""
-    if V == 1:
-        return tl.reshape(columns[0], (LANES, 1))
-    else:
-        evens = ()
-        odds = ()
-        for i in tl.static_range(V // 2):
-            evens += (columns[2 * i],)
-            odds += (columns[2 * i + 1],)
-        return tl.reshape(tl.join(_join(evens, LANES, V // 2), _join(odds, LANES, V // 2)), (LANES, V))
+    tiles = columns
+    for i in tl.static_range(5):
+        if V >> i > 1:
+            pairs = ()
+            for j in tl.static_range(V >> (i + 1)):
+                pair = tl.join(tiles[j], tiles[j + (V >> (i + 1))])
+                pairs += (tl.reshape(pair, (columns[0].shape[0], 2 << i)),)
+            tiles = pairs
+    return tl.reshape(tiles[0], (columns[0].shape[0], V))
 
 
 @triton.jit
@@ -484,15 +499,6 @@ def _filled(value, dtype: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
     for _ in tl.static_range(COUNT):
         columns += (tl.full((LANES,), value, dtype),)
     return columns
-
-
-@triton.jit
-def _with(columns, PLACE: tl.constexpr, column):
-    """The columns with another one in this place."""
-    changed = ()
-    for i in tl.static_range(len(columns)):
-        changed += (column if i == PLACE else columns[i],)
-    return changed
 
 
 @triton.jit
@@ -509,11 +515,6 @@ def _has_row(plane, row, H, PLANES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _divisor(diagonal, LOG: tl.constexpr):
-    return exp(diagonal) if LOG else diagonal
-
-
-@triton.jit
 def _divide(a, b):
     """The correctly rounded quotient."""
     if a.dtype == tl.float32:
@@ -523,13 +524,17 @@ def _divide(a, b):
 
 
 @triton.jit
-def _subtract(rest, entry, turned, column, W, BOUND: tl.constexpr):
-    """The rest less a term: the entry, if it exists, times a solution, whose sign is turned."""
+def _subtract(sums, SITE: tl.constexpr, entry, turned, column, W, BOUND: tl.constexpr):
+    """The sums, that of one site less a term: the entry, if it exists, times a solution whose sign is turned."""
     if BOUND < 0:
         entry = tl.where(column + BOUND >= 0, entry, 0.0)
     elif BOUND > 0:
         entry = tl.where(column + BOUND < W, entry, 0.0)
-    return tl.fma(entry.to(rest.dtype), turned, rest)
+    rest = tl.fma(entry.to(turned.dtype), turned, sums[SITE])
+    rests = ()
+    for i in tl.static_range(len(sums)):
+        rests += (rest if i == SITE else sums[i],)
+    return rests
 
 
 @triton.jit

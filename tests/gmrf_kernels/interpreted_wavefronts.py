@@ -1,0 +1,155 @@
+"""Triangular solves in Triton's interpreter; `test_triton_interpreter` runs this file in a process of its own."""
+
+import dataclasses
+import sys
+
+import pytest
+import torch
+
+from gmrf_kernels.triton_kernels import schedule
+from tests.cases import STENCILS
+from tests.gmrf_kernels.operators import (
+    OFFSETS,
+    arguments,
+    assert_close,
+    assert_same,
+    call,
+    dense,
+    sliced,
+    strided,
+    tensors,
+    with_tensors,
+)
+
+NAMES = ["solve", "solve transposed"]
+ALL = {**OFFSETS, **{name: STENCILS[name].offsets for name in ("next row only", "cross")}, "far rows": ((1, 5), (3, -1))}
+
+pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def full_programs(monkeypatch):
+    """As many items in a program as fit, as if there were enough of them to keep a GPU at work: it takes less time here."""
+    monkeypatch.setattr(schedule, "_WARPS_AT_WORK", 1)
+
+
+def assert_dense(name, *args, **options):
+    args = arguments(name, *args, **options)
+    for actual, expected in zip(call(name, args), dense(name, args), strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("stencil", "grid"),
+    [
+        ("far line", (9,)),
+        ("far line", (16,)),  # whole blocks
+        ("diagonal", (6, 1)),
+        ("diagonal", (1, 1)),
+        ("3x3", (7, 5)),  # more rows than a lane's turn
+        ("5x5", (3, 6)),
+        ("skewed", (5, 7)),
+        ("next row only", (3, 6)),
+        ("cross", (4, 5)),
+        ("far rows", (5, 7)),
+        ("volume", (3, 4, 5)),
+    ],
+)
+def test_values(name, stencil, grid):
+    assert_dense(name, ALL[stencil], grid, samples=2, batch=3)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("dtype", "grid"), [(torch.float16, (3, 3)), (torch.bfloat16, (2, 16))])
+def test_sixteen_bit_coefficients(name, dtype, grid):
+    assert_dense(name, OFFSETS["3x3"], grid, dtype=dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_float32(name):
+    assert_dense(name, OFFSETS["3x3"], (2, 8), dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logarithm_of_the_diagonal(name):
+    assert_dense(f"{name} log", OFFSETS["3x3"], (3, 5))
+
+
+def change(monkeypatch, **fields):
+    """Let the schedule choose what it chooses, but for these fields."""
+    choose = schedule.wavefronts
+    monkeypatch.setattr(schedule, "wavefronts", lambda *args: dataclasses.replace(choose(*args), **fields))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_several_items_in_a_program(name, monkeypatch):
+    """Samples and images, of which the last program has fewer than fit."""
+    change(monkeypatch, items=5)
+    assert_dense(name, OFFSETS["3x3"], (3, 4), samples=4, batch=2)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("stencil", "grid", "band"),
+    [
+        ("far line", (5,), 1),
+        ("3x3", (5, 4), 2),
+        ("5x5", (4, 3), 1),  # the stencil reaches beyond the band before
+        ("5x5", (4, 4), 3),
+        ("skewed", (5, 7), 2),
+        ("far rows", (5, 3), 1),
+        ("volume", (3, 3, 2), 2),
+    ],
+)
+def test_bands(name, stencil, grid, band, monkeypatch):
+    """Programs run one after the other here, as the order of their tickets allows."""
+    expected = call(name, args := arguments(name, ALL[stencil], grid, samples=1, batch=2))
+    change(monkeypatch, band=band, row_lanes=band, items=2, steps_per_flag=3)
+    assert_same(call(name, args), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("sites", [1, 8])
+def test_blocks_of_other_sizes(name, sites, monkeypatch):
+    change(monkeypatch, sites=sites, band=2, row_lanes=2, items=2, steps_per_flag=4)
+    assert_dense(name, OFFSETS["skewed"], (3, 6), samples=1)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_offsets_inside_a_grid_in_64_bits(name, monkeypatch):
+    args = arguments(name, OFFSETS["volume"], (2, 2, 5))
+    expected = call(name, args)
+    module = sys.modules["gmrf_kernels.triton_kernels.solve"]
+    monkeypatch.setattr(module, "spans_32_bits", lambda *tensors, ndim: True)
+    assert_same(call(name, args), expected)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("layout", "stencil", "grid"), [(strided, "3x3", (2, 4)), (strided, "volume", (2, 1, 3)), (sliced, "3x3", (2, 4))]
+)
+def test_strides(name, layout, stencil, grid):
+    args = arguments(name, OFFSETS[stencil], grid)
+    assert_same(call(name, with_tensors(args, [layout(t) for t in tensors(args)])), call(name, args))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_expanded_arguments(name, axis):
+    args = arguments(name, OFFSETS["3x3"], (2, 3), samples=2, batch=3, nan_outside=False)
+    expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
+    assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, [t.contiguous() for t in expanded])))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # NumPy says so
+@pytest.mark.parametrize("name", NAMES)
+def test_a_solution_that_overflows_stays_in_its_image(name, monkeypatch):
+    """Lanes of several images pass values to each other: what is infinite in one must not reach another."""
+    change(monkeypatch, items=3)
+    args = arguments(name, OFFSETS["3x3"], (4, 2), samples=1, batch=3)
+    expected = call(name, args)[0]
+    args[0][1] = 1e-300
+    (actual,) = call(name, args)
+    assert not actual[:, 1].isfinite().all()
+    assert_same([actual[:, ::2]], [expected[:, ::2]])
