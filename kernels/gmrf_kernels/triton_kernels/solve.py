@@ -311,6 +311,9 @@ def _solve(
         next_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
         next_column = (blocks - 1 - block if TRANSPOSE else block) * V
 
+        divisors = ()
+        for i in tl.static_range(V):
+            divisors += (exp(diagonal[i]) if LOG else diagonal[i],)
         sums = rights
         place = b + next_row * b_h + next_column.to(INDEX) * b_w
         rights = _load(place, b_w, next_column, W, next_live, 0.0, 0, V, V, FULL, B_VECTORS, False)
@@ -376,10 +379,7 @@ def _solve(
                         W,
                         NEW[j][_BOUND],
                     )
-            divisor = diagonal[V - 1 - i if TRANSPOSE else i]
-            if LOG:
-                divisor = exp(divisor)
-            quotient = _divide(sums[V - 1 - i if TRANSPOSE else i], divisor)
+            quotient = _divide(sums[V - 1 - i if TRANSPOSE else i], divisors[V - 1 - i if TRANSPOSE else i])
             exists = live if FULL else live & (column + (V - 1 - i if TRANSPOSE else i) < W)
             # Every lane passes on what it has: 0 where there is no site.
             turned += (tl.where(exists, 0.0 - quotient, 0.0),)
