@@ -1,85 +1,98 @@
-"""Draws the pictures of kernels/README.md from the schedules that the kernels follow: ``python kernels/draw_schedules.py``."""
+"""Draw the pictures of kernels/README.md from the plans that the kernels follow: ``python kernels/draw_schedules.py``."""
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
-from matplotlib.patches import Rectangle
+from matplotlib.patches import Polygon, Rectangle
 
-from gmrf_kernels.stencils import Offsets, wavefront_slopes
+from gmrf_kernels.stencils import wavefront_slopes
 from gmrf_kernels.triton_kernels import schedule
-from gmrf_kernels.triton_kernels.wavefronts import block_shifts, plan
+from gmrf_kernels.triton_kernels.geometry import offsets3
+from gmrf_kernels.triton_kernels.wavefronts import Plan, plan
 
 PICTURES = Path(__file__).parent / "pictures"
+SEVEN = tuple((i, j) for i in range(4) for j in range(-3, 4) if (i, j) > (0, 0))
 
 
-def square(size: int) -> Offsets:
-    """Forward offsets (planes, rows, columns) of a patch of ``size`` x ``size`` pixels."""
-    reach = size // 2
-    return tuple((0, row, column) for row in range(reach + 1) for column in range(-reach, reach + 1) if row > 0 or column > 0)
+def main() -> None:
+    PICTURES.mkdir(exist_ok=True)
+    for draw in (draw_wavefronts, draw_bands):
+        figure = draw()
+        figure.savefig(PICTURES / f"{draw.__name__.removeprefix('draw_')}.png", dpi=120)
+        plt.close(figure)
 
 
-def draw_wavefronts(size: int = 7, height: int = 10, width: int = 32, sites: int = 4) -> None:
-    """A small image, site by site and in blocks: the step in which each is solved, and what one block waits for."""
-    offsets = square(size)
-    figure, (above, below) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained")
-
-    slopes = wavefront_slopes(offsets, 3)
-    step = slopes[1] * np.arange(height)[:, None] + np.arange(width)[None, :]
-    _draw_steps(above, step, 1, f"single sites: {step.max() + 1} wavefronts, at most {_most_alike(step)} sites in one")
-
-    order = plan(offsets, sites, one_plane=False)
-    blocks = width // sites
-    step = order.slopes[1] * np.arange(height)[:, None] + np.arange(blocks)[None, :]
-    title = f"blocks of {sites} sites: {step.max() + 1} wavefronts, at most {_most_alike(step)} blocks in one"
-    _draw_steps(below, step, sites, title)
-    row, block = height - 3, 4
-    needed = {(row - r, block - s) for _, r, c in offsets for s in block_shifts((c,), sites)} - {(row, block)}
-    for r, s in needed:
-        below.add_patch(Rectangle((s * sites - 0.5, r - 0.5), sites, 1, fill=False, edgecolor="tab:red", linewidth=2))
-    below.add_patch(Rectangle((block * sites - 0.5, row - 0.5), sites, 1, fill=False, edgecolor="black", linewidth=2.5))
-    below.set_xlabel("column   (black: a block; red: the blocks whose solutions it needs)")
-    figure.suptitle(f"L x = b on {height} × {width} pixels, {size} × {size} stencil: the step that solves each pixel")
-    figure.savefig(PICTURES / "wavefronts.png", dpi=110)
-    plt.close(figure)
+def draw_wavefronts() -> plt.Figure:
+    """Steps of a solve with L site by site and block by block, and the windows from which one block takes what it needs."""
+    rows, columns, sites = 8, 32, 4
+    (slope, _), order = wavefront_slopes(SEVEN, 2), plan(offsets3(SEVEN), sites, one_plane=False)
+    figure, (by_site, by_block) = plt.subplots(2, 1, figsize=(11, 7), layout="constrained")
+    by_site.set_title(f"7 × 7 stencil, site by site: a row begins {slope} steps after the one before")
+    by_block.set_title(f"Blocks of {sites} sites: a row begins {order.slopes[1]} steps after the one before")
+    for axes, width, row_slope in ((by_site, 1, slope), (by_block, sites, order.slopes[1])):
+        last = row_slope * (rows - 1) + columns // width - 1
+        for row in range(rows):
+            for block in range(columns // width):
+                step = row_slope * row + block
+                shade = plt.get_cmap("viridis")(0.15 + 0.85 * step / last)
+                axes.add_patch(Rectangle((block * width, row), width, 1, facecolor=shade, edgecolor="white", linewidth=0.8))
+                text = {"ha": "center", "va": "center", "color": "white" if step < 0.6 * last else "black"}
+                axes.text((block + 0.5) * width, row + 0.5, str(step), fontsize=6 if width == 1 else 9, **text)
+        axes.set(xlim=(0, columns), ylim=(rows, 0), xlabel="column", ylabel="row", aspect="equal")
+    _mark_windows(by_block, order, row=5, block=3, sites=sites)
+    return figure
 
 
-def _draw_steps(axes: plt.Axes, step: np.ndarray, sites: int, title: str) -> None:
-    axes.imshow(step.repeat(sites, axis=1) % 8, cmap="Pastel1", aspect="equal")
-    for (row, block), t in np.ndenumerate(step):
-        axes.text(block * sites + (sites - 1) / 2, row, str(t), ha="center", va="center", fontsize=7)
-    axes.set(title=title, ylabel="row")
+def _mark_windows(axes: plt.Axes, order: Plan, row: int, block: int, sites: int) -> None:
+    """Outline a block, and the blocks in its windows with their ages."""
+    axes.add_patch(Rectangle((block * sites, row), sites, 1, fill=False, edgecolor="red", linewidth=3, zorder=3))
+    for window in order.windows:
+        for age in range(window.youngest, window.oldest + 1):
+            before = window.blocks + age - window.youngest
+            corner = ((block - before) * sites, row - window.rows)
+            axes.add_patch(Rectangle(corner, sites, 1, fill=False, edgecolor="orange", linewidth=2, zorder=2))
+            axes.text(corner[0] + 0.25, corner[1] + 0.06, f"age {age}", fontsize=7, ha="left", va="top", color="white")
 
 
-def _most_alike(step: np.ndarray) -> int:
-    return int(np.bincount(step.ravel()).max())
+def draw_bands() -> plt.Figure:
+    """When each row of a large image is solved, and by which program."""
+    size = 1024
+    chosen = schedule.wavefronts(offsets3(SEVEN), (1, size, size), 1, torch.float32)
+    order = plan(offsets3(SEVEN), chosen.sites, one_plane=True)
+    slope, blocks = order.slopes[1], size // chosen.sites
+    figure, (whole, detail) = plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    whole.set_title(f"{size} × {size}, 7 × 7 stencil: {size // chosen.band} bands of {chosen.band} rows")
+    detail.set_title(f"Two bands: a flag every {chosen.steps_per_flag} steps")
+    for axes in (whole, detail):
+        for band, first in enumerate(range(0, size, chosen.band)):
+            rows = (first, first + chosen.band)
+            corners = [(slope * rows[0], rows[0]), (slope * rows[0] + blocks, rows[0])]
+            corners += [(slope * rows[1] + blocks, rows[1]), (slope * rows[1], rows[1])]
+            axes.add_patch(Polygon(corners, facecolor=f"C{band % 4}", alpha=0.75))
+        axes.set(xlabel="step", ylabel="row")
+    end = slope * size + blocks
+    whole.set(xlim=(0, end), ylim=(size, 0))
+    middle = end // 2
+    active = [
+        band for band in range(size // chosen.band) if 0 <= middle - slope * band * chosen.band < blocks + slope * chosen.band
+    ]
+    whole.axvline(middle, color="black", linewidth=1)
+    whole.text(middle + 20, 60, f"{len(active)} programs at work", fontsize=9)
 
-
-def draw_bands(size: int = 7, side: int = 1024) -> None:
-    """The bands of one large image: the steps in which each is at work, were no band ever held up."""
-    offsets = square(size)
-    chosen = schedule.wavefronts(offsets, (1, side, side), 1, torch.float32)
-    order = plan(offsets, chosen.sites, one_plane=True)
-    blocks = -(-side // chosen.sites)
-    begins = np.arange(0, side, chosen.band) * order.slopes[1]
-    length = order.slopes[1] * (chosen.band - 1) + blocks
-    figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
-    for band, begin in enumerate(begins):
-        axes.barh(band, length, left=begin, height=0.8, color="tab:blue")
-    axes.invert_yaxis()
-    axes.set(xlabel="step", ylabel="band")
-    axes.set_title(
-        f"One image of {side} × {side} pixels, {size} × {size} stencil: {len(begins)} bands of {chosen.band} rows, "
-        f"{begins[-1] + length} steps,\nof which a band takes {length} and begins {order.slopes[1] * chosen.band} "
-        "after the band that it follows"
+    detail.set(xlim=(0, 2 * slope * chosen.band), ylim=(2 * chosen.band, 0))
+    flags = range(chosen.steps_per_flag, 2 * slope * chosen.band, chosen.steps_per_flag)
+    detail.plot(flags, [chosen.band - 0.5] * len(flags), "v", color="black", markersize=5, clip_on=False)
+    begin = slope * chosen.band
+    detail.annotate(
+        "the next band begins: it reads\nthe last rows of this one, three\nfor this stencil, past the L1 cache",
+        (begin, chosen.band),
+        (begin * 0.08, chosen.band * 1.45),
+        arrowprops={"arrowstyle": "->"},
+        fontsize=9,
     )
-    figure.savefig(PICTURES / "bands.png", dpi=110)
-    plt.close(figure)
+    return figure
 
 
 if __name__ == "__main__":
-    plt.switch_backend("agg")
-    PICTURES.mkdir(exist_ok=True)
-    draw_wavefronts()
-    draw_bands()
+    main()
