@@ -81,7 +81,7 @@ def plan(offsets: Offsets, sites: int, one_plane: bool) -> Plan:
     With ``one_plane`` the lanes of a program own rows of one plane, so that all of other planes comes from other programs.
     """
     neighbours = {(*o[:2], s) for o in offsets for s in block_shifts(o, sites)} - {(0, 0, 0)}
-    # The unit offsets make every slope at least 1: a lane then needs its row's neighbours one after the other.
+    # The unit offsets make every slope at least 1: rows begin one after the other, and few of them are active at a time.
     slopes = wavefront_slopes((*sorted(neighbours), (0, 1, 0), (1, 0, 0)), 3)
     ages: dict[tuple[int, int], list[int]] = {(0, 0): [1]}
     for p, r, s in neighbours:
