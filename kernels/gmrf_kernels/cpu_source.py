@@ -28,6 +28,9 @@ _FIRST_ARGUMENT = 4
 # Distances along the row whose solved values the recursion keeps in registers; farther ones are read back from memory.
 _REGISTERS = 4
 
+# Planes of a solve's scratch beside those of the own row's coefficients.
+_SCRATCH_PLANES = 3
+
 # Terms folded in one pass, at most, unless one row of neighbours has more.
 _TERMS_PER_PASS = 10
 
@@ -244,7 +247,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool,
     margin = max((abs(column) for _, _, column in own), default=0)
     registers = [distance for distance in range(1, _REGISTERS + 1) if distance <= margin]
     passes = terms.passes([g for g in range(len(terms.groups)) if g not in terms.own_row])
-    planes = len(own) + 3
+    planes = len(own) + _SCRATCH_PLANES
     rest, diagonal = len(own) + 1, len(own) + 2
 
     # Scratch of one chain: planes of the quotients of the right-hand side and of the own row's coefficients, of what is left of
@@ -348,7 +351,7 @@ def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int) -> int:
     """Elements of zeroed scratch that each thread of a solve kernel needs."""
     own = [offset[-1] for offset in offsets if not any(offset[:-1])]
     padded = -(-width // lanes(dtype)) * lanes(dtype)
-    return chains * ((len(own) + 3) * padded + width + 2 * max(own, default=0))
+    return chains * ((len(own) + _SCRATCH_PLANES) * padded + width + 2 * max(own, default=0))
 
 
 def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:

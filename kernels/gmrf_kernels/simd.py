@@ -261,15 +261,17 @@ def operations(dtype: str) -> dict:
 
         return mask_type(vector_type, vector_type), codegen
 
-    def logic(instruction):
+    def lanewise(kind, instruction):
+        """An intrinsic that applies a two-operand instruction to vectors or masks."""
+
         @intrinsic
-        def combine(typingctx, a, b):
+        def compute(typingctx, a, b):
             def codegen(context, builder, signature, args):
                 return getattr(builder, instruction)(*args)
 
-            return mask_type(mask_type, mask_type), codegen
+            return kind(kind, kind), codegen
 
-        return combine
+        return compute
 
     @intrinsic
     def no_lanes(typingctx):
@@ -285,16 +287,6 @@ def operations(dtype: str) -> dict:
             return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
         return types.boolean(mask_type), codegen
-
-    def arithmetic(instruction):
-        @intrinsic
-        def compute(typingctx, a, b):
-            def codegen(context, builder, signature, args):
-                return getattr(builder, instruction)(*args)
-
-            return vector_type(vector_type, vector_type), codegen
-
-        return compute
 
     def multiply_add(kind, negate):
         """a + b c (a - b c to ``negate``) on vectors or scalars, fused where the machine can."""
@@ -438,13 +430,13 @@ def operations(dtype: str) -> dict:
         "window": window,
         "not_finite": not_finite,
         "not_normal": not_normal,
-        "both": logic("and_"),
-        "either": logic("or_"),
+        "both": lanewise(mask_type, "and_"),
+        "either": lanewise(mask_type, "or_"),
         "no_lanes": no_lanes,
         "any_lane": any_lane,
-        "multiply": arithmetic("fmul"),
-        "subtract": arithmetic("fsub"),
-        "divide": arithmetic("fdiv"),
+        "multiply": lanewise(vector_type, "fmul"),
+        "subtract": lanewise(vector_type, "fsub"),
+        "divide": lanewise(vector_type, "fdiv"),
         "add_product": multiply_add(vector_type, negate=False),
         "subtract_product": multiply_add(vector_type, negate=True),
         "subtract_product_scalar": multiply_add(scalar_type, negate=True),

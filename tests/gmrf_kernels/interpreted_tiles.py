@@ -13,10 +13,10 @@ from tests.gmrf_kernels.operators import (
     OFFSETS,
     OPERATORS,
     arguments,
-    assert_close,
+    assert_dense,
     assert_same,
+    assert_same_when_expanded,
     call,
-    dense,
     sliced,
     strided,
     tensors,
@@ -26,12 +26,6 @@ from tests.gmrf_kernels.operators import (
 NAMES = [name for name in OPERATORS if not name.startswith("solve")]
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
-
-
-def assert_dense(name, *args, **options):
-    args = arguments(name, *args, **options)
-    for actual, expected in zip(call(name, args), dense(name, args), strict=True):
-        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -100,8 +94,7 @@ def test_strides(name, layout, stencil, grid):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_expanded_arguments(name, axis):
     args = arguments(name, OFFSETS["3x3"], (3, 5), samples=4, batch=3, nan_outside=False)
-    expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
-    assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, [t.contiguous() for t in expanded])))
+    assert_same_when_expanded(name, args, axis)
 
 
 @pytest.mark.parametrize("name", NAMES)

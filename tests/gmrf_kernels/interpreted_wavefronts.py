@@ -11,10 +11,10 @@ from tests.cases import STENCILS
 from tests.gmrf_kernels.operators import (
     OFFSETS,
     arguments,
-    assert_close,
+    assert_dense,
     assert_same,
+    assert_same_when_expanded,
     call,
-    dense,
     sliced,
     strided,
     tensors,
@@ -31,12 +31,6 @@ pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 def full_programs(monkeypatch):
     """As many items in a program as fit, as if there were enough of them to keep a GPU at work: it takes less time here."""
     monkeypatch.setattr(schedule, "_WARPS_AT_WORK", 1)
-
-
-def assert_dense(name, *args, **options):
-    args = arguments(name, *args, **options)
-    for actual, expected in zip(call(name, args), dense(name, args), strict=True):
-        assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -138,8 +132,7 @@ def test_strides(name, layout, stencil, grid):
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_expanded_arguments(name, axis):
     args = arguments(name, OFFSETS["3x3"], (2, 3), samples=2, batch=3, nan_outside=False)
-    expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
-    assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, [t.contiguous() for t in expanded])))
+    assert_same_when_expanded(name, args, axis)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered", "ignore:invalid value encountered")  # NumPy says so

@@ -166,6 +166,20 @@ def assert_close(actual, expected):
     )
 
 
+def assert_dense(name, *args, **options):
+    """An operator's results on random `arguments` are those of dense linear algebra."""
+    args = arguments(name, *args, **options)
+    for actual, expected in zip(call(name, args), dense(name, args), strict=True):
+        assert_close(actual, expected)
+
+
+def assert_same_when_expanded(name, args, axis):
+    """An operator reads tensors that repeat their first entry along an axis, with stride 0, as it reads copies of them."""
+    expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
+    copied = [t.contiguous() for t in expanded]
+    assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, copied)))
+
+
 def assert_same(actual, expected):
     """The same bits."""
     for a, e in zip(actual, expected, strict=True):

@@ -22,6 +22,7 @@ from tests.gmrf_kernels.operators import (
     arguments,
     assert_close,
     assert_same,
+    assert_same_when_expanded,
     call,
     dense,
     operator,
@@ -146,9 +147,7 @@ def test_expanded_arguments(name, device):
     """Strides of 0: one sample for several, one image for several, one number for a grid."""
     args = arguments(name, OFFSETS["5x5"], (3, 5), samples=4, batch=3, device=device, nan_outside=False)
     for axis in (0, 1, -1):
-        expanded = [t.narrow(axis, 0, 1).expand(t.shape) for t in tensors(args)]
-        copied = [t.contiguous() for t in expanded]
-        assert_same(call(name, with_tensors(args, expanded)), call(name, with_tensors(args, copied)))
+        assert_same_when_expanded(name, args, axis)
 
 
 def test_public_functions_take_slices_of_a_network_and_transposed_grids(device):

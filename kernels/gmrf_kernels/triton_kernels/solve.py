@@ -49,8 +49,9 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     depth, height, width = grid3(grid)
     offsets = offsets3(offsets)
     chosen = schedule.wavefronts(offsets, (depth, height, width), samples * batch, off_diag.dtype)
-    groups = triton.cdiv(samples * batch, chosen.items)
-    bands = depth * triton.cdiv(height, chosen.band) if chosen.band else 1
+    # Not `triton.cdiv`, which takes long on the host in some releases: this runs at every launch.
+    groups = -(-samples * batch // chosen.items)
+    bands = depth * -(-height // chosen.band) if chosen.band else 1
     x = torch.empty_like(b, memory_format=torch.contiguous_format)
     counters = torch.zeros(1 + bands * groups, dtype=torch.int32, device=b.device) if chosen.band else None
     wide = spans_32_bits(off_diag, ndim=ndim + 1) or spans_32_bits(diag, b, x, ndim=ndim)
