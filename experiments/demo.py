@@ -28,7 +28,7 @@ from . import photographs
 from .checkpoints import save_checkpoint
 from .figures import Column, correlation_figure, image_grid, loss_figure
 from .results import environment, markdown_table, write_json
-from .training import fit, seeded_generator
+from .training import fit, seeded_generator, warmup_cosine, with_replacement
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -91,9 +91,8 @@ def _run(config: DemoConfig, folder: Path, console: Console, networks: dict[str,
         lambda images: (images - autoencoder(images)).square().mean(),
         (train,),
         steps=config.autoencoder_steps,
-        batch_size=config.autoencoder_batch,
-        learning_rate=config.learning_rate,
-        generator=seeded_generator(config.seed, "autoencoder batches"),
+        rows=with_replacement(len(train), config.autoencoder_batch, seeded_generator(config.seed, "autoencoder batches")),
+        learning_rate=warmup_cosine(config.learning_rate, config.autoencoder_steps),
         title="autoencoder (MSE)",
         console=console,
     )
@@ -113,9 +112,8 @@ def _run(config: DemoConfig, folder: Path, console: Console, networks: dict[str,
             lambda means, residuals, network=network: nats_per_pixel(network(means), residuals).mean(),
             (train_means, train_residuals),
             steps=config.covariance_steps,
-            batch_size=config.covariance_batch,
-            learning_rate=config.learning_rate,
-            generator=seeded_generator(config.seed, "covariance batches"),
+            rows=with_replacement(len(train), config.covariance_batch, seeded_generator(config.seed, "covariance batches")),
+            learning_rate=warmup_cosine(config.learning_rate, config.covariance_steps),
             title=f"{name} (nats per pixel)",
             console=console,
         )

@@ -3,5 +3,6 @@
 from .autoencoder import ConvAutoencoder, ConvDecoder, ConvEncoder
 from .covariance import CovarianceNetwork
 from .head import StencilCholeskyHead
+from .mlp import CovarianceMLP
 
-__all__ = ["ConvAutoencoder", "ConvDecoder", "ConvEncoder", "CovarianceNetwork", "StencilCholeskyHead"]
+__all__ = ["ConvAutoencoder", "ConvDecoder", "ConvEncoder", "CovarianceMLP", "CovarianceNetwork", "StencilCholeskyHead"]

@@ -1,0 +1,1 @@
+"""The synthetic experiments of the SUPN paper, section 5.1: does a network recover covariances that are known?"""
