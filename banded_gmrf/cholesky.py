@@ -8,7 +8,8 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
-from .stencil import Stencil
+from . import construction
+from .stencil import Stencil, check_stencil
 
 
 class StencilCholesky:
@@ -31,14 +32,41 @@ class StencilCholesky:
     """
 
     def __init__(self, log_diag: Tensor, off_diag: Tensor, stencil: Stencil):
-        if not isinstance(stencil, Stencil):
-            raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
+        check_stencil(stencil)
         self._batch_shape = check_factor(log_diag, off_diag, len(stencil), stencil.ndim, "log_diag")
         self._grid = log_diag.shape[log_diag.ndim - stencil.ndim :]
         # Kept as given: the backward pass of an expanded coefficient would write a gradient for every repetition.
         self._log_diag = log_diag
         self._off_diag = off_diag
         self.stencil = stencil
+
+    @classmethod
+    def from_covariance(
+        cls, covariance: Tensor | construction.CovarianceFunction, stencil: Stencil, grid: Sequence[int]
+    ) -> "StencilCholesky":
+        """The factor with a given stencil whose distribution N(0, (L Lᵀ)⁻¹) is nearest to N(0, Σ).
+
+        It minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)), hence the expected negative log likelihood of samples of N(0, Σ): no factor
+        with that stencil does better. Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler
+        minimization, SIAM J. Sci. Comput. 2021, theorem 2.1; it is Vecchia's approximation, and exact where the stencil
+        reaches every later site. Differentiable in the covariances.
+
+        Args:
+            covariance: Σ as a matrix (*batch, n, n), assumed symmetric, sites in raster order; or a function, for grids whose
+                matrix would be too large. The function is called as ``covariance(a, b)`` with indices of sites, int64 tensors
+                (m, K, 1, ndim) and (m, 1, K, ndim) on torch's default device, and returns (*batch, m, K, K): the
+                covariances of a[i, k] and b[i, l], for some m sites at a time. It decides on the dtype and the device.
+            stencil: the stencil, K - 1 offsets.
+            grid: numbers of sites along each axis, their product n.
+
+        Returns:
+            The factor, with Σ's batch, dtype and device. Entries that do not exist are stored as 0.
+
+        Raises:
+            TypeError: ``covariance`` is neither a floating-point tensor nor a function that returns one.
+            ValueError: shapes that do not fit, or covariances of a site and its neighbours that are not positive definite.
+        """
+        return cls(*construction.factor_of_covariance(covariance, stencil, grid), stencil)
 
     @property
     def log_diag(self) -> Tensor:
@@ -170,6 +198,5 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
     Raises:
         TypeError, ValueError: as for `StencilCholesky` and `StencilCholesky.matvec`.
     """
-    if not isinstance(stencil, Stencil):
-        raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
+    check_stencil(stencil)
     return gmrf_kernels.negative_log_likelihood(residual, log_diag, off_diag, stencil.offsets, stencil.ndim)
