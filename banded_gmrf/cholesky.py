@@ -1,6 +1,6 @@
 """The sparse Cholesky factor of a precision matrix, and the fused likelihood on its tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
-from . import construction
+from . import construction, estimation
 from .stencil import Stencil, check_stencil
 
 
@@ -67,6 +67,44 @@ class StencilCholesky:
             ValueError: shapes that do not fit, or covariances of a site and its neighbours that are not positive definite.
         """
         return cls(*construction.factor_of_covariance(covariance, stencil, grid), stencil)
+
+    @classmethod
+    def from_samples(
+        cls,
+        samples: Tensor | Iterable[Tensor],
+        stencil: Stencil,
+        *,
+        loc: Tensor | None = None,
+        ridge: float = 0.0,
+        stationary: bool = False,
+    ) -> "StencilCholesky":
+        """The maximum-likelihood factor with a given stencil, in closed form.
+
+        Each column is the least-squares regression of a site on its existing forward neighbours: `from_covariance` of the
+        samples' covariance (divided by S), of which only the entries between sites of one column are computed, in float64.
+        Differentiable in the samples.
+
+        Args:
+            samples: (S, *batch, *grid), or an iterable of such tensors, which may be more than memory holds.
+            stencil: the stencil, K - 1 offsets.
+            loc: the mean, (*batch, *grid). None is the mean of the samples, of each site by itself, or with ``stationary``
+                one for the whole grid.
+            ridge: this is added to the variance of every site, in squared units of the samples; the factor then minimises the mean
+                negative log likelihood plus ½ ridge ‖L‖²_F.
+            stationary: sites share their coefficients. A site near an edge of the grid, some of whose neighbours do not exist,
+                shares those of all sites with the same existing neighbours; they are estimated wherever on the grid these
+                neighbours exist.
+
+        Returns:
+            The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.
+
+        Raises:
+            TypeError: samples of another type than floating-point tensors of one dtype.
+            ValueError: shapes or devices that do not fit; with no ridge, fewer samples than a site has unknowns: its
+                coefficients, its variance, and its mean unless ``loc`` is given (with ``stationary`` every place where the
+                neighbours exist counts); samples whose covariance is not positive definite.
+        """
+        return cls(*estimation.factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
     @property
     def log_diag(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""Factors from what is known of a distribution: its covariance. `StencilCholesky` offers these as class methods.
+"""Factors of known covariances. `StencilCholesky` offers this as a class method.
 
 Everything rests on one closed form. Among all factors with a given stencil, the one that minimises
 KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and those of its forward neighbours that exist,
@@ -20,7 +20,7 @@ from .stencil import Stencil, check_stencil
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
-_BLOCK_ELEMENTS = 2**24
+_CHUNK_ELEMENTS = 2**20
 
 
 def factor_of_covariance(
@@ -31,59 +31,92 @@ def factor_of_covariance(
     stencil._check_grid(grid)
     grid = torch.Size(grid)
     if isinstance(covariance, Tensor):
-        covariance = _entries_of(covariance, grid)
-    elif not callable(covariance):
+        one, device, blocks = covariance[..., :1, :1, None], covariance.device, _entries_of_matrix(covariance, grid)
+    elif callable(covariance):
+        origin = torch.zeros((1, 1, 1, stencil.ndim), dtype=torch.int64)
+        one, device, blocks = covariance(origin, origin), None, covariance
+        check_tensor("covariance(a, b)", one)
+        if one.ndim < 3 or one.shape[-3:] != (1, 1, 1):
+            raise ValueError(
+                f"covariance(a, b) has shape {tuple(one.shape)} for a single pair of sites, expected (*batch, 1, 1, 1)"
+            )
+    else:
         raise TypeError(f"covariance is a {type(covariance).__name__}, expected a torch.Tensor or a function")
-    origin = torch.zeros((1, 1, 1, stencil.ndim), dtype=torch.int64)
-    one = covariance(origin, origin)
-    check_tensor("covariance(a, b)", one)
-    if one.ndim < 3 or one.shape[-3:] != (1, 1, 1):
-        raise ValueError(
-            f"covariance(a, b) has shape {tuple(one.shape)} for a single pair of sites, expected (*batch, 1, 1, 1)"
-        )
-    batch, dtype = one.shape[:-3], accumulate_dtype(one.dtype)
+    columns = nearest_columns("covariance", blocks, stencil, grid, one.shape[:-3], device)
+    return as_factor(columns.to(one.dtype), grid)
+
+
+def _entries_of_matrix(covariance: Tensor, grid: torch.Size) -> CovarianceFunction:
+    check_tensor("covariance", covariance)
+    n = grid.numel()
+    if covariance.ndim < 2 or covariance.shape[-2:] != (n, n):
+        raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
+    return lambda a, b: covariance[..., flat_index(a, grid), flat_index(b, grid)]
+
+
+def nearest_columns(
+    name: str,
+    covariance: CovarianceFunction,
+    stencil: Stencil,
+    grid: torch.Size,
+    batch: torch.Size,
+    device: torch.device | None,
+) -> Tensor:
+    """All columns of the nearest factor, as `optimal_columns` gives them: (*batch, n, K).
+
+    Args:
+        name: what an error calls the covariance.
+        covariance: a function as for `StencilCholesky.from_covariance`.
+        stencil, grid: of the factor.
+        batch: the batch shape of the covariances.
+        device: where the function expects its arguments; None is torch's default.
+    """
     columns = []
-    for sites, exists in neighbourhoods(stencil, grid, batch.numel()):
+    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device):
         blocks = covariance(sites[:, :, None], sites[:, None, :])
         expected = (*batch, *exists.shape, exists.shape[-1])
         if blocks.shape != expected:
-            raise ValueError(f"covariance(a, b) has shape {tuple(blocks.shape)}, expected {expected}")
-        columns.append(optimal_columns("covariance", blocks.to(dtype), exists.to(blocks.device), sites[:, -1]))
-    columns = torch.cat(columns, -2).to(one.dtype).movedim(-1, -2)
-    return columns[..., -1, :].unflatten(-1, grid), columns[..., :-1, :].unflatten(-1, grid)
+            raise ValueError(f"{name}(a, b) has shape {tuple(blocks.shape)}, expected {expected}")
+        columns.append(optimal_columns(name, blocks, exists, sites[:, -1]))
+    return torch.cat(columns, -2)
 
 
-def neighbourhoods(stencil: Stencil, grid: torch.Size, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+def neighbourhoods(
+    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None
+) -> Iterator[tuple[Tensor, Tensor]]:
     """Each site's forward neighbours and, last, the site itself, for as many sites at a time as memory allows.
 
     Yields:
         The indices (m, K, ndim) of the neighbours, those of the site itself in place of one that does not exist, and which of
         them exist, (m, K) bool. ``batch`` blocks of K x K numbers for each of the m sites are of bounded size.
     """
-    offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim])
+    offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim], device=device)
+    size = torch.tensor(grid, device=device)
     per_site = max(1, batch) * len(offsets) ** 2
-    for rasters in torch.arange(grid.numel()).split(max(1, _BLOCK_ELEMENTS // per_site)):
-        sites = torch.stack(torch.unravel_index(rasters, grid), -1)[:, None]
+    for numbers in torch.arange(grid.numel(), device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
+        sites = torch.stack(torch.unravel_index(numbers, grid), -1)[:, None]
         moved = sites + offsets
-        exists = ((moved >= 0) & (moved < torch.tensor(grid))).all(-1)
+        exists = ((moved >= 0) & (moved < size)).all(-1)
         yield torch.where(exists[..., None], moved, sites), exists
 
 
 def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) -> Tensor:
-    """The optimal column for each covariance block of a site, the last row of the block, and its neighbours.
+    """The optimal column of L for each covariance block of a site's neighbours and, last, the site itself.
 
     Args:
-        name: the argument that the blocks come from.
+        name: what an error calls the covariance.
         blocks: (*batch, m, K, K).
         exists: (m, K) bool; rows and columns that do not exist are ignored.
-        sites: (m, ndim), to name one whose block is not positive definite.
+        sites: (m, ndim), named if the block is not positive definite.
 
     Returns:
-        (*batch, m, K): entries below the diagonal, 0 where they do not exist, and last the logarithm of the diagonal.
+        (*batch, m, K), in float32 for float16 and bfloat16: the entries below the diagonal, 0 where they do not exist, and
+        last the logarithm of the diagonal.
     """
+    exists = exists.to(blocks.device)
+    blocks = blocks.to(accumulate_dtype(blocks.dtype))
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    blocks = torch.where(exists[:, :, None] & exists[:, None, :], blocks, eye)
-    factors, failed = torch.linalg.cholesky_ex(blocks)
+    factors, failed = torch.linalg.cholesky_ex(torch.where(exists[:, :, None] & exists[:, None, :], blocks, eye))
     last = factors[..., -1, -1]
     bad = ((failed != 0) | ~last.isfinite()).nonzero()
     if len(bad):
@@ -97,11 +130,15 @@ def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) ->
     return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
 
 
-def _entries_of(covariance: Tensor, grid: torch.Size) -> CovarianceFunction:
-    """The covariance function of a dense matrix (*batch, n, n)."""
-    check_tensor("covariance", covariance)
-    n = grid.numel()
-    if covariance.ndim < 2 or covariance.shape[-2:] != (n, n):
-        raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
-    strides = torch.tensor([grid[axis + 1 :].numel() for axis in range(len(grid))])
-    return lambda a, b: covariance[..., (a * strides).sum(-1), (b * strides).sum(-1)]
+def as_factor(columns: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
+    """Columns (*batch, n, K) as ``log_diag`` (*batch, *grid) and ``off_diag`` (*batch, K-1, *grid)."""
+    by_offset = columns.mT.unflatten(-1, grid).movedim(-len(grid) - 1, 0)
+    return by_offset[-1], by_offset[:-1].movedim(0, -len(grid) - 1)
+
+
+def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The raster numbers of indices (..., ndim) in a box of these sizes."""
+    flat = index[..., 0]
+    for axis, size in enumerate(sizes[1:], start=1):
+        flat = flat * size + index[..., axis]
+    return flat
