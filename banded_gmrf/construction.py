@@ -1,26 +1,35 @@
-"""Factors of known covariances. `StencilCholesky` offers this as a class method.
+"""Factors of known covariances and precisions. `StencilCholesky` offers these as class methods.
 
-Everything rests on one closed form. Among all factors with a given stencil, the one that minimises
+**Covariances.** Among all factors with a given stencil, the one that minimises
 KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and those of its forward neighbours that exist,
 
     L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
 
 (Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021,
 theorem 2.1; Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
+
+**Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
+differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between
+the origin and the last offset of Λ. So L fills a band of the matrix, and a block of as many sites as the band is wide reaches
+into the next block only.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gmrf_kernels.ops import accumulate_dtype, check_tensor
 
+from .precisions import StencilPrecision
 from .stencil import Stencil, check_stencil
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
 _CHUNK_ELEMENTS = 2**20
+_MIN_BLOCK_SITES = 32  # smaller matrices cost more in calls than in arithmetic
 
 
 def factor_of_covariance(
@@ -52,6 +61,56 @@ def _entries_of_matrix(covariance: Tensor, grid: torch.Size) -> CovarianceFuncti
     if covariance.ndim < 2 or covariance.shape[-2:] != (n, n):
         raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
     return lambda a, b: covariance[..., flat_index(a, grid), flat_index(b, grid)]
+
+
+def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, Stencil]:
+    """``log_diag``, ``off_diag`` and stencil of `StencilCholesky.from_precision`, the exact factor."""
+    if not isinstance(precision, StencilPrecision):
+        raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
+    grid, ndim, device = precision.grid, precision.stencil.ndim, precision.diag.device
+    n, dtype = grid.numel(), accumulate_dtype(precision.off_diag.dtype)
+    filled = _filled_stencil(precision.stencil, grid)
+    reach = flat_index(torch.tensor(filled.offsets[-1]), grid).item() if len(filled) else 0
+    block = max(reach, _MIN_BLOCK_SITES)
+    read, written = (_places_in_strip(offsets, grid, block).to(device) for offsets in (precision.stencil, filled))
+
+    padding = (0, -n % block)  # by sites on their own, to whole blocks
+    exists = precision.stencil.mask(grid, device)
+    diag = pad(precision.diag.flatten(-ndim), padding, value=1.0)
+    off_diag = pad(torch.where(exists, precision.off_diag, 0).flatten(-ndim), padding)
+    batch = torch.broadcast_shapes(diag.shape[:-1], off_diag.shape[:-2])
+    entries = torch.cat([t.expand(*batch, *t.shape[-2:]) for t in (diag.unsqueeze(-2), off_diag)], -2).to(dtype)
+
+    explained, columns = 0, []  # of a block by the ones before it
+    for start, own in zip(range(0, n, block), entries.split(block, -1), strict=True):
+        strip = own.new_zeros(*batch, 2 * block * block).index_add(-1, read, own.flatten(-2)).unflatten(-1, (2 * block, block))
+        lower, below = strip[..., :block, :], strip[..., block:, :]
+        factor, failed = torch.linalg.cholesky_ex(lower + lower.tril(-1).mT - explained)
+        bad = failed.nonzero()
+        if len(bad):
+            site = torch.unravel_index(start + failed[tuple(bad[0])] - 1, grid)
+            raise ValueError(f"precision is not positive definite{_of_batch(bad[0])} at site {tuple(int(i) for i in site)}")
+        below = torch.linalg.solve_triangular(factor.mT, below, upper=True, left=False)
+        explained = below @ below.mT
+        columns.append(torch.cat([factor, below], -2).flatten(-2)[..., written].unflatten(-1, (-1, block)))
+    columns = torch.cat(columns, -1)[..., :n].unflatten(-1, grid).movedim(-ndim - 1, 0)
+    off_diag = torch.where(filled.mask(grid, device), columns[1:].movedim(0, -ndim - 1), 0)
+    return columns[0].log().to(precision.diag.dtype), off_diag.to(precision.off_diag.dtype), filled
+
+
+def _filled_stencil(stencil: Stencil, grid: torch.Size) -> Stencil:
+    """The offsets at which the factor of a precision with this stencil may have entries."""
+    origin = (0,) * stencil.ndim
+    last = max((offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))), default=origin)
+    box = itertools.product(range(last[0] + 1), *(range(1 - n, n) for n in grid[1:]))
+    return Stencil([offset for offset in box if origin < offset <= last], stencil.ndim)
+
+
+def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:
+    """Where the entries (K, block) of a block's columns, the diagonal first, are in these columns as a matrix (2 block, block)."""
+    down = flat_index(torch.tensor([(0,) * stencil.ndim, *stencil.offsets]), grid)
+    column = torch.arange(block)
+    return ((down[:, None] + column) * block + column).flatten()
 
 
 def nearest_columns(
@@ -120,14 +179,17 @@ def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) ->
     last = factors[..., -1, -1]
     bad = ((failed != 0) | ~last.isfinite()).nonzero()
     if len(bad):
-        *element, number = bad[0].tolist()
-        of_batch = f" of batch element {tuple(element)}" if element else ""
+        number = bad[0, -1]
         raise ValueError(
-            f"{name} is not positive definite{of_batch} at site {tuple(sites[number].tolist())} "
+            f"{name} is not positive definite{_of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
             f"and its {int(exists[number].sum()) - 1} neighbours"
         )
     columns = torch.linalg.solve_triangular(factors.mT, eye[:, -1:], upper=True)[..., 0]
     return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
+
+
+def _of_batch(element: Tensor) -> str:
+    return f" of batch element {tuple(element.tolist())}" if len(element) else ""
 
 
 def as_factor(columns: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
