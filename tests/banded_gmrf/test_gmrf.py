@@ -114,12 +114,6 @@ def test_moments_and_entropy_equal_the_dense_ones(name, grid):
     assert relative_error(q.perplexity(), p.perplexity()) < RELATIVE
 
 
-def test_variance_in_several_blocks_is_the_same(q, monkeypatch):
-    whole = q.variance
-    monkeypatch.setattr("banded_gmrf.gmrf._VARIANCE_BLOCK_ELEMENTS", 5 * 12 * 2)
-    torch.testing.assert_close(q.variance, whole, rtol=1e-14, atol=0)
-
-
 def test_gradients_of_variance_and_entropy_equal_the_dense_ones():
     stencil, grid = STENCILS["3x3"], (2, 3)
     tensors = random_factor(stencil.offsets, grid)

@@ -1,0 +1,206 @@
+"""Factors of known covariances and precisions. `StencilCholesky` offers these as class methods.
+
+**Covariances.** Among all factors with a given stencil, the one that minimises
+KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and those of its forward neighbours that exist,
+
+    L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
+
+(Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021,
+theorem 2.1; Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
+
+**Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
+differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between
+the origin and the last offset of Λ. So L fills a band of the matrix, and a block of as many sites as the band is wide reaches
+into the next block only.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from gmrf_kernels.ops import accumulate_dtype, check_tensor
+
+from .precisions import StencilPrecision
+from .stencil import Stencil, check_stencil
+
+CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
+
+_CHUNK_ELEMENTS = 2**20
+_MIN_BLOCK_SITES = 32  # smaller matrices cost more in calls than in arithmetic
+
+
+def factor_of_covariance(
+    covariance: Tensor | CovarianceFunction, stencil: Stencil, grid: Sequence[int]
+) -> tuple[Tensor, Tensor]:
+    """``log_diag`` and ``off_diag`` of `StencilCholesky.from_covariance`."""
+    check_stencil(stencil)
+    stencil._check_grid(grid)
+    grid = torch.Size(grid)
+    if isinstance(covariance, Tensor):
+        one, device, blocks = covariance[..., :1, :1, None], covariance.device, _entries_of_matrix(covariance, grid)
+    elif callable(covariance):
+        origin = torch.zeros((1, 1, 1, stencil.ndim), dtype=torch.int64)
+        one, device, blocks = covariance(origin, origin), None, covariance
+        check_tensor("covariance(a, b)", one)
+        if one.ndim < 3 or one.shape[-3:] != (1, 1, 1):
+            raise ValueError(
+                f"covariance(a, b) has shape {tuple(one.shape)} for a single pair of sites, expected (*batch, 1, 1, 1)"
+            )
+    else:
+        raise TypeError(f"covariance is a {type(covariance).__name__}, expected a torch.Tensor or a function")
+    columns = nearest_columns("covariance", blocks, stencil, grid, one.shape[:-3], device)
+    return as_factor(columns.to(one.dtype), grid)
+
+
+def _entries_of_matrix(covariance: Tensor, grid: torch.Size) -> CovarianceFunction:
+    check_tensor("covariance", covariance)
+    n = grid.numel()
+    if covariance.ndim < 2 or covariance.shape[-2:] != (n, n):
+        raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
+    return lambda a, b: covariance[..., flat_index(a, grid), flat_index(b, grid)]
+
+
+def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, Stencil]:
+    """``log_diag``, ``off_diag`` and stencil of `StencilCholesky.from_precision`, the exact factor."""
+    if not isinstance(precision, StencilPrecision):
+        raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
+    grid, ndim, device = precision.grid, precision.stencil.ndim, precision.diag.device
+    n, dtype = grid.numel(), accumulate_dtype(precision.off_diag.dtype)
+    filled = _filled_stencil(precision.stencil, grid)
+    reach = flat_index(torch.tensor(filled.offsets[-1]), grid).item() if len(filled) else 0
+    block = max(reach, _MIN_BLOCK_SITES)
+    read, written = (_places_in_strip(offsets, grid, block).to(device) for offsets in (precision.stencil, filled))
+
+    padding = (0, -n % block)  # by sites on their own, to whole blocks
+    exists = precision.stencil.mask(grid, device)
+    diag = pad(precision.diag.flatten(-ndim), padding, value=1.0)
+    off_diag = pad(torch.where(exists, precision.off_diag, 0).flatten(-ndim), padding)
+    batch = torch.broadcast_shapes(diag.shape[:-1], off_diag.shape[:-2])
+    entries = torch.cat([t.expand(*batch, *t.shape[-2:]) for t in (diag.unsqueeze(-2), off_diag)], -2).to(dtype)
+
+    explained, columns = 0, []  # of a block by the ones before it
+    for start, own in zip(range(0, n, block), entries.split(block, -1), strict=True):
+        strip = own.new_zeros(*batch, 2 * block * block).index_add(-1, read, own.flatten(-2)).unflatten(-1, (2 * block, block))
+        lower, below = strip[..., :block, :], strip[..., block:, :]
+        factor, failed = torch.linalg.cholesky_ex(lower + lower.tril(-1).mT - explained)
+        bad = failed.nonzero()
+        if len(bad):
+            site = torch.unravel_index(start + failed[tuple(bad[0])] - 1, grid)
+            raise ValueError(f"precision is not positive definite{_of_batch(bad[0])} at site {tuple(int(i) for i in site)}")
+        below = torch.linalg.solve_triangular(factor.mT, below, upper=True, left=False)
+        explained = below @ below.mT
+        columns.append(torch.cat([factor, below], -2).flatten(-2)[..., written].unflatten(-1, (-1, block)))
+    columns = torch.cat(columns, -1)[..., :n].unflatten(-1, grid).movedim(-ndim - 1, 0)
+    off_diag = torch.where(filled.mask(grid, device), columns[1:].movedim(0, -ndim - 1), 0)
+    return columns[0].log().to(precision.diag.dtype), off_diag.to(precision.off_diag.dtype), filled
+
+
+def _filled_stencil(stencil: Stencil, grid: torch.Size) -> Stencil:
+    """The offsets at which the factor of a precision with this stencil may have entries."""
+    origin = (0,) * stencil.ndim
+    last = max((offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))), default=origin)
+    box = itertools.product(range(last[0] + 1), *(range(1 - n, n) for n in grid[1:]))
+    return Stencil([offset for offset in box if origin < offset <= last], stencil.ndim)
+
+
+def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:
+    """Where the entries (K, block) of a block's columns, the diagonal first, are in these columns as a matrix (2 block, block)."""
+    down = flat_index(torch.tensor([(0,) * stencil.ndim, *stencil.offsets]), grid)
+    column = torch.arange(block)
+    return ((down[:, None] + column) * block + column).flatten()
+
+
+def nearest_columns(
+    name: str,
+    covariance: CovarianceFunction,
+    stencil: Stencil,
+    grid: torch.Size,
+    batch: torch.Size,
+    device: torch.device | None,
+) -> Tensor:
+    """All columns of the nearest factor, as `optimal_columns` gives them: (*batch, n, K).
+
+    Args:
+        name: what an error calls the covariance.
+        covariance: a function as for `StencilCholesky.from_covariance`.
+        stencil, grid: of the factor.
+        batch: the batch shape of the covariances.
+        device: where the function expects its arguments; None is torch's default.
+    """
+    columns = []
+    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device):
+        blocks = covariance(sites[:, :, None], sites[:, None, :])
+        expected = (*batch, *exists.shape, exists.shape[-1])
+        if blocks.shape != expected:
+            raise ValueError(f"{name}(a, b) has shape {tuple(blocks.shape)}, expected {expected}")
+        columns.append(optimal_columns(name, blocks, exists, sites[:, -1]))
+    return torch.cat(columns, -2)
+
+
+def neighbourhoods(
+    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each site's forward neighbours and, last, the site itself, for as many sites at a time as memory allows.
+
+    Yields:
+        The indices (m, K, ndim) of the neighbours, those of the site itself in place of one that does not exist, and which of
+        them exist, (m, K) bool. ``batch`` blocks of K x K numbers for each of the m sites are of bounded size.
+    """
+    offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim], device=device)
+    size = torch.tensor(grid, device=device)
+    per_site = max(1, batch) * len(offsets) ** 2
+    for numbers in torch.arange(grid.numel(), device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
+        sites = torch.stack(torch.unravel_index(numbers, grid), -1)[:, None]
+        moved = sites + offsets
+        exists = ((moved >= 0) & (moved < size)).all(-1)
+        yield torch.where(exists[..., None], moved, sites), exists
+
+
+def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) -> Tensor:
+    """The optimal column of L for each covariance block of a site's neighbours and, last, the site itself.
+
+    Args:
+        name: what an error calls the covariance.
+        blocks: (*batch, m, K, K).
+        exists: (m, K) bool; rows and columns that do not exist are ignored.
+        sites: (m, ndim), named if the block is not positive definite.
+
+    Returns:
+        (*batch, m, K), in float32 for float16 and bfloat16: the entries below the diagonal, 0 where they do not exist, and
+        last the logarithm of the diagonal.
+    """
+    exists = exists.to(blocks.device)
+    blocks = blocks.to(accumulate_dtype(blocks.dtype))
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    factors, failed = torch.linalg.cholesky_ex(torch.where(exists[:, :, None] & exists[:, None, :], blocks, eye))
+    last = factors[..., -1, -1]
+    bad = ((failed != 0) | ~last.isfinite()).nonzero()
+    if len(bad):
+        number = bad[0, -1]
+        raise ValueError(
+            f"{name} is not positive definite{_of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
+            f"and its {int(exists[number].sum()) - 1} neighbours"
+        )
+    columns = torch.linalg.solve_triangular(factors.mT, eye[:, -1:], upper=True)[..., 0]
+    return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
+
+
+def _of_batch(element: Tensor) -> str:
+    return f" of batch element {tuple(element.tolist())}" if len(element) else ""
+
+
+def as_factor(columns: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
+    """Columns (*batch, n, K) as ``log_diag`` (*batch, *grid) and ``off_diag`` (*batch, K-1, *grid)."""
+    by_offset = columns.mT.unflatten(-1, grid).movedim(-len(grid) - 1, 0)
+    return by_offset[-1], by_offset[:-1].movedim(0, -len(grid) - 1)
+
+
+def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The raster numbers of indices (..., ndim) in a box of these sizes."""
+    flat = index[..., 0]
+    for axis, size in enumerate(sizes[1:], start=1):
+        flat = flat * size + index[..., axis]
+    return flat
