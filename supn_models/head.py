@@ -7,34 +7,19 @@ from torch import Tensor, nn
 
 import banded_gmrf as bg
 
-from .layers import check_features, check_positive_int, check_stddev, check_stencil, conv
+from .layers import check_features, check_positive_int, check_stencil, conv
 
 # exp(±10) around the initial standard deviation: far beyond what residuals in one image span, and far within float32.
 _MAX_LOG_RATIO = 10.0
 
 
-def local_regression(log_ratio: Tensor, weights: Tensor, stencil: bg.Stencil, initial_stddev: float) -> bg.StencilCholesky:
-    """The factor with log_diag = log_ratio - log(initial_stddev) and off_diag = weights · exp(log_diag).
-
-    A whitened residual then is exp(log_diag[j]) (r[j] + Σ_k weights[k, j] r[j + o_k]): a local regression whose weights do not
-    depend on the scale of the residual, so that the same network trains alike for residuals of 0.01 and of 100.
-
-    Args:
-        log_ratio: (B, *grid), kept within ±10 smoothly.
-        weights: (B, K-1, *grid).
-        stencil: the stencil.
-        initial_stddev: standard deviation where everything is 0, in the units of the data (those of a pixel).
-    """
-    # A bound, smooth and the identity near 0: features far from any seen in training must not make exp overflow.
-    log_diag = _MAX_LOG_RATIO * torch.tanh(log_ratio / _MAX_LOG_RATIO) - math.log(initial_stddev)
-    return bg.StencilCholesky(log_diag, weights * log_diag.exp()[:, None], stencil)
-
-
 class StencilCholeskyHead(nn.Module):
     """Features (B, C, *grid) to a `banded_gmrf.StencilCholesky` with batch shape (B,), by one pointwise convolution.
 
-    The convolution gives K values per site, of which `local_regression` makes the factor. The head starts from zeros: the
-    first prediction is a diagonal Gaussian.
+    The convolution gives K values per site: s, from which log_diag = s - log(initial_stddev), and K - 1 weights a, from which
+    off_diag = a exp(log_diag). A whitened residual then is exp(log_diag[j]) (r[j] + Σ_k a[k, j] r[j + o_k]): a local
+    regression whose weights do not depend on the scale of the residual, so that the same network trains alike for
+    residuals of 0.01 and of 100. The head starts from zeros: the first prediction is a diagonal Gaussian.
 
     With a stencil that has no offsets (``Stencil.square(1)``) the prediction stays diagonal.
 
@@ -54,7 +39,8 @@ class StencilCholeskyHead(nn.Module):
         super().__init__()
         check_positive_int("in_channels", in_channels)
         check_stencil(stencil)
-        check_stddev("initial_stddev", initial_stddev)
+        if not 0 < initial_stddev < math.inf:
+            raise ValueError(f"initial_stddev is {initial_stddev}, expected a positive finite number")
         self.in_channels = in_channels
         self.stencil = stencil
         self.initial_stddev = float(initial_stddev)
@@ -65,4 +51,7 @@ class StencilCholeskyHead(nn.Module):
     def forward(self, features: Tensor) -> bg.StencilCholesky:
         check_features("features", features, self.in_channels, self.stencil.ndim)
         out = self.conv(features)
-        return local_regression(out[:, 0], out[:, 1:], self.stencil, self.initial_stddev)
+        # A bound, smooth and the identity near 0: features far from any seen in training must not make exp overflow.
+        log_ratio = _MAX_LOG_RATIO * torch.tanh(out[:, 0] / _MAX_LOG_RATIO)
+        log_diag = log_ratio - math.log(self.initial_stddev)
+        return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

@@ -1,6 +1,5 @@
 """What the networks share: layers for 1 to 3 grid axes, and checks of their arguments."""
 
-import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -57,12 +56,6 @@ def check_stencil(stencil: Stencil) -> None:
     """Raise ValueError unless ``stencil`` is a Stencil."""
     if not isinstance(stencil, Stencil):
         raise ValueError(f"stencil is a {type(stencil).__name__}, expected a banded_gmrf.Stencil")
-
-
-def check_stddev(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a positive finite number."""
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} is {value}, expected a positive finite number")
 
 
 def check_features(name: str, x: Tensor, channels: int, ndim: int) -> None:
