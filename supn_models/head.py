@@ -2,12 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 
-from .layers import check_features, check_positive_int, check_stencil, conv
+from .layers import check_features, check_positive_int, check_stencil, conv, soft_bound
 
 # exp(±10) around the initial standard deviation: far beyond what residuals in one image span, and far within float32.
 _MAX_LOG_RATIO = 10.0
@@ -51,7 +50,6 @@ class StencilCholeskyHead(nn.Module):
     def forward(self, features: Tensor) -> bg.StencilCholesky:
         check_features("features", features, self.in_channels, self.stencil.ndim)
         out = self.conv(features)
-        # A bound, smooth and the identity near 0: features far from any seen in training must not make exp overflow.
-        log_ratio = _MAX_LOG_RATIO * torch.tanh(out[:, 0] / _MAX_LOG_RATIO)
-        log_diag = log_ratio - math.log(self.initial_stddev)
+        # Bounded: features far from any seen in training must not make exp overflow.
+        log_diag = soft_bound(out[:, 0], _MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from banded_gmrf import Stencil
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def conv(ndim: int, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
@@ -26,6 +28,24 @@ def group_norm(channels: int) -> nn.GroupNorm:
     Of several channels, so that a group has something to normalise even where the coarsest grid is a single site.
     """
     return nn.GroupNorm(max(g for g in range(1, max(1, min(8, channels // 4)) + 1) if channels % g == 0), channels)
+
+
+def normalization(norm: str, ndim: int, channels: int) -> nn.Module:
+    """`group_norm`, or batch normalisation, which in training needs more than one value of each channel: images times sites.
+
+    Raises:
+        ValueError: ``norm`` is neither "group" nor "batch".
+    """
+    if norm == "group":
+        return group_norm(channels)
+    if norm == "batch":
+        return _BATCH_NORM[ndim](channels)
+    raise ValueError(f"norm is {norm!r}, expected 'group' or 'batch'")
+
+
+def soft_bound(x: Tensor, limit: float) -> Tensor:
+    """``x`` bent smoothly into (-limit, limit), the identity near 0: exp of the result cannot overflow, whatever ``x`` is."""
+    return limit * torch.tanh(x / limit)
 
 
 class ResidualBlock(nn.Module):
