@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import Independent, Normal
 
 from gmrf_kernels.ops import accumulate_dtype
 
@@ -74,9 +74,9 @@ class ConvVAE(ConvAutoencoder):
         """
         q = self.posterior(images)
         noise = torch.randn(q.mean.shape, dtype=q.mean.dtype, device=q.mean.device, generator=generator)
-        code = q.mean + q.stddev * noise
-        prior = Independent(Normal(torch.zeros_like(code), torch.ones_like(code), validate_args=False), 1)
-        return beta * kl_divergence(q, prior) - self.likelihood(code).log_prob(images)
+        # Written out: torch's kl_divergence looks up a formula by types, which torch.compile does not follow.
+        divergence = (0.5 * (q.mean.square() + q.variance - 1) - q.stddev.log()).sum(1)
+        return beta * divergence - self.likelihood(q.mean + q.stddev * noise).log_prob(images)
 
 
 def _diagonal_gaussian(mean_and_log_variance: Tensor) -> Independent:
