@@ -9,7 +9,7 @@ from rich.console import Console
 
 from .images import ArrayImages, DataError, ImageData, gray
 
-_Shapes = dict[str, tuple[tuple[int, ...], np.dtype]]
+_READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 def find(folder: Path) -> list[Path]:
@@ -52,7 +52,7 @@ def load(path: Path, size: int, console: Console | None = None) -> ImageData:
     check(path, size)
     try:
         with np.load(path) as file:
-            if "is_test" in file:
+            if {"images", "is_test"} <= set(file):
                 images, is_test = file["images"], file["is_test"]
                 train, test = images[~is_test], images[is_test]
             else:
@@ -69,19 +69,15 @@ def _one_channel(images: np.ndarray) -> np.ndarray:
     return gray(images) if images.shape[-1] == 3 else images[..., 0]
 
 
-def _shapes(path: Path) -> _Shapes:
+def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
     """Shape and type of each array, from the headers: the arrays themselves may take long to read."""
-    shapes: _Shapes = {}
+    shapes = {}
     try:
         with zipfile.ZipFile(path) as archive:
             for member in archive.namelist():
                 with archive.open(member) as file:
-                    read_header = {
-                        (1, 0): np.lib.format.read_array_header_1_0,
-                        (2, 0): np.lib.format.read_array_header_2_0,
-                    }[np.lib.format.read_magic(file)]
-                    shape, _, dtype = read_header(file)
-                    shapes[member.removesuffix(".npy")] = (shape, dtype)
+                    shape, _, dtype = _READ_HEADER[np.lib.format.read_magic(file)](file)
+                shapes[member.removesuffix(".npy")] = (shape, dtype)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not an .npz file of arrays: {error}") from error
     return shapes

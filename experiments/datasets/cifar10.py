@@ -14,7 +14,7 @@ from .images import ArrayImages, DataError, ImageData, gray
 
 _SIZE = 32
 _PIXELS = 3 * _SIZE * _SIZE
-_TRAIN, _TEST = [f"data_batch_{number}" for number in range(1, 6)], ["test_batch"]
+_BATCHES = (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch")
 
 # All that a batch needs. A pickle may name any function of any module to be called; no other is.
 _UNPICKLED = {
@@ -26,7 +26,7 @@ _UNPICKLED = {
 
 def find(folder: Path) -> list[Path]:
     """The folder itself if it holds a batch, as one or as none."""
-    return [folder] if any((folder / f"{_TRAIN[0]}{suffix}").is_file() for suffix in ("", ".bin")) else []
+    return [folder] if any(path.is_file() for path in _batches(folder)) else []
 
 
 def check(folder: Path, size: int) -> None:
@@ -37,7 +37,7 @@ def check(folder: Path, size: int) -> None:
     """
     if size != _SIZE:
         raise DataError(f"CIFAR10 has {_SIZE} x {_SIZE} pixels, not {size} x {size}")
-    missing = [path.name for path in _batches(folder, [*_TRAIN, *_TEST]) if not path.is_file()]
+    missing = [path.name for path in _batches(folder) if not path.is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)} of CIFAR10's six batches")
 
@@ -49,14 +49,15 @@ def load(folder: Path, size: int, console: Console | None = None) -> ImageData:
         DataError: another ``size``, files that are missing, or one whose content is not a batch.
     """
     check(folder, size)
-    train, test = (np.concatenate([gray(_read(path)) for path in _batches(folder, names)]) for names in (_TRAIN, _TEST))
+    *train, test = (gray(_read(path)) for path in _batches(folder))
     note = "original pixels in gray; official training and test images"
-    return ImageData("CIFAR10", ArrayImages(train), ArrayImages(test), note)
+    return ImageData("CIFAR10", ArrayImages(np.concatenate(train)), ArrayImages(test), note)
 
 
-def _batches(folder: Path, names: list[str]) -> list[Path]:
-    suffix = ".bin" if (folder / f"{_TRAIN[0]}.bin").is_file() else ""
-    return [folder / f"{name}{suffix}" for name in names]
+def _batches(folder: Path) -> list[Path]:
+    """The files of the batches, the test batch last: binary ones if there are any, else Python ones."""
+    binary = [folder / f"{name}.bin" for name in _BATCHES]
+    return binary if any(path.is_file() for path in binary) else [folder / name for name in _BATCHES]
 
 
 def _read(path: Path) -> np.ndarray:

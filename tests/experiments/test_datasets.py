@@ -201,7 +201,8 @@ def test_cifar10_that_does_not_fit(tmp_path):
     with pytest.raises(DataError, match=r"data_batch_3\.bin has 6,145 bytes, expected a multiple of 3,073"):
         load_images(tmp_path / "bin", 32)
     batch.unlink()
-    with pytest.raises(DataError, match=r"lacks data_batch_3\.bin"):
+    (tmp_path / "bin" / "data_batch_1.bin").unlink()
+    with pytest.raises(DataError, match=r"lacks data_batch_1\.bin, data_batch_3\.bin of"):
         load_images(tmp_path / "bin", 32)
 
 
