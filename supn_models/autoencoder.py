@@ -1,13 +1,13 @@
-"""A small convolutional autoencoder for images of any one size."""
+"""A convolutional autoencoder for images of any one size."""
 
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .layers import check_features, check_positive_int, conv, group_norm, upsample
+from .layers import check_features, check_positive_int, conv, normalization, upsample
 
 
 class ConvEncoder(nn.Module):
@@ -18,18 +18,29 @@ class ConvEncoder(nn.Module):
         grid: size of an image in pixels, 1 to 3 axes of any length.
         latent_size: numbers in a code.
         channels: channels after each convolution; each convolution halves the resolution, rounding up.
+        kernel_size: sites along each axis of a convolution, odd.
+        norm: "group" or "batch" normalisation.
 
     Raises:
         ValueError: an argument out of range, or images of another shape.
     """
 
-    def __init__(self, in_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]):
+    def __init__(
+        self,
+        in_channels: int,
+        grid: Sequence[int],
+        latent_size: int,
+        channels: Sequence[int],
+        kernel_size: int = 3,
+        norm: str = "group",
+    ):
         super().__init__()
-        coarsest = _grids("in_channels", in_channels, grid, latent_size, channels)[-1]
+        coarsest = _grids("in_channels", in_channels, grid, latent_size, channels, kernel_size)[-1]
+        ndim = len(grid)
         self.in_channels, self.grid = in_channels, tuple(grid)
         layers: list[nn.Module] = []
         for fine, coarse in itertools.pairwise((in_channels, *channels)):
-            layers += [conv(len(grid), fine, coarse, stride=2), group_norm(coarse), nn.SiLU()]
+            layers += [conv(ndim, fine, coarse, kernel_size, stride=2), normalization(norm, ndim, coarse), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(coarsest), latent_size))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -42,19 +53,32 @@ class ConvEncoder(nn.Module):
 class ConvDecoder(nn.Module):
     """Codes (B, latent_size) to images (B, out_channels, *grid): the encoder's resolutions backwards.
 
+    By linear interpolation and convolutions: transposed convolutions, which reach neighbouring pixels through different numbers
+    of weights, would leave a checkerboard in every residual.
+
     Args:
         out_channels: channels of an image.
         grid: size of an image in pixels, 1 to 3 axes of any length.
         latent_size: numbers in a code.
         channels: channels at each resolution below the image's, the finest first, as for `ConvEncoder`.
+        kernel_size: as for `ConvEncoder`.
+        norm: as for `ConvEncoder`.
 
     Raises:
         ValueError: an argument out of range, or codes of another shape.
     """
 
-    def __init__(self, out_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]):
+    def __init__(
+        self,
+        out_channels: int,
+        grid: Sequence[int],
+        latent_size: int,
+        channels: Sequence[int],
+        kernel_size: int = 3,
+        norm: str = "group",
+    ):
         super().__init__()
-        grids = _grids("out_channels", out_channels, grid, latent_size, channels)
+        grids = _grids("out_channels", out_channels, grid, latent_size, channels, kernel_size)
         ndim = len(grid)
         self.latent_size = latent_size
         self.grids = grids[-2::-1]
@@ -63,10 +87,12 @@ class ConvDecoder(nn.Module):
         )
         widths = [*channels[::-1], channels[0]]
         self.blocks = nn.ModuleList(
-            nn.Sequential(group_norm(coarse), nn.SiLU(), conv(ndim, coarse, fine))
+            nn.Sequential(normalization(norm, ndim, coarse), nn.SiLU(), conv(ndim, coarse, fine, kernel_size))
             for coarse, fine in itertools.pairwise(widths)
         )
-        self.to_image = nn.Sequential(group_norm(channels[0]), nn.SiLU(), conv(ndim, channels[0], out_channels))
+        self.to_image = nn.Sequential(
+            normalization(norm, ndim, channels[0]), nn.SiLU(), conv(ndim, channels[0], out_channels, kernel_size)
+        )
 
     def forward(self, code: Tensor) -> Tensor:
         if code.ndim != 2 or code.shape[1] != self.latent_size:
@@ -87,10 +113,15 @@ class ConvAutoencoder(nn.Module):
         in_channels: channels of an image.
         latent_size: numbers in a code, the bottleneck.
         channels: channels at each resolution below the image's; each is half of the one before, rounded up.
+        kernel_size: sites along each axis of a convolution, odd.
+        norm: "group" or "batch" normalisation.
 
     Raises:
         ValueError: an argument out of range, or images or codes of another shape.
     """
+
+    # What the networks give for each number of a code and of an image.
+    _outputs_per_value = 1
 
     def __init__(
         self,
@@ -98,19 +129,26 @@ class ConvAutoencoder(nn.Module):
         in_channels: int = 1,
         latent_size: int = 64,
         channels: Sequence[int] = (32, 64, 128),
+        kernel_size: int = 3,
+        norm: str = "group",
     ):
         super().__init__()
+        check_positive_int("in_channels", in_channels)
+        check_positive_int("latent_size", latent_size)
         self.config: dict[str, Any] = {
             "grid": tuple(grid),
             "in_channels": in_channels,
             "latent_size": latent_size,
             "channels": tuple(channels),
+            "kernel_size": kernel_size,
+            "norm": norm,
         }
-        self.encoder = ConvEncoder(in_channels, grid, latent_size, channels)
-        self.decoder = ConvDecoder(in_channels, grid, latent_size, channels)
+        layers = (channels, kernel_size, norm)
+        self.encoder = ConvEncoder(in_channels, grid, self._outputs_per_value * latent_size, *layers)
+        self.decoder = ConvDecoder(self._outputs_per_value * in_channels, grid, latent_size, *layers)
 
     @classmethod
-    def from_config(cls, config: dict[str, Any]) -> "ConvAutoencoder":
+    def from_config(cls, config: dict[str, Any]) -> Self:
         """A new network with the arguments of another one's ``config``."""
         return cls(**config)
 
@@ -128,7 +166,7 @@ class ConvAutoencoder(nn.Module):
 
 
 def _grids(
-    name: str, image_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int]
+    name: str, image_channels: int, grid: Sequence[int], latent_size: int, channels: Sequence[int], kernel_size: int
 ) -> list[tuple[int, ...]]:
     """Check the arguments; return the sizes at all resolutions, that of the image first."""
     check_positive_int(name, image_channels)
@@ -137,6 +175,9 @@ def _grids(
         raise ValueError(f"grid is {tuple(grid)}, expected 1 to 3 positive integers")
     if len(channels) == 0 or any(not isinstance(c, int) or c < 1 for c in channels):
         raise ValueError(f"channels is {tuple(channels)}, expected at least one positive integer")
+    check_positive_int("kernel_size", kernel_size)
+    if kernel_size % 2 == 0:
+        raise ValueError(f"kernel_size is {kernel_size}, expected an odd integer")
     grids = [tuple(grid)]
     for _ in channels:
         grids.append(tuple(-(-n // 2) for n in grids[-1]))

@@ -1,12 +1,15 @@
-"""A network that predicts the covariance of an image's residual from an image."""
+"""Networks that predict the covariance of an image's residual: from an image, from a latent code, or from both."""
 
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 
+from .autoencoder import ConvDecoder
 from .head import StencilCholeskyHead
 from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv, upsample
 
@@ -76,7 +79,7 @@ class CovarianceNetwork(nn.Module):
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CovarianceNetwork":
         """A new network with the arguments of another one's `config`."""
-        return cls(**{**config, "stencil": bg.Stencil(**config["stencil"])})
+        return cls(**_with_stencil(config))
 
     def forward(self, image: Tensor) -> bg.StencilCholesky:
         check_features("image", image, self.in_channels, self.stencil.ndim)
@@ -88,3 +91,91 @@ class CovarianceNetwork(nn.Module):
         for up, block, skip in reversed(list(zip(self.up, self.up_blocks, skips, strict=True))):
             x = block(skip + upsample(up(x), skip.shape[2:]))
         return self.head(x)
+
+
+class LatentCovarianceNetwork(nn.Module):
+    """Codes (B, latent_size), and images with them if asked, to a `banded_gmrf.StencilCholesky` with batch shape (B,).
+
+    A `ConvDecoder` turns the code into features at full resolution; a `CovarianceNetwork`, by default of one level, predicts
+    from them and the image. From the decoder's last interpolation to the head there are four convolutions.
+
+    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5.2: a block like the decoder of the
+    variational autoencoder, then four convolutions. It leaves the widths open, and whether to predict from the code, from the
+    reconstruction (`CovarianceNetwork`) or from both.
+
+    Args:
+        grid: size of an image in pixels, as many axes as the stencil has.
+        latent_size: numbers in a code.
+        stencil: shape of the factor's columns.
+        image_channels: channels of an image, usually the reconstruction, that is given beside the code; 0 for none.
+        decoder_channels: channels at each resolution below the image's, as for `ConvDecoder`.
+        kernel_size: sites along each axis of the decoder's convolutions, odd.
+        norm: "group" or "batch" normalisation in the decoder.
+        channels: channels of the decoder's features, and at full resolution after them.
+        num_levels: resolutions of the `CovarianceNetwork`.
+        initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+
+    Raises:
+        ValueError: an argument out of range, codes or images of another shape, or no image where one is expected.
+    """
+
+    def __init__(
+        self,
+        grid: Sequence[int],
+        latent_size: int,
+        stencil: bg.Stencil,
+        image_channels: int = 0,
+        decoder_channels: Sequence[int] = (32, 64, 128, 256, 512),
+        kernel_size: int = 5,
+        norm: str = "batch",
+        channels: int = 32,
+        num_levels: int = 1,
+        initial_stddev: float = 1.0,
+    ):
+        super().__init__()
+        check_stencil(stencil)
+        check_positive_int("channels", channels)
+        if len(grid) != stencil.ndim:
+            raise ValueError(f"grid is {tuple(grid)}, expected {stencil.ndim} axes as the stencil has")
+        if image_channels != 0:
+            check_positive_int("image_channels", image_channels)
+        self.image_channels = image_channels
+        self._decoder_config = {
+            "grid": tuple(grid),
+            "latent_size": latent_size,
+            "decoder_channels": tuple(decoder_channels),
+            "kernel_size": kernel_size,
+            "norm": norm,
+        }
+        self.decoder = ConvDecoder(channels, grid, latent_size, decoder_channels, kernel_size, norm)
+        self.covariance = CovarianceNetwork(channels + image_channels, stencil, channels, num_levels, initial_stddev)
+
+    @property
+    def stencil(self) -> bg.Stencil:
+        return self.covariance.stencil
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments as values that JSON can hold, for `from_config`."""
+        config = {**self._decoder_config, "image_channels": self.image_channels, **self.covariance.config}
+        del config["in_channels"]
+        return config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "LatentCovarianceNetwork":
+        """A new network with the arguments of another one's `config`."""
+        return cls(**_with_stencil(config))
+
+    def forward(self, code: Tensor, image: Tensor | None = None) -> bg.StencilCholesky:
+        """The factors of codes (B, latent_size) and, where ``image_channels`` is not 0, images (B, image_channels, *grid)."""
+        features = self.decoder(code)
+        if self.image_channels:
+            expected = (len(code), self.image_channels, *features.shape[2:])
+            if image is None or image.shape != expected:
+                raise ValueError(f"image has shape {None if image is None else tuple(image.shape)}, expected {expected}")
+            features = torch.cat((features, image), dim=1)
+        return self.covariance(features)
+
+
+def _with_stencil(config: dict[str, Any]) -> dict[str, Any]:
+    return {**config, "stencil": bg.Stencil(**config["stencil"])}

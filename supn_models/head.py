@@ -2,15 +2,11 @@
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 
-from .layers import check_features, check_positive_int, check_stencil, conv
-
-# exp(±10) around the initial standard deviation: far beyond what residuals in one image span, and far within float32.
-_MAX_LOG_RATIO = 10.0
+from .layers import MAX_LOG_RATIO, check_features, check_positive_int, check_stddev, check_stencil, conv, soft_bound
 
 
 class StencilCholeskyHead(nn.Module):
@@ -39,8 +35,7 @@ class StencilCholeskyHead(nn.Module):
         super().__init__()
         check_positive_int("in_channels", in_channels)
         check_stencil(stencil)
-        if not 0 < initial_stddev < math.inf:
-            raise ValueError(f"initial_stddev is {initial_stddev}, expected a positive finite number")
+        check_stddev("initial_stddev", initial_stddev)
         self.in_channels = in_channels
         self.stencil = stencil
         self.initial_stddev = float(initial_stddev)
@@ -51,7 +46,6 @@ class StencilCholeskyHead(nn.Module):
     def forward(self, features: Tensor) -> bg.StencilCholesky:
         check_features("features", features, self.in_channels, self.stencil.ndim)
         out = self.conv(features)
-        # A bound, smooth and the identity near 0: features far from any seen in training must not make exp overflow.
-        log_ratio = _MAX_LOG_RATIO * torch.tanh(out[:, 0] / _MAX_LOG_RATIO)
-        log_diag = log_ratio - math.log(self.initial_stddev)
+        # Bounded: features far from any seen in training must not make exp overflow.
+        log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

@@ -1,13 +1,18 @@
 """What the networks share: layers for 1 to 3 grid axes, and checks of their arguments."""
 
+import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 
 from banded_gmrf import Stencil
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+# exp(±10) around an initial standard deviation: far beyond what residuals in one image span, and far within float32.
+MAX_LOG_RATIO = 10.0
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+_BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def conv(ndim: int, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
@@ -26,6 +31,24 @@ def group_norm(channels: int) -> nn.GroupNorm:
     Of several channels, so that a group has something to normalise even where the coarsest grid is a single site.
     """
     return nn.GroupNorm(max(g for g in range(1, max(1, min(8, channels // 4)) + 1) if channels % g == 0), channels)
+
+
+def normalization(norm: str, ndim: int, channels: int) -> nn.Module:
+    """`group_norm`, or batch normalisation, which in training needs more than one value of each channel: images times sites.
+
+    Raises:
+        ValueError: ``norm`` is neither "group" nor "batch".
+    """
+    if norm == "group":
+        return group_norm(channels)
+    if norm == "batch":
+        return _BATCH_NORM[ndim](channels)
+    raise ValueError(f"norm is {norm!r}, expected 'group' or 'batch'")
+
+
+def soft_bound(x: Tensor, limit: float) -> Tensor:
+    """``x`` bent smoothly into (-limit, limit), the identity near 0: exp of the result cannot overflow, whatever ``x`` is."""
+    return limit * torch.tanh(x / limit)
 
 
 class ResidualBlock(nn.Module):
@@ -56,6 +79,12 @@ def check_stencil(stencil: Stencil) -> None:
     """Raise ValueError unless ``stencil`` is a Stencil."""
     if not isinstance(stencil, Stencil):
         raise ValueError(f"stencil is a {type(stencil).__name__}, expected a banded_gmrf.Stencil")
+
+
+def check_stddev(name: str, value: float) -> None:
+    """Raise ValueError unless ``value`` is a positive finite number."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} is {value}, expected a positive finite number")
 
 
 def check_features(name: str, x: Tensor, channels: int, ndim: int) -> None:

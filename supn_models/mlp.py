@@ -5,12 +5,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 
-from .head import local_regression
-from .layers import check_positive_int, check_stddev, check_stencil
+from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stencil, soft_bound
 
 
 class CovarianceMLP(nn.Module):
@@ -18,11 +18,15 @@ class CovarianceMLP(nn.Module):
 
     Linear layers with batch normalisation and ReLU, then a linear layer with one output for each entry of the factor that
     exists: the n log-diagonals and, for each offset, the sites whose neighbour lies on the grid (with ``Stencil.box((n - 1,))``
-    on n sites the whole lower triangle). `local_regression` makes the factor of them. For small grids: the last layer has
-    about n K outputs. The last layer starts from zeros: the first prediction is a diagonal Gaussian.
+    on n sites the whole lower triangle). For small grids: the last layer has about n K outputs. It starts from zeros: the first
+    prediction is a diagonal Gaussian.
 
-    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5.1, which predicts the entries
-    without the scaling of the off-diagonals.
+    With ``standardise``, L = D W: the diagonal D = exp(log_diag) and W with ones on its diagonal, whose other entries are the
+    outputs. A whitened residual then is Wᵀ(D r): residuals are first standardised and then combined with weights that do
+    not depend on their scale, so that a covariance whose scale varies from site to site while its correlations do not is one
+    in which W is constant. Without, the outputs are the entries of L themselves.
+
+    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5.1, there without ``standardise``.
 
     Args:
         in_features: numbers in one input.
@@ -30,6 +34,7 @@ class CovarianceMLP(nn.Module):
         stencil: shape of the factor's columns.
         hidden: units of each hidden layer.
         initial_stddev: standard deviation of the first prediction, in the units of the data.
+        standardise: whether the outputs are the entries of W or those of L.
 
     Raises:
         ValueError: an argument out of range, or an input of another size.
@@ -42,6 +47,7 @@ class CovarianceMLP(nn.Module):
         stencil: bg.Stencil,
         hidden: Sequence[int] = (100, 100),
         initial_stddev: float = 1.0,
+        standardise: bool = True,
     ):
         super().__init__()
         check_positive_int("in_features", in_features)
@@ -49,45 +55,50 @@ class CovarianceMLP(nn.Module):
         check_stddev("initial_stddev", initial_stddev)
         for units in hidden:
             check_positive_int("hidden", units)
-        exists = stencil.mask(grid).flatten()
+        self.config: dict[str, Any] = {
+            "in_features": in_features,
+            "grid": tuple(grid),
+            "stencil": {"offsets": stencil.offsets, "ndim": stencil.ndim},
+            "hidden": tuple(hidden),
+            "initial_stddev": float(initial_stddev),
+            "standardise": standardise,
+        }
         self.in_features, self.grid, self.stencil = in_features, tuple(grid), stencil
-        self.hidden, self.initial_stddev = tuple(hidden), float(initial_stddev)
-        self.register_buffer("_existing", exists.nonzero()[:, 0], persistent=False)
+        self.initial_stddev, self.standardise = float(initial_stddev), standardise
+        # Where the outputs for existing entries belong in off_diag, and the row of L of each.
+        existing = stencil.mask(grid).nonzero()
+        neighbours = existing[:, 1:] + torch.tensor(stencil.offsets).reshape(-1, stencil.ndim)[existing[:, 0]]
+        self.register_buffer("_entries", _raster(existing, (len(stencil), *grid)), persistent=False)
+        self.register_buffer("_rows", _raster(neighbours, self.grid), persistent=False)
         widths = (in_features, *hidden)
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise(widths):
             layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
-        self.last = nn.Linear(widths[-1], math.prod(grid) + len(self._existing))
+        self.last = nn.Linear(widths[-1], math.prod(grid) + len(existing))
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments as values that JSON can hold, for `from_config`."""
-        return {
-            "in_features": self.in_features,
-            "grid": self.grid,
-            "stencil": {"offsets": self.stencil.offsets, "ndim": self.stencil.ndim},
-            "hidden": self.hidden,
-            "initial_stddev": self.initial_stddev,
-        }
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CovarianceMLP":
-        """A new network with the arguments of another one's `config`."""
+        """A new network with the arguments of another one's ``config``."""
         return cls(**{**config, "stencil": bg.Stencil(**config["stencil"])})
 
     def forward(self, x: Tensor) -> bg.StencilCholesky:
         features = x.flatten(1)
         if features.shape[1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers in each input")
-        log_ratio, existing = self.last(self.layers(features)).split((math.prod(self.grid), len(self._existing)), dim=1)
-        weights = existing.new_zeros(len(x), len(self.stencil) * math.prod(self.grid))
-        weights = weights.index_copy(1, self._existing, existing)
-        return local_regression(
-            log_ratio.unflatten(1, self.grid),
-            weights.unflatten(1, (len(self.stencil), *self.grid)),
-            self.stencil,
-            self.initial_stddev,
+        log_ratio, existing = self.last(self.layers(features)).split((math.prod(self.grid), len(self._entries)), dim=1)
+        log_diag = soft_bound(log_ratio, MAX_LOG_RATIO) - math.log(self.initial_stddev)
+        if self.standardise:
+            existing = existing * log_diag.exp()[:, self._rows]
+        off_diag = existing.new_zeros(len(x), len(self.stencil) * math.prod(self.grid)).index_copy(1, self._entries, existing)
+        return bg.StencilCholesky(
+            log_diag.unflatten(1, self.grid), off_diag.unflatten(1, (len(self.stencil), *self.grid)), self.stencil
         )
+
+
+def _raster(indices: Tensor, shape: Sequence[int]) -> Tensor:
+    """Indices (m, d) into an array of this shape as (m,) positions in raster order."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return indices @ torch.tensor(strides)

@@ -1,10 +1,20 @@
 """The head and the networks: shapes, the promised first prediction, gradients, and arguments that do not fit."""
 
+import json
+
 import pytest
 import torch
 
 import banded_gmrf as bg
-from supn_models import ConvAutoencoder, ConvDecoder, ConvEncoder, CovarianceNetwork, StencilCholeskyHead
+from supn_models import (
+    ConvAutoencoder,
+    ConvDecoder,
+    ConvEncoder,
+    ConvVAE,
+    CovarianceNetwork,
+    LatentCovarianceNetwork,
+    StencilCholeskyHead,
+)
 
 CASES = [
     pytest.param(bg.Stencil.box((2,)), (13,), id="1 axis"),
@@ -81,10 +91,11 @@ def test_head_stays_finite_far_from_training():
     assert (factor.diag > 0).all()
 
 
+@pytest.mark.parametrize(("kernel_size", "norm"), [(3, "group"), (5, "batch")])
 @pytest.mark.parametrize(("in_channels", "grid"), [(1, (21,)), (1, (32, 32)), (3, (17, 30)), (1, (5, 9, 1))])
-def test_autoencoder_takes_any_size(in_channels, grid):
+def test_autoencoder_takes_any_size(in_channels, grid, kernel_size, norm):
     torch.manual_seed(0)
-    autoencoder = ConvAutoencoder(grid, in_channels, latent_size=6, channels=(4, 8))
+    autoencoder = ConvAutoencoder(grid, in_channels, 6, (4, 8), kernel_size, norm).eval()
     images = torch.rand(2, in_channels, *grid)
     code = autoencoder.encode(images)
     assert code.shape == (2, 6)
@@ -97,14 +108,20 @@ def test_autoencoder_takes_any_size(in_channels, grid):
 
 def test_config_builds_the_same_network():
     torch.manual_seed(0)
-    for network, images in (
-        (CovarianceNetwork(1, bg.Stencil.cross(2), channels=4, num_levels=2, initial_stddev=0.3), torch.rand(1, 1, 9, 7)),
-        (ConvAutoencoder((9, 7), latent_size=3, channels=[4]), torch.rand(1, 1, 9, 7)),
+    cross, image, code = bg.Stencil.cross(2), torch.rand(1, 1, 9, 7), torch.rand(1, 3)
+    latent = {"decoder_channels": [4], "kernel_size": 3, "norm": "batch", "channels": 5, "initial_stddev": 0.3}
+    for network, inputs in (
+        (CovarianceNetwork(1, cross, channels=4, num_levels=2, initial_stddev=0.3), (image,)),
+        (LatentCovarianceNetwork((9, 7), 3, cross, **latent), (code,)),
+        (LatentCovarianceNetwork([9, 7], 3, cross, image_channels=1, num_levels=2, **latent), (code, image)),
+        (ConvAutoencoder((9, 7), latent_size=3, channels=[4], kernel_size=5, norm="batch"), (image,)),
+        (ConvVAE((9, 7), latent_size=3, channels=[4], kernel_size=3), (image,)),
     ):
-        twin = type(network).from_config(network.config)
+        network.eval()
+        twin = type(network).from_config(json.loads(json.dumps(network.config))).eval()
         twin.load_state_dict(network.state_dict())
-        assert twin.config == network.config
-        ours, theirs = network(images), twin(images)
+        assert json.dumps(twin.config) == json.dumps(network.config)
+        ours, theirs = network(*inputs), twin(*inputs)
         if isinstance(ours, bg.StencilCholesky):
             assert ours.stencil == theirs.stencil
             ours, theirs = ours.log_diag, theirs.log_diag
@@ -133,6 +150,8 @@ SQUARE = bg.Stencil.square(3)
         (lambda: ConvAutoencoder((8, 8), in_channels=0), "in_channels is 0"),
         (lambda: ConvAutoencoder((8, 8), latent_size=0), "latent_size is 0"),
         (lambda: ConvAutoencoder((8, 8), channels=()), r"channels is \(\)"),
+        (lambda: ConvAutoencoder((8, 8), kernel_size=2), "kernel_size is 2"),
+        (lambda: ConvAutoencoder((8, 8), norm=None), "norm is None"),
         (lambda: ConvDecoder(0, (8, 8), 4, (4,)), "out_channels is 0"),
         (lambda: ConvEncoder(1, (8, 8), 4, (4,))(torch.rand(1, 1, 8, 9)), r"images has grid \(8, 9\)"),
         (lambda: ConvDecoder(1, (8, 8), 4, (4,))(torch.rand(1, 5)), r"code has shape \(1, 5\)"),
