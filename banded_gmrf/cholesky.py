@@ -194,9 +194,10 @@ class StencilCholesky:
     def to_dense(self) -> Tensor:
         """L as a dense matrix: (*batch, n, n), sites in raster order. Meant for small grids: n² entries."""
         n = self._grid.numel()
-        dtype = accumulate_dtype(self.dtype)
-        columns = torch.eye(n, dtype=dtype, device=self.device).reshape(n, *[1] * len(self._batch_shape), *self._grid)
-        return self.matvec(columns).flatten(-self.stencil.ndim).movedim(0, -1)
+        k, row, column = self.stencil.entries(self._grid, self.device)
+        diag = torch.diag_embed(self.diag.flatten(-self.stencil.ndim)).flatten(-2)
+        below = self.off_diag.flatten(-self.stencil.ndim)[..., k, column].to(diag.dtype)
+        return diag.index_copy(-1, row * n + column, below).unflatten(-1, (n, n))
 
     def to_scipy(self):
         """L as a ``scipy.sparse.csr_array`` (n, n), sites in raster order, for a factor without batch axes.
@@ -204,23 +205,16 @@ class StencilCholesky:
         Raises:
             ValueError: the factor has batch axes.
         """
-        import numpy as np
         import scipy.sparse
 
         if self._batch_shape:
             raise ValueError(f"to_scipy takes a factor without batch axes, got batch shape {tuple(self._batch_shape)}")
         n = self._grid.numel()
-        dtype = accumulate_dtype(self.dtype)
-        sites = np.arange(n)
-        strides = np.cumprod([1, *reversed(self._grid[1:])])[::-1]
-        rows, cols, values = [sites], [sites], [self.diag.detach().cpu().numpy().ravel()]
-        exists = self.stencil.mask(self._grid).flatten(1).numpy()
-        off_diag = self.off_diag.detach().to(dtype).cpu().flatten(1).numpy()
-        for k, offset in enumerate(self.stencil.offsets):
-            rows.append(sites[exists[k]] + int(np.dot(strides, offset)))
-            cols.append(sites[exists[k]])
-            values.append(off_diag[k, exists[k]])
-        entries = (np.concatenate(values), (np.concatenate(rows), np.concatenate(cols)))
+        k, row, column = self.stencil.entries(self._grid)
+        diag = self.diag.detach().cpu().flatten()
+        below = self.off_diag.detach().cpu().flatten(1)[k, column].to(diag.dtype)
+        sites = torch.arange(n)
+        entries = (torch.cat([diag, below]), (torch.cat([sites, row]), torch.cat([sites, column])))
         return scipy.sparse.csr_array(entries, shape=(n, n))
 
     def _apply(self, operation, name: str, vector: Tensor, transpose: bool) -> Tensor:

@@ -1,6 +1,7 @@
 """Stencils: which neighbours a site's column of the Cholesky factor reaches."""
 
 import itertools
+import math
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -101,6 +102,18 @@ class Stencil:
             here, _ = overlap(offset, grid)
             mask[k][here] = True
         return mask
+
+    def entries(self, grid: Sequence[int], device: torch.device | str | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the entries below the diagonal that exist are: ``off_diag.flatten(-ndim)[..., k, column]`` is L[row, column].
+
+        Returns:
+            k, row and column, int64 (m,); sites are numbered in raster order, the entries sorted by k, then by column.
+        """
+        k, *site = self.mask(grid, device).nonzero(as_tuple=True)
+        strides = [math.prod(grid[axis + 1 :]) for axis in range(self._ndim)]
+        column = sum(stride * index for stride, index in zip(strides, site, strict=True))
+        reach = [sum(stride * step for stride, step in zip(strides, offset, strict=True)) for offset in self._offsets]
+        return k, column + torch.tensor(reach, dtype=torch.int64, device=device)[k], column
 
     @property
     def slopes(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from .checkpoints import save_checkpoint
 from .figures import Column, correlation_figure, image_grid, loss_figure
 from .results import environment, markdown_table, write_json
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
+from .whiteness import lag_one_autocorrelation
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -204,14 +205,6 @@ def evaluate(model: CovarianceModel, means: Tensor, residuals: Tensor, names: li
         "whitened_autocorrelation": lag_one_autocorrelation(white),
         "whitened_variance": white.var().item(),
     }
-
-
-def lag_one_autocorrelation(images: Tensor) -> float:
-    """Correlation of neighbouring pixels of (B, H, W) images, the mean of the horizontal and the vertical one."""
-    centred = images - images.mean()
-    horizontal = (centred[:, :, 1:] * centred[:, :, :-1]).mean()
-    vertical = (centred[:, 1:] * centred[:, :-1]).mean()
-    return ((horizontal + vertical) / 2 / centred.square().mean()).item()
 
 
 def markdown_report(results: dict[str, Any]) -> str:

@@ -5,7 +5,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
@@ -16,23 +15,26 @@ from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stenc
 class CovarianceMLP(nn.Module):
     """Numbers (B, in_features), or anything that flattens to that, to a `banded_gmrf.StencilCholesky` with batch shape (B,).
 
-    Linear layers with batch normalisation and ReLU, then a linear layer with one output for each entry of the factor that
-    exists: the n log-diagonals and, for each offset, the sites whose neighbour lies on the grid (with ``Stencil.box((n - 1,))``
-    on n sites the whole lower triangle). For small grids: the last layer has about n K outputs. It starts from zeros: the first
-    prediction is a diagonal Gaussian.
+    Linear layers with batch normalisation and ReLU, then one linear output for each entry of the factor that exists: the n
+    log-diagonals and, for each offset, the sites whose neighbour lies on the grid (with ``Stencil.box((n - 1,))`` on n sites
+    the whole lower triangle). For small grids: there are about n K outputs. They start from zeros: the first prediction is a
+    diagonal Gaussian.
 
     With ``standardise``, L = D W: the diagonal D = exp(log_diag) and W with ones on its diagonal, whose other entries are the
     outputs. A whitened residual then is Wᵀ(D r): residuals are first standardised and then combined with weights that do
     not depend on their scale, so that a covariance whose scale varies from site to site while its correlations do not is one
     in which W is constant. Without, the outputs are the entries of L themselves.
 
-    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5.1, there without ``standardise``.
+    Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 5.1, there without ``standardise`` and
+    without ``bottleneck``.
 
     Args:
         in_features: numbers in one input.
         grid: grid of the factor.
         stencil: shape of the factor's columns.
         hidden: units of each hidden layer.
+        bottleneck: units of one more layer, between the hidden ones and the entries below the diagonal alone: few of them keep
+            so many outputs from fitting noise. None: no such layer.
         initial_stddev: standard deviation of the first prediction, in the units of the data.
         standardise: whether the outputs are the entries of W or those of L.
 
@@ -46,6 +48,7 @@ class CovarianceMLP(nn.Module):
         grid: Sequence[int],
         stencil: bg.Stencil,
         hidden: Sequence[int] = (100, 100),
+        bottleneck: int | None = None,
         initial_stddev: float = 1.0,
         standardise: bool = True,
     ):
@@ -55,29 +58,31 @@ class CovarianceMLP(nn.Module):
         check_stddev("initial_stddev", initial_stddev)
         for units in hidden:
             check_positive_int("hidden", units)
+        if bottleneck is not None:
+            check_positive_int("bottleneck", bottleneck)
         self.config: dict[str, Any] = {
             "in_features": in_features,
             "grid": tuple(grid),
             "stencil": {"offsets": stencil.offsets, "ndim": stencil.ndim},
             "hidden": tuple(hidden),
+            "bottleneck": bottleneck,
             "initial_stddev": float(initial_stddev),
             "standardise": standardise,
         }
         self.in_features, self.grid, self.stencil = in_features, tuple(grid), stencil
         self.initial_stddev, self.standardise = float(initial_stddev), standardise
-        # Where the outputs for existing entries belong in off_diag, and the row of L of each.
-        existing = stencil.mask(grid).nonzero()
-        neighbours = existing[:, 1:] + torch.tensor(stencil.offsets).reshape(-1, stencil.ndim)[existing[:, 0]]
-        self.register_buffer("_entries", _raster(existing, (len(stencil), *grid)), persistent=False)
-        self.register_buffer("_rows", _raster(neighbours, self.grid), persistent=False)
+        # Where the outputs for the entries below the diagonal belong in off_diag, and the row of L of each.
+        k, row, column = stencil.entries(grid)
+        self.register_buffer("_entries", k * math.prod(grid) + column, persistent=False)
+        self.register_buffer("_rows", row, persistent=False)
         widths = (in_features, *hidden)
-        layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU()]
-        self.layers = nn.Sequential(*layers)
-        self.last = nn.Linear(widths[-1], math.prod(grid) + len(existing))
-        nn.init.zeros_(self.last.weight)
-        nn.init.zeros_(self.last.bias)
+        self.layers = nn.Sequential(*(_layer(*pair) for pair in itertools.pairwise(widths)))
+        self.to_log_ratio = nn.Linear(widths[-1], math.prod(grid))
+        self.to_entries = nn.Linear(bottleneck or widths[-1], len(row))
+        self.bottleneck = _layer(widths[-1], bottleneck) if bottleneck else nn.Identity()
+        for linear in (self.to_log_ratio, self.to_entries):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CovarianceMLP":
@@ -87,9 +92,10 @@ class CovarianceMLP(nn.Module):
     def forward(self, x: Tensor) -> bg.StencilCholesky:
         features = x.flatten(1)
         if features.shape[1] != self.in_features:
-            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers in each input")
-        log_ratio, existing = self.last(self.layers(features)).split((math.prod(self.grid), len(self._entries)), dim=1)
-        log_diag = soft_bound(log_ratio, MAX_LOG_RATIO) - math.log(self.initial_stddev)
+            raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers each")
+        hidden = self.layers(features)
+        log_diag = soft_bound(self.to_log_ratio(hidden), MAX_LOG_RATIO) - math.log(self.initial_stddev)
+        existing = self.to_entries(self.bottleneck(hidden))
         if self.standardise:
             existing = existing * log_diag.exp()[:, self._rows]
         off_diag = existing.new_zeros(len(x), len(self.stencil) * math.prod(self.grid)).index_copy(1, self._entries, existing)
@@ -98,7 +104,5 @@ class CovarianceMLP(nn.Module):
         )
 
 
-def _raster(indices: Tensor, shape: Sequence[int]) -> Tensor:
-    """Indices (m, d) into an array of this shape as (m,) positions in raster order."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return indices @ torch.tensor(strides)
+def _layer(inputs: int, outputs: int) -> nn.Module:
+    return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU())

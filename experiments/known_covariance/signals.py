@@ -57,7 +57,7 @@ class Signals(ABC):
         return stddev[:, :, None] * self.correlation(latents) * stddev[:, None, :]
 
     def draw(self, count: int, generator: torch.Generator, batch: int = 500) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents (count, num_latents), and in float32 means and signals (count, *grid), made in batches on the generator's device."""
+        """Latents (count, num_latents), and means and signals (count, *grid) in float32, on the generator's device."""
         uniform = torch.rand(count, self.num_latents, generator=generator, dtype=torch.float64, device=generator.device)
         latents = self.latents(uniform.clamp(min=torch.finfo(uniform.dtype).tiny))
         means, signals = [], []
@@ -92,7 +92,8 @@ class Splines(Signals):
 
     def mean(self, latents: Tensor) -> Tensor:
         # A spline is linear in its knots' values.
-        basis = scipy.interpolate.CubicSpline(torch.linspace(0, 1, self.num_latents), torch.eye(self.num_latents), bc_type="natural")
+        knots = torch.linspace(0, 1, self.num_latents)
+        basis = scipy.interpolate.CubicSpline(knots, torch.eye(self.num_latents), bc_type="natural")
         return latents @ torch.as_tensor(basis(torch.linspace(0, 1, *self.grid)), dtype=latents.dtype).mT.to(latents.device)
 
     def correlation(self, latents: Tensor) -> Tensor:
