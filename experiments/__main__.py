@@ -1,5 +1,6 @@
 """``python -m experiments NAME``: one command for each experiment."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -44,6 +45,113 @@ def demo(
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     typer.echo(f"Results: {folder}")
+
+
+class Preset(StrEnum):
+    """Sizes of the synthetic experiments."""
+
+    QUICK = "quick"
+    PAPER = "paper"
+
+
+_PresetOption = Annotated[Preset, typer.Option(help="quick: minutes on two cores; paper: the paper's size.")]
+_OutOption = Annotated[
+    Path | None, typer.Option(help="Folder for the results, new or empty; with --resume that of the run to go on with.")
+]
+_ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out, to the same numbers.")]
+_DeviceOption = Annotated[
+    str | None, typer.Option(help="Where to compute, as torch names it.  [default: cuda if there is one]")
+]
+_SizeOption = Annotated[int | None, typer.Option(min=1, help="Replaces the preset's.")]
+_SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.")]
+
+
+@app.command()
+def splines(
+    preset: _PresetOption = Preset.QUICK,
+    out: _OutOption = None,
+    resume: _ResumeOption = False,
+    device: _DeviceOption = None,
+    seed: _SeedOption = None,
+    train: _SizeOption = None,
+    test: _SizeOption = None,
+    epochs: _SizeOption = None,
+    seeds: _SizeOption = None,
+) -> None:
+    """Recover the known covariance of splines with correlated noise: Table 1, Figures 3 and 4 of the SUPN paper."""
+    _known_covariance("splines", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
+
+
+@app.command()
+def ellipses(
+    preset: _PresetOption = Preset.QUICK,
+    out: _OutOption = None,
+    resume: _ResumeOption = False,
+    device: _DeviceOption = None,
+    seed: _SeedOption = None,
+    train: _SizeOption = None,
+    test: _SizeOption = None,
+    epochs: _SizeOption = None,
+    seeds: _SizeOption = None,
+) -> None:
+    """Recover the known covariance of images of ellipses: Table 2, Figures 5 and 6 of the SUPN paper."""
+    _known_covariance("ellipses", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
+
+
+def _known_covariance(
+    experiment: str, preset: Preset, out: Path | None, resume: bool, device: str | None, **sizes: int | None
+) -> None:
+    try:
+        import torch
+        from rich.console import Console
+
+        from .known_covariance.presets import config_for
+        from .known_covariance.run import check_resumable, run, start
+        from .results import new_results_folder
+
+        try:
+            config = config_for(experiment, preset.value, **sizes)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        try:
+            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            torch.empty(0, device=where)
+        except (RuntimeError, AssertionError) as error:
+            raise typer.BadParameter(str(error), param_hint="--device") from None
+        if resume and out is None:
+            raise typer.BadParameter("--resume needs the folder of the run to go on with", param_hint="--out")
+        try:
+            if resume:
+                check_resumable(config, out)
+                folder = out
+            else:
+                folder = new_results_folder(experiment, out)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--out") from None
+        if not resume:
+            start(config, folder)
+        try:
+            run(config, folder, where, Console())
+        except KeyboardInterrupt:
+            typer.echo(f"Interrupted: the same command with --out {folder} --resume goes on from there", err=True)
+            raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo(f"Results: {folder}")
+
+
+@app.command()
+def calibrate() -> None:
+    """The scalars of both covariances for which the paper's rows of the truth and of the diagonal come out."""
+    from .known_covariance.calibration import calibrate, evenly_spread_latents, expected_rows, paper_rows
+    from .known_covariance.presets import SIGNALS
+
+    for name, family in SIGNALS.items():
+        calibrated = calibrate(name, family(), count=1024)
+        typer.echo(f"{calibrated}")
+        rows = expected_rows(calibrated, evenly_spread_latents(calibrated, 1024))
+        for row, value in paper_rows(name).items():
+            typer.echo(f"    {row:14} {rows[row]:9.3f}, in the paper {value:g}")
 
 
 if __name__ == "__main__":

@@ -110,3 +110,49 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
             ax.spines[["top", "right"]].set_visible(False)
             ax.legend(frameon=False)
         fig.savefig(path)
+
+
+def line_grid(path: Path, means: Tensor, panels: dict[str, Tensor], axis_label: str) -> None:
+    """Signals in rows, and in each panel of a row its mean with other signals over it; all on one scale.
+
+    Args:
+        path: PNG file to write.
+        means: (count, length), drawn in black in each panel.
+        panels: for each its title and its signals (number, count, length).
+        axis_label: what the positions count.
+    """
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(2.4 * len(panels) + 0.4, 1.35 * len(means) + 0.6), layout="constrained")
+        axes = fig.subplots(len(means), len(panels), squeeze=False, sharex=True, sharey=True)
+        for row, mean, *signals in zip(axes, means, *(values.unbind(1) for values in panels.values()), strict=True):
+            for ax, lines in zip(row, signals, strict=True):
+                for line in lines:
+                    ax.plot(line.numpy(), linewidth=0.8)
+                ax.plot(mean.numpy(), color="black")
+                ax.spines[["top", "right"]].set_visible(False)
+        for ax, title in zip(axes[0], panels, strict=True):
+            ax.set_title(title)
+        for ax in axes[-1]:
+            ax.set_xlabel(axis_label)
+        fig.savefig(path)
+
+
+def coverage_figure(path: Path, levels: Sequence[float], curves: dict[str, Sequence[float]]) -> None:
+    """How often the sum of squares of whitened residuals lies below each quantile of χ², against the quantile's level.
+
+    Args:
+        path: PNG file to write.
+        levels: the levels of the quantiles.
+        curves: for each model the share of signals below each quantile.
+    """
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(4.6, 3.2), layout="constrained")
+        ax = fig.subplots()
+        ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="ideal")
+        for name, shares in curves.items():
+            ax.plot(levels, shares, label=name)
+        ax.set_xlabel("level of the χ² quantile")
+        ax.set_ylabel("share of test signals below it")
+        ax.spines[["top", "right"]].set_visible(False)
+        fig.legend(loc="outside right center", frameon=False)
+        fig.savefig(path)

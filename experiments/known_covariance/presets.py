@@ -95,11 +95,11 @@ def _ellipses(paper_epochs: int, own_epochs: int, seeds: int, stencils: tuple[st
 PRESETS = {
     "splines": {
         "quick": Config("splines", "quick", 0, 35_000, 1_000, _splines(10, 20, 1)),
-        "paper": Config("splines", "paper", 0, 35_000, 1_000, _splines(200, 100, 3)),
+        "paper": Config("splines", "paper", 0, 35_000, 1_000, _splines(200, 60, 3)),
     },
     "ellipses": {
         "quick": Config("ellipses", "quick", 0, 10_000, 300, _ellipses(10, 10, 1, (3,))),
-        "paper": Config("ellipses", "paper", 0, 35_000, 1_000, _ellipses(200, 60, 3, (3, 7, "dense"))),
+        "paper": Config("ellipses", "paper", 0, 35_000, 1_000, _ellipses(200, 30, 3, (3, 7, "dense"))),
     },
 }
 

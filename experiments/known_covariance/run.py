@@ -1,0 +1,166 @@
+"""Train the networks of a synthetic experiment, compare what they predict with the truth, and write tables and figures."""
+
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+from torch import Tensor
+
+import banded_gmrf as bg
+from supn_models import CovarianceMLP
+
+from ..checkpoints import save_checkpoint
+from ..figures import loss_figure
+from ..results import environment, write_json
+from ..training import ShuffledEpochs, derived_seed, fit
+from . import figures
+from .presets import Config, Model, layout
+from .report import floor_name, markdown_report, summarise
+from .scores import Examples, Scores, factor_of_truth, score
+
+CONFIG = "config.json"
+RESULTS = "results.json"
+CHECKPOINT = "checkpoint.safetensors"
+_STATES = "training"
+
+
+def start(config: Config, folder: Path) -> None:
+    """Note in the empty ``folder`` what is about to be run there."""
+    write_json(folder / CONFIG, config.as_dict())
+    (folder / _STATES).mkdir()
+
+
+def check_resumable(config: Config, folder: Path) -> None:
+    """Raise ValueError unless ``folder`` holds an unfinished run of ``config``."""
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"{folder} has no {CONFIG}: no run of this experiment was begun there")
+    if (folder / RESULTS).exists():
+        raise ValueError(f"the run in {folder} is finished; nothing was changed there")
+    begun = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(config.as_dict()))
+    differing = [key for key in asked if begun.get(key) != asked[key]]
+    if differing:
+        raise ValueError(
+            f"the run in {folder} has another configuration: "
+            + "; ".join(f"{key} is {begun.get(key)!r} there, {asked[key]!r} here" for key in differing)
+        )
+
+
+def run(config: Config, folder: Path, device: torch.device, console: Console) -> dict[str, Any]:
+    """Train, evaluate and write everything into ``folder``; return what results.json holds.
+
+    Training goes on from what is in ``folder``: after `start` from the beginning, after an interruption from a recent state.
+    """
+    begin = time.perf_counter()
+    train, test = (examples(config, purpose, device) for purpose in ("train", "test"))
+    console.print(f"{config.experiment}: {config.train} signals to train on, {config.test} to test on, on {device}")
+    initial_stddev = (train.x - train.means).square().mean().sqrt().item()
+    networks: dict[str, CovarianceMLP] = {}
+    losses: dict[str, list[float]] = {}
+    for model in config.models:
+        for seed in range(model.seeds):
+            name = f"{model.name}, seed {seed}"
+            networks[name] = build(config, model, seed, initial_stddev).to(device)
+            state = folder / _STATES / f"{config.models.index(model)}-{seed}.pt"
+            losses[name] = train_network(config, model, seed, networks[name], train, state, console)
+    trained = time.perf_counter()
+
+    console.print("comparing with the truth ...")
+    scores = compare(config, networks, test)
+    rows = summarise(config, scores)
+    results = {
+        "definition": "nll is -log p(x) in nats, ½ and constant included; kl is KL(N(0, Σ̂) ‖ N(0, Σ)) in nats; norm is "
+        "‖Σ̂ - Σ‖, Frobenius: means over test signals and seeds, and standard errors over test signals of the means over seeds",
+        "rows": rows,
+        "config": config.as_dict(),
+        **environment(),
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "seconds": {"training": round(trained - begin, 1), "all": 0.0},
+    }
+    console.print("figures ...")
+    networks = {name: network.cpu() for name, network in networks.items()}
+    figures.draw(config, networks, test, rows, folder)
+    per_curve = max(1, min(len(curve) for curve in losses.values()) // 100)
+    first = {model.name: losses[f"{model.name}, seed 0"] for model in config.models}
+    loss_figure(folder / "training.png", [("nats per site", first)], smooth=per_curve)
+    save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
+    results["seconds"]["all"] = round(time.perf_counter() - begin, 1)
+    report = markdown_report(config, results)
+    (folder / "results.md").write_text(report, encoding="utf-8")
+    # Last: a folder with this file is a finished run.
+    write_json(folder / RESULTS, results)
+    shutil.rmtree(folder / _STATES)
+    console.print(Markdown(report))
+    return results
+
+
+def examples(config: Config, purpose: str, device: torch.device) -> Examples:
+    """The "train" or "test" signals, drawn on the device from the seed alone."""
+    generator = torch.Generator(device).manual_seed(derived_seed(config.seed, f"{config.experiment} {purpose}"))
+    return Examples(*config.signals.draw(getattr(config, purpose), generator))
+
+
+def build(config: Config, model: Model, seed: int, initial_stddev: float) -> CovarianceMLP:
+    """A network as it is before training."""
+    stencil, grid = layout(model.stencil, config.signals.grid)
+    torch.manual_seed(derived_seed(config.seed, f"{model.name} weights {seed}"))
+    return CovarianceMLP(
+        math.prod(grid), grid, stencil, model.hidden, model.bottleneck, initial_stddev, standardise=model.standardise
+    )
+
+
+def train_network(
+    config: Config, model: Model, seed: int, network: CovarianceMLP, train: Examples, state: Path, console: Console
+) -> list[float]:
+    """Maximise log p(x | Σ̂(μ)), which never sees Σ; return the loss of every step in nats per site."""
+    residuals = (train.x - train.means).reshape(-1, *network.grid)
+    rows = ShuffledEpochs(config.train, model.batch_size, derived_seed(config.seed, f"{model.name} order {seed}"))
+    steps = model.epochs * rows.steps_per_epoch
+
+    def nats_per_site(means: Tensor, residuals: Tensor) -> Tensor:
+        factor = network(means)
+        nats = bg.negative_log_likelihood(residuals, factor.log_diag, factor.off_diag, factor.stencil)
+        return nats.mean() / factor.grid.numel()
+
+    return fit(
+        network,
+        nats_per_site,
+        (train.means, residuals),
+        steps=steps,
+        rows=rows,
+        learning_rate=model.learning_rate_at(steps),
+        title=f"{model.name}, seed {seed}",
+        console=console,
+        state=state,
+    )
+
+
+def compare(config: Config, networks: dict[str, CovarianceMLP], test: Examples) -> dict[str, list[Scores]]:
+    """Scores on the test signals of the truth, of each stencil's floor, and of each model's networks, one for each seed.
+
+    The floor is the factor nearest to the truth: none with that stencil has a higher expected likelihood. That of a dense
+    factor is the truth.
+    """
+    signals = config.signals
+
+    def floor(stencil: str | int) -> Scores:
+        own, grid = layout(stencil, signals.grid)
+        return score(
+            signals, test, lambda means, covariance: bg.StencilCholesky.from_covariance(covariance, own, grid).to_dense()
+        )
+
+    def of_network(network: CovarianceMLP) -> Scores:
+        return score(signals, test, lambda means, covariance: network(means).to_dense())
+
+    scores = {"truth": [score(signals, test, lambda means, covariance: factor_of_truth(covariance))]}
+    for stencil in dict.fromkeys(model.stencil for model in config.models if model.stencil != "dense"):
+        scores[floor_name(stencil)] = [floor(stencil)]
+    for model in config.models:
+        scores[model.name] = [of_network(networks[f"{model.name}, seed {seed}"]) for seed in range(model.seeds)]
+    return scores
