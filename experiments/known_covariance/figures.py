@@ -1,5 +1,6 @@
 """Figures 3 to 6 of the SUPN paper on the signals of `signals`: reconstructions with samples, and covariances."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def draw(config: Config, networks: dict[str, CovarianceMLP], test: Examples, row
     coverage_figure(folder / "coverage.png", COVERAGE_LEVELS, shown)
 
 
+def _wrapped(title: str) -> str:
+    return textwrap.fill(title, width=13)
+
+
 def _colour(factor: Tensor, noise: Tensor) -> Tensor:
     """Samples L⁻ᵀu: (samples, B, n) of factors (B, n, n) and white noise (samples, B, n)."""
     return torch.linalg.solve_triangular(factor.mT, noise[..., None], upper=True)[..., 0]
@@ -54,7 +59,7 @@ def _colour(factor: Tensor, noise: Tensor) -> Tensor:
 
 def _draw_signals(path: Path, means: Tensor, x: Tensor, samples: dict[str, Tensor]) -> None:
     """Each row an example: the mean with the signal it was drawn for, and with samples of each covariance."""
-    panels = {"mean and signal": x[None], **{f"mean and samples:\n{name}": values for name, values in samples.items()}}
+    panels = {"mean and signal": x[None], **{f"{name}: samples": values for name, values in samples.items()}}
     line_grid(path, means, panels, "point")
 
 
@@ -62,14 +67,14 @@ def _draw_images(path: Path, means: Tensor, x: Tensor, samples: dict[str, Tensor
     """Each row an example: the mean, the image that was drawn for it, and two samples of each covariance."""
     columns = [Column("mean", means, "gray"), Column("image", x, "gray")]
     for name, values in samples.items():
-        columns += [Column(f"{name},\nsample {i + 1}", values[i], "gray") for i in range(2)]
+        columns += [Column(_wrapped(f"{name}: sample {i + 1}"), values[i], "gray") for i in range(2)]
     low, high = x.quantile(0.005).item(), x.quantile(0.995).item()
     image_grid(path, columns, {"gray": ("gray value", "gray", low, high)}, [f"example {i + 1}" for i in range(len(means))])
 
 
 def _draw_covariances(path: Path, grid: tuple[int, ...], covariances: dict[str, Tensor]) -> None:
     """Each row an example: the matrices, and for images also the covariances of one pixel with all others."""
-    columns = [Column(name, covariance, "matrix") for name, covariance in covariances.items()]
+    columns = [Column(_wrapped(name), covariance, "matrix") for name, covariance in covariances.items()]
     reach = covariances["truth"].abs().quantile(0.999).item()
     scales = {"matrix": ("covariance", "RdBu_r", -reach, reach)}
     if len(grid) == 2:
@@ -77,7 +82,7 @@ def _draw_covariances(path: Path, grid: tuple[int, ...], covariances: dict[str, 
         sites = variances.argmax(1)
         examples = torch.arange(len(sites))
         columns += [
-            Column(f"{name},\nof one pixel", covariance[examples, sites].reshape(-1, *grid), "pixel")
+            Column(_wrapped(f"{name}: one pixel"), covariance[examples, sites].reshape(-1, *grid), "pixel")
             for name, covariance in covariances.items()
             if name != "diagonal"
         ]
