@@ -77,9 +77,9 @@ class CovarianceMLP(nn.Module):
         self.register_buffer("_rows", row, persistent=False)
         widths = (in_features, *hidden)
         self.layers = nn.Sequential(*(_layer(*pair) for pair in itertools.pairwise(widths)))
-        self.to_log_ratio = nn.Linear(widths[-1], math.prod(grid))
-        self.to_entries = nn.Linear(bottleneck or widths[-1], len(row))
         self.bottleneck = _layer(widths[-1], bottleneck) if bottleneck else nn.Identity()
+        self.to_log_ratio = nn.utils.skip_init(nn.Linear, widths[-1], math.prod(grid))
+        self.to_entries = nn.utils.skip_init(nn.Linear, bottleneck or widths[-1], len(row))
         for linear in (self.to_log_ratio, self.to_entries):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)

@@ -49,7 +49,8 @@ def draw(config: Config, networks: dict[str, CovarianceMLP], test: Examples, row
 
 
 def _wrapped(title: str) -> str:
-    return textwrap.fill(title, width=13)
+    # No line break within "f = 5" or "sample 1".
+    return textwrap.fill(title.replace(" = ", "\u00a0=\u00a0").replace("sample ", "sample\u00a0"), width=13)
 
 
 def _colour(factor: Tensor, noise: Tensor) -> Tensor:

@@ -81,7 +81,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{100 * paper_gap:.0f} % of the distance to the truth.\n\n"
         "The paper does not publish its covariance function. This one follows its words, with four free scalars calibrated so "
         "that the expected rows of the truth and of the diagonal are the paper's (`python -m experiments calibrate`). How hard "
-        "a covariance is for a stencil or a network is not fixed by these rows: read the paper's third row with that in mind.\n\n"
+        "a covariance is for a stencil or a network is not fixed by these rows: read the paper's third row with that in mind."
+        "\n\n"
         + (f"Range of -log p(x) over seeds: {'; '.join(spread)}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
         f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {results['device']} with "
