@@ -78,11 +78,8 @@ class CovarianceMLP(nn.Module):
         widths = (in_features, *hidden)
         self.layers = nn.Sequential(*(_layer(*pair) for pair in itertools.pairwise(widths)))
         self.bottleneck = _layer(widths[-1], bottleneck) if bottleneck else nn.Identity()
-        self.to_log_ratio = nn.utils.skip_init(nn.Linear, widths[-1], math.prod(grid))
-        self.to_entries = nn.utils.skip_init(nn.Linear, bottleneck or widths[-1], len(row))
-        for linear in (self.to_log_ratio, self.to_entries):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        self.to_log_ratio = _zero_linear(widths[-1], math.prod(grid))
+        self.to_entries = _zero_linear(bottleneck or widths[-1], len(row)) if len(row) else None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CovarianceMLP":
@@ -95,7 +92,7 @@ class CovarianceMLP(nn.Module):
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers each")
         hidden = self.layers(features)
         log_diag = soft_bound(self.to_log_ratio(hidden), MAX_LOG_RATIO) - math.log(self.initial_stddev)
-        existing = self.to_entries(self.bottleneck(hidden))
+        existing = hidden[:, :0] if self.to_entries is None else self.to_entries(self.bottleneck(hidden))
         if self.standardise:
             existing = existing * log_diag.exp()[:, self._rows]
         off_diag = existing.new_zeros(len(x), len(self.stencil) * math.prod(self.grid)).index_copy(1, self._entries, existing)
@@ -106,3 +103,10 @@ class CovarianceMLP(nn.Module):
 
 def _layer(inputs: int, outputs: int) -> nn.Module:
     return nn.Sequential(nn.Linear(inputs, outputs), nn.BatchNorm1d(outputs), nn.ReLU())
+
+
+def _zero_linear(inputs: int, outputs: int) -> nn.Linear:
+    linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
