@@ -1,5 +1,6 @@
 """``python -m experiments NAME``: one command for each experiment."""
 
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -102,42 +103,179 @@ def _known_covariance(
     experiment: str, preset: Preset, out: Path | None, resume: bool, device: str | None, **sizes: int | None
 ) -> None:
     try:
-        import torch
         from rich.console import Console
 
         from .known_covariance.presets import config_for
-        from .known_covariance.run import check_resumable, run, start
-        from .results import new_results_folder
+        from .known_covariance.run import run
 
         try:
             config = config_for(experiment, preset.value, **sizes)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        try:
-            where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-            torch.empty(0, device=where)
-        except (RuntimeError, AssertionError) as error:
-            raise typer.BadParameter(str(error), param_hint="--device") from None
-        if resume and out is None:
-            raise typer.BadParameter("--resume needs the folder of the run to go on with", param_hint="--out")
-        try:
-            if resume:
-                check_resumable(config, out)
-                folder = out
-            else:
-                folder = new_results_folder(experiment, out)
-        except ValueError as error:
-            raise typer.BadParameter(str(error), param_hint="--out") from None
-        if not resume:
-            start(config, folder)
-        try:
-            run(config, folder, where, Console())
-        except KeyboardInterrupt:
-            typer.echo(f"Interrupted: the same command with --out {folder} --resume goes on from there", err=True)
-            raise typer.Exit(130) from None
+        where = _device(device)
+        folder = _begin(config, out, resume)
+        _run(folder, lambda: run(config, folder, where, Console()))
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
+
+
+def _device(name: str | None):
+    """The torch.device of that name, on which something can be computed."""
+    import torch
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise typer.BadParameter(str(error), param_hint="--device") from None
+    return device
+
+
+def _begin(config, out: Path | None, resume: bool) -> Path:
+    """The folder of a run that begins, or goes on if it can."""
+    from .results import check_resumable, new_results_folder, start
+
+    if resume and out is None:
+        raise typer.BadParameter("--resume needs the folder of the run to go on with", param_hint="--out")
+    try:
+        if resume:
+            check_resumable(config, out)
+            return out
+        folder = new_results_folder(config.experiment, out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+    start(config, folder)
+    return folder
+
+
+def _run(folder: Path, run: Callable[[], object]) -> None:
+    try:
+        run()
+    except KeyboardInterrupt:
+        typer.echo(f"Interrupted: the same command with --out {folder} --resume goes on from there", err=True)
+        raise typer.Exit(130) from None
     typer.echo(f"Results: {folder}")
+
+
+class ImagePreset(StrEnum):
+    """Sizes of the experiments with real images."""
+
+    QUICK = "quick"
+    CPU = "cpu"
+    PAPER = "paper"
+
+
+_ImagePresetOption = Annotated[
+    ImagePreset,
+    typer.Option(
+        help="quick: to see it work; cpu: narrow networks and few steps, for two cores; paper: the full size, for a GPU."
+    ),
+]
+_DataOption = Annotated[
+    str | None,
+    typer.Option(help="A data set: file or folder, or 'builtin' for patches of photographs.  [default: $BANDED_GMRF_DATA]"),
+]
+_NoteOption = Annotated[
+    str | None, typer.Option(help="What readers of the numbers must know of the data; replaces its own note.")
+]
+_WorkersOption = Annotated[
+    int, typer.Option(min=0, help="Processes that read training images from disk during training; 0: all into memory before.")
+]
+_Bfloat16Option = Annotated[bool, typer.Option("--bfloat16", help="Train networks in bfloat16, with likelihoods in float32.")]
+_CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the training with torch.compile.")]
+_TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
+
+
+@app.command()
+def faces(
+    preset: _ImagePresetOption = ImagePreset.QUICK,
+    data: _DataOption = None,
+    note: _NoteOption = None,
+    out: _OutOption = None,
+    resume: _ResumeOption = False,
+    device: _DeviceOption = None,
+    workers: _WorkersOption = 0,
+    tensorboard: _TensorboardOption = False,
+    bfloat16: _Bfloat16Option = False,
+    compiled: _CompileOption = False,
+    seed: _SeedOption = None,
+    train: _SizeOption = None,
+    test: _SizeOption = None,
+    epochs: _SizeOption = None,
+    samples: _SizeOption = None,
+) -> None:
+    """Structured residuals of autoencoders of faces: Table 3, Figures 1 and 7 to 10 of the SUPN paper.
+
+    With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...
+    """
+    replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
+    replaced |= {"bfloat16": bfloat16, "compiled": compiled}
+    _images("faces", preset, data, note, out, resume, device, workers, tensorboard, replaced)
+
+
+@app.command()
+def cifar10(
+    preset: _ImagePresetOption = ImagePreset.QUICK,
+    data: _DataOption = None,
+    note: _NoteOption = None,
+    out: _OutOption = None,
+    resume: _ResumeOption = False,
+    device: _DeviceOption = None,
+    workers: _WorkersOption = 0,
+    tensorboard: _TensorboardOption = False,
+    bfloat16: _Bfloat16Option = False,
+    compiled: _CompileOption = False,
+    seed: _SeedOption = None,
+    train: _SizeOption = None,
+    test: _SizeOption = None,
+    epochs: _SizeOption = None,
+    samples: _SizeOption = None,
+) -> None:
+    """The same as faces for gray images of 32 x 32 pixels."""
+    replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
+    replaced |= {"bfloat16": bfloat16, "compiled": compiled}
+    _images("cifar10", preset, data, note, out, resume, device, workers, tensorboard, replaced)
+
+
+def _images(
+    experiment: str,
+    preset: ImagePreset,
+    data: str | None,
+    note: str | None,
+    out: Path | None,
+    resume: bool,
+    device: str | None,
+    workers: int,
+    tensorboard: bool,
+    replaced: dict[str, int | bool | None],
+) -> None:
+    try:
+        from dataclasses import replace
+
+        from rich.console import Console
+
+        from . import distributed
+        from .datasets import DataError, load_images
+        from .faces.presets import PRESETS, config_for
+        from .faces.run import run
+
+        with distributed.processes(_device(device)) as where:
+            first = distributed.number() == 0
+            console = Console(quiet=not first)
+            try:
+                images = load_images(data, PRESETS[experiment][preset.value].size, console)
+            except DataError as error:
+                raise typer.BadParameter(str(error), param_hint="--data") from None
+            if note is not None:
+                images = replace(images, note=note)
+            try:
+                config = config_for(experiment, preset.value, images, **replaced)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            folder = distributed.from_first(_begin(config, out, resume) if first else None)
+            _run(folder, lambda: run(config, images, folder, where, console, workers, tensorboard))
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()

@@ -4,16 +4,22 @@ import math
 import os
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from . import distributed
 
 _SECONDS_BETWEEN_STATES = 30
+_STEPS_BETWEEN_LOGS = 20
 
 
 def derived_seed(seed: int, purpose: str) -> int:
@@ -66,7 +72,7 @@ def warmup_cosine(peak: float, steps: int) -> Callable[[int], float]:
 def fit(
     model: nn.Module,
     loss: Callable[..., Tensor],
-    tensors: tuple[Tensor, ...],
+    data: tuple[Tensor, ...] | Dataset[Tensor],
     *,
     steps: int,
     rows: Callable[[int], Tensor],
@@ -74,13 +80,21 @@ def fit(
     title: str,
     console: Console,
     state: Path | None = None,
+    prepare: Callable[..., tuple[Tensor, ...]] | None = None,
+    bfloat16: bool = False,
+    compiled: bool = False,
+    workers: int = 0,
+    log: Path | None = None,
 ) -> list[float]:
     """Minimise ``loss(*batch)`` over the parameters of ``model`` by Adam; return the loss of every step.
 
+    In the processes of torchrun (`distributed`) each takes its part of every batch, and the losses are means over all parts.
+
     Args:
         model: what is trained, in place.
-        loss: the batches of all ``tensors`` to a scalar.
-        tensors: training data with one common leading size.
+        loss: the batches of all ``data`` to a scalar, a mean over examples.
+        data: tensors with one common leading size, on the device of the model; or a data set of tensors, which need not fit in
+            memory.
         steps: number of batches.
         rows: the rows of the batch of each step.
         learning_rate: that of each step.
@@ -88,15 +102,29 @@ def fit(
         console: where the progress bar is shown.
         state: a file that always holds a recent state of this training, replaced in one step. If it exists, training goes on
             from there and ends with the same numbers as without the interruption, provided that ``rows`` depends on the step
-            alone.
+            alone and that no other generator than torch's on the CPU draws anything.
+        prepare: the batches of all ``data`` to what ``loss`` takes, without gradients and always in full precision: what comes
+            from networks that are not trained, or random numbers.
+        bfloat16: compute ``loss`` under autocast to bfloat16. What must not be rounded so, a likelihood, takes care of itself.
+        compiled: compile ``loss`` with `torch.compile`.
+        workers: processes that read a data set ahead; 0 reads it in this process.
+        log: a folder for TensorBoard: loss, learning rate and examples per second.
 
     Raises:
         RuntimeError: the gradient is no longer finite.
+        ValueError: the number of processes does not divide a batch.
+        ImportError: ``log`` without TensorBoard.
     """
+    device = next(model.parameters()).device
+    distributed.synchronise_batch_norm(model)
     optimizer = torch.optim.Adam(model.parameters())
     losses: list[float] = []
     if state is not None and state.exists():
         losses = _restore(state, model, optimizer)
+    # No process may write a state before every process has looked for one.
+    distributed.barrier()
+    if compiled:
+        loss = torch.compile(loss)
     model.train()
     saved = time.monotonic()
     columns = (
@@ -104,27 +132,85 @@ def fit(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[loss]:9.4f}"),
+        _ExamplesPerSecond(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task(title, total=steps, completed=len(losses), loss=float("nan"))
-        for step in range(len(losses), steps):
-            batch = rows(step).to(tensors[0].device)
-            value = loss(*(tensor[batch] for tensor in tensors))
+    with ExitStack() as stack:
+        progress = stack.enter_context(Progress(*columns, console=console))
+        writer = (
+            stack.enter_context(_summary_writer(log, len(losses))) if log is not None and not distributed.number() else None
+        )
+        task = progress.add_task(title, total=steps, completed=len(losses), loss=float("nan"), batch=0)
+        for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
+            examples = len(batch[0]) * distributed.count()
+            if prepare is not None:
+                with torch.no_grad():
+                    batch = prepare(*batch)
+            with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
+                value = loss(*batch)
             optimizer.zero_grad()
             value.backward()
+            distributed.average_gradients(model.parameters())
             nn.utils.clip_grad_norm_(model.parameters(), 10.0, error_if_nonfinite=True)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
             optimizer.step()
-            losses.append(value.item())
+            losses.append((distributed.sum_over_processes(value.detach()) / distributed.count()).item())
             recent = losses[-20:]
-            progress.update(task, advance=1, loss=sum(recent) / len(recent))
-            if state is not None and (step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES):
+            progress.update(task, advance=1, loss=sum(recent) / len(recent), batch=examples)
+            if writer is not None and (step + 1) % _STEPS_BETWEEN_LOGS == 0:
+                writer.add_scalar("loss", losses[-1], step + 1)
+                writer.add_scalar("learning rate", learning_rate(step), step + 1)
+                writer.add_scalar("examples per second", examples * (progress.tasks[task].speed or 0), step + 1)
+            due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
+            if state is not None and due and not distributed.number():
                 _save(state, model, optimizer, losses)
                 saved = time.monotonic()
     model.eval()
     return losses
+
+
+def _batches(
+    data: tuple[Tensor, ...] | Dataset[Tensor],
+    rows: Callable[[int], Tensor],
+    steps: range,
+    device: torch.device,
+    workers: int,
+) -> Iterator[tuple[Tensor, ...]]:
+    """This process's part of the batch of each step, on the device."""
+    parts = (distributed.own_part(rows(step)) for step in steps)
+    if isinstance(data, tuple):
+        for part in parts:
+            part = part.to(device)
+            yield tuple(tensor[part] for tensor in data)
+        return
+    # A generator of its own: the loader seeds its workers, and must not disturb what the training draws.
+    loader = DataLoader(
+        data,
+        batch_sampler=(part.tolist() for part in parts),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        yield (batch.to(device, non_blocking=True),)
+
+
+class _ExamplesPerSecond(ProgressColumn):
+    """How many examples all processes together take per second."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f} examples/s")
+
+
+def _summary_writer(folder: Path, step: int):
+    """TensorBoard's writer, which forgets what an interrupted run had logged after ``step``."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("logs for TensorBoard need it: pip install tensorboard") from error
+    return SummaryWriter(folder, purge_step=step)
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

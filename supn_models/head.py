@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
@@ -45,7 +46,9 @@ class StencilCholeskyHead(nn.Module):
 
     def forward(self, features: Tensor) -> bg.StencilCholesky:
         check_features("features", features, self.in_channels, self.stencil.ndim)
-        out = self.conv(features)
+        # In the precision of the weights under autocast, too: a likelihood feels errors of its factor that no feature shows.
+        with torch.autocast(features.device.type, enabled=False):
+            out = self.conv(features.to(self.conv.weight.dtype))
         # Bounded: features far from any seen in training must not make exp overflow.
         log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

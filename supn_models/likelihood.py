@@ -34,10 +34,12 @@ class StructuredLikelihood(nn.Module):
     def forward(self, code: Tensor) -> bg.GMRF:
         """Codes (B, latent_size) to a `banded_gmrf.GMRF` with batch (B,) and events (*grid): images without their channel."""
         mean = self.autoencoder.decode(code)
-        from_mean = isinstance(self.covariance, CovarianceNetwork)
-        factor = self.covariance(mean) if from_mean else self.covariance(code, mean)
         # Not validated: what the head predicts is finite, and a check of every coefficient would make a GPU wait.
-        return bg.GMRF(mean[:, 0], factor, validate_args=False)
+        return bg.GMRF(mean[:, 0], self.factor(code, mean), validate_args=False)
+
+    def factor(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky:
+        """L for codes (B, latent_size) and the means (B, 1, *grid) that the autoencoder decodes them to."""
+        return self.covariance(mean) if isinstance(self.covariance, CovarianceNetwork) else self.covariance(code, mean)
 
 
 @torch.no_grad()

@@ -59,7 +59,7 @@ class ConvVAE(ConvAutoencoder):
     def decode(self, code: Tensor) -> Tensor:
         return self.likelihood(code).mean
 
-    def loss(self, images: Tensor, beta: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, images: Tensor, beta: float = 1.0, noise: Tensor | None = None) -> Tensor:
         """-log p(x | z) + β KL(q(z | x) | p(z)) in nats, all constants included, with one z drawn from q(z | x) for each image.
 
         With β = 1 its expectation is an upper bound of -log p(x).
@@ -67,13 +67,19 @@ class ConvVAE(ConvAutoencoder):
         Args:
             images: (B, in_channels, *grid).
             beta: weight of the divergence.
-            generator: draws z, on the device of the images.
+            noise: (B, latent_size), standard normal, of which z is made; None to draw it.
 
         Returns:
             (B,).
+
+        Raises:
+            ValueError: images or noise of another shape.
         """
         q = self.posterior(images)
-        noise = torch.randn(q.mean.shape, dtype=q.mean.dtype, device=q.mean.device, generator=generator)
+        if noise is None:
+            noise = torch.randn_like(q.mean)
+        elif noise.shape != q.mean.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(q.mean.shape)}")
         # Written out: torch's kl_divergence looks up a formula by types, which torch.compile does not follow.
         divergence = (0.5 * (q.mean.square() + q.variance - 1) - q.stddev.log()).sum(1)
         return beta * divergence - self.likelihood(q.mean + q.stddev * noise).log_prob(images)

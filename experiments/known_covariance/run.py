@@ -1,6 +1,5 @@
 """Train the networks of a synthetic experiment, compare what they predict with the truth, and write tables and figures."""
 
-import json
 import math
 import shutil
 import time
@@ -17,39 +16,14 @@ from supn_models import CovarianceMLP
 
 from ..checkpoints import save_checkpoint
 from ..figures import loss_figure
-from ..results import environment, write_json
+from ..results import RESULTS, STATES, device_name, environment, write_json
 from ..training import ShuffledEpochs, derived_seed, fit
 from . import figures
 from .presets import Config, Model, layout
 from .report import floor_name, markdown_report, summarise
 from .scores import Examples, Scores, factor_of_truth, score
 
-CONFIG = "config.json"
-RESULTS = "results.json"
 CHECKPOINT = "checkpoint.safetensors"
-_STATES = "training"
-
-
-def start(config: Config, folder: Path) -> None:
-    """Note in the empty ``folder`` what is about to be run there."""
-    write_json(folder / CONFIG, config.as_dict())
-    (folder / _STATES).mkdir()
-
-
-def check_resumable(config: Config, folder: Path) -> None:
-    """Raise ValueError unless ``folder`` holds an unfinished run of ``config``."""
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"{folder} has no {CONFIG}: no run of this experiment was begun there")
-    if (folder / RESULTS).exists():
-        raise ValueError(f"the run in {folder} is finished; nothing was changed there")
-    begun = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(config.as_dict()))
-    differing = [key for key in asked if begun.get(key) != asked[key]]
-    if differing:
-        raise ValueError(
-            f"the run in {folder} has another configuration: "
-            + "; ".join(f"{key} is {begun.get(key)!r} there, {asked[key]!r} here" for key in differing)
-        )
 
 
 def run(config: Config, folder: Path, device: torch.device, console: Console) -> dict[str, Any]:
@@ -67,7 +41,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         for seed in range(model.seeds):
             name = f"{model.name}, seed {seed}"
             networks[name] = build(config, model, seed, initial_stddev).to(device)
-            state = folder / _STATES / f"{config.models.index(model)}-{seed}.pt"
+            state = folder / STATES / f"{config.models.index(model)}-{seed}.pt"
             losses[name] = train_network(config, model, seed, networks[name], train, state, console)
     trained = time.perf_counter()
 
@@ -80,7 +54,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         "rows": rows,
         "config": config.as_dict(),
         **environment(),
-        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "device": device_name(device),
         "seconds": {"training": round(trained - begin, 1), "all": 0.0},
     }
     console.print("figures ...")
@@ -95,7 +69,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     (folder / "results.md").write_text(report, encoding="utf-8")
     # Last: a folder with this file is a finished run.
     write_json(folder / RESULTS, results)
-    shutil.rmtree(folder / _STATES)
+    shutil.rmtree(folder / STATES)
     console.print(Markdown(report))
     return results
 

@@ -1,0 +1,153 @@
+"""Data-parallel training and evaluation in the processes that torchrun starts; in a single process nothing to be done.
+
+Each process has a copy of the networks, and its part of every batch: gradients are averaged over the processes, and batch
+normalisation takes its statistics over the whole batch, so that N processes compute what one would, up to rounding. Random
+numbers for a batch are drawn alike by all processes, each of which then takes its part of them.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Value = TypeVar("Value")
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """Join the other processes if torchrun started this one: by NCCL on CUDA devices, by Gloo on others.
+
+    Args:
+        device: where to compute; of "cuda" each process takes the GPU with its number on this machine.
+
+    Yields:
+        This process's device.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def count() -> int:
+    """How many processes work together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Which of them this is. Number 0 writes the results."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def from_first(value: Value) -> Value:
+    """What process 0 has given: any value that can be pickled."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def own_part(batch: Tensor) -> Tensor:
+    """This process's part of a batch (B, ...): (B / count(), ...).
+
+    Raises:
+        ValueError: B is not a multiple of the number of processes.
+    """
+    if len(batch) % count():
+        raise ValueError(f"a batch has {len(batch)} examples, expected a multiple of {count()}, the number of processes")
+    return batch.chunk(count())[number()]
+
+
+def own_batches(total: int, batch_size: int) -> Iterator[tuple[int, slice]]:
+    """Number and rows of each batch of ``total`` rows that is this process's to evaluate.
+
+    The batches themselves are the same for any number of processes.
+    """
+    for batch in range(number(), -(-total // batch_size), count()):
+        yield batch, slice(batch * batch_size, min((batch + 1) * batch_size, total))
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """The sum of what the processes hold, in each of them; differentiable."""
+    return _Sum.apply(tensor) if count() > 1 else tensor
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their means over the processes, in one message."""
+    if count() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = sum_over_processes(nn.utils.parameters_to_vector(gradients)) / count()
+    nn.utils.vector_to_parameters(flat, gradients)
+
+
+def synchronise_batch_norm(module: nn.Module) -> None:
+    """Make the layers of ``module`` that normalise over a batch do so over the whole batch, not this process's part.
+
+    Parameters and buffers keep their names. torch's own SyncBatchNorm refuses tensors on a CPU.
+    """
+    if count() == 1:
+        return
+    for name, child in module.named_children():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            synchronised = _SynchronisedBatchNorm(child.num_features, child.eps, child.momentum)
+            synchronised.weight, synchronised.bias = child.weight, child.bias
+            for buffer, value in child.named_buffers():
+                setattr(synchronised, buffer, value)
+            setattr(module, name, synchronised)
+        else:
+            synchronise_batch_norm(child)
+
+
+class _Sum(torch.autograd.Function):
+    """The derivative of a sum over processes is the sum over processes of the cotangents."""
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor) -> Tensor:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return _Sum.apply(grad)
+
+
+class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation of (B, C, ...) with mean and variance over the parts of all processes, which have one size."""
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any number of axes will do."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        axes = (0, *range(2, input.ndim))
+        x = input.to(self.weight.dtype)
+        mean = sum_over_processes(x.mean(axes, keepdim=True)) / count()
+        centred = x - mean
+        variance = sum_over_processes(centred.square().mean(axes, keepdim=True)) / count()
+        with torch.no_grad():
+            values = count() * x.numel() // x.shape[1]
+            self.running_mean.lerp_(mean.flatten(), self.momentum)
+            self.running_var.lerp_(variance.flatten() * values / (values - 1), self.momentum)
+            self.num_batches_tracked.add_(1)
+        weight, bias = (parameter.view_as(mean[0]) for parameter in (self.weight, self.bias))
+        return (centred * (variance + self.eps).rsqrt() * weight + bias).to(input.dtype)

@@ -1,0 +1,145 @@
+"""Figures 1 and 7 to 10 of the SUPN paper for other images."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from supn_models import ConvAutoencoder, StructuredLikelihood
+
+from ..figures import Column, image_grid
+from ..training import seeded_generator
+from .presets import Config
+
+_GRAY = ("gray value", "gray", -1.0, 1.0)
+_STEPS = 7
+
+
+@torch.no_grad()
+def draw(
+    config: Config,
+    folder: Path,
+    bases: dict[str, ConvAutoencoder],
+    likelihoods: dict[str, StructuredLikelihood],
+    images: Tensor,
+) -> None:
+    """Write figure1.png and figure7.png to figure10.png into ``folder``.
+
+    Args:
+        config: the run's.
+        folder: where to.
+        bases: by name.
+        likelihoods: of all base models, by the names of their covariance networks.
+        images: for testing, (count, 1, H, W); some, evenly spread, are shown.
+    """
+    draw_reconstructions(folder / "figure1.png", config, bases, likelihoods, ("VAE",), _spread(images, 3))
+    draw_reconstructions(folder / "figure7.png", config, bases, likelihoods, ("AE", "VAE"), _spread(images, 6))
+    draw_prior_samples(folder / "figure8.png", config, likelihoods, images.device)
+    draw_interpolations(folder / "figure9.png", config, bases["VAE"], likelihoods, _spread(images, 3))
+    draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, _spread(images, 4))
+
+
+def draw_reconstructions(path, config, bases, likelihoods, names, images) -> None:
+    """Figures 1 and 7: images, reconstructions, and reconstructions with samples of both residuals from the same noise."""
+    noise = _noise(config, len(images), images)
+    columns = [Column("image", _gray(images), "gray")]
+    for name in names:
+        diagonal, structured = (likelihoods[shown.name](bases[name].encode(images)) for shown in config.shown(name))
+        samples = [_coloured(q, noise) for q in (structured, diagonal)]
+        prefix = f"{name}: " if len(names) > 1 else ""
+        mean = structured.mean
+        columns += [
+            Column(f"{prefix}mean", _gray(mean), "gray"),
+            Column("mean +\nstructured", _gray(mean + samples[0]), "gray"),
+            Column("mean +\ndiagonal", _gray(mean + samples[1]), "gray"),
+            Column("residual", _gray(images[:, 0] - mean), "residual"),
+            Column("structured\nsample", _gray(samples[0]), "residual"),
+            Column("diagonal\nsample", _gray(samples[1]), "residual"),
+        ]
+    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
+
+
+def draw_prior_samples(path, config, likelihoods, device) -> None:
+    """Figure 8: codes from the prior of the β-VAE, their means, and samples of the structured residual."""
+    count = 6
+    code = torch.randn(count, config.latent_size, generator=seeded_generator(config.seed, "prior samples")).to(device)
+    diagonal, structured = (likelihoods[shown.name](code) for shown in config.shown("β-VAE"))
+    noise = _noise(config, count, structured.mean)
+    samples = _coloured(structured, noise)
+    columns = [
+        Column("mean", _gray(structured.mean), "gray"),
+        Column("mean +\nstructured", _gray(structured.mean + samples), "gray"),
+        Column("another\nsample", _gray(structured.mean + _coloured(structured, noise.roll(1, 0))), "gray"),
+        Column("mean +\ndiagonal", _gray(diagonal.mean + _coloured(diagonal, noise)), "gray"),
+        Column("structured\nsample", _gray(samples), "residual"),
+    ]
+    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
+
+
+def draw_interpolations(path, config, base, likelihoods, images) -> None:
+    """Figure 9: codes between that of an image and that of its mirror image; one noise for all samples of a row."""
+    structured = likelihoods[config.shown("VAE")[1].name]
+    ends = base.encode(images), base.encode(images.flip(-1))
+    noise = _noise(config, len(images), images)
+    columns = []
+    for step in range(_STEPS):
+        q = structured(torch.lerp(*ends, step / (_STEPS - 1)))
+        rows = torch.stack((q.mean, q.mean + _coloured(q, noise)), dim=1).flatten(0, 1)
+        columns.append(Column(f"{step}/{_STEPS - 1}", _gray(rows), "gray"))
+    shown = torch.stack((images, images), dim=1).flatten(0, 1)
+    columns = [
+        Column("image", _gray(shown), "gray"),
+        *columns,
+        Column("mirror\nimage", _gray(shown.flip(-1)), "gray"),
+    ]
+    _image_grid(path, columns, {"gray": _GRAY}, ["mean", "sample"] * len(images))
+
+
+def draw_variances(path, config, base, likelihoods, images) -> None:
+    """Figure 10: standard deviations of each pixel, and samples, of the diagonal and of the structured residual."""
+    noise = _noise(config, len(images), images)
+    columns = [Column("image", _gray(images), "gray")]
+    for title, shown in zip(("diagonal", "structured"), config.shown("VAE"), strict=True):
+        q = likelihoods[shown.name](base.encode(images))
+        if title == "diagonal":
+            columns.append(Column("mean", _gray(q.mean), "gray"))
+        columns += [
+            Column(f"{title}\nst. dev.", _gray(q.stddev), "stddev"),
+            Column(f"{title}\nsample", _gray(_coloured(q, noise)), "residual"),
+            Column(f"mean +\n{title}", _gray(q.mean + _coloured(q, noise)), "gray"),
+        ]
+    reach = max(column.images.quantile(0.99).item() for column in columns if column.scale == "stddev")
+    scales = {
+        "gray": _GRAY,
+        "residual": _residual_scale(columns),
+        "stddev": ("standard deviation", "magma", 0.0, reach),
+    }
+    _image_grid(path, columns, scales)
+
+
+def _spread(images: Tensor, count: int) -> Tensor:
+    return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
+
+
+def _noise(config: Config, count: int, like: Tensor) -> Tensor:
+    """White noise (count, H, W), the same in all figures."""
+    return torch.randn(count, config.size, config.size, generator=seeded_generator(config.seed, "figures")).to(like)
+
+
+def _coloured(q, noise: Tensor) -> Tensor:
+    """A sample of the residual: L⁻ᵀ of the noise."""
+    return q.precision_cholesky.solve(noise, transpose=True)
+
+
+def _gray(images: Tensor) -> Tensor:
+    """(count, H, W) on the CPU, from that or from (count, 1, H, W)."""
+    return images.reshape(-1, *images.shape[-2:]).cpu()
+
+
+def _residual_scale(columns: list[Column]) -> tuple[str, str, float, float]:
+    reach = max(column.images.abs().flatten().quantile(0.99).item() for column in columns if column.scale == "residual")
+    return ("residual", "RdBu_r", -reach, reach)
+
+
+def _image_grid(path: Path, columns: list[Column], scales, row_labels: list[str] | None = None) -> None:
+    image_grid(path, columns, scales, row_labels or [""] * len(columns[0].images))

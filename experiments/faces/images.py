@@ -1,0 +1,46 @@
+"""The images of a run: those of a data set that the configuration asks for, with dequantisation noise and mirrored."""
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from ..datasets import ImageData, stack
+from ..training import seeded_generator
+from .presets import Config
+
+
+class Mirrored(Dataset[Tensor]):
+    """Images (channels, height, width), then the mirror image, left for right, of each."""
+
+    def __init__(self, images: Dataset[Tensor]):
+        self.images = images
+
+    def __len__(self) -> int:
+        return 2 * len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        mirrored, own = divmod(index, len(self.images))
+        image = self.images[own]
+        return image.flip(-1) if mirrored else image
+
+
+def images_for_training(config: Config, data: ImageData, device: torch.device, workers: int) -> tuple[Tensor] | Dataset[Tensor]:
+    """The training images and their mirror images: in memory on the device, or with ``workers`` read during training."""
+    images = _chosen(data.dequantised(config.seed).train, config.train, config.seed)
+    if workers:
+        return Mirrored(images)
+    in_memory = stack(images).to(device)
+    return (torch.cat((in_memory, in_memory.flip(-1))),)
+
+
+def images_for_testing(config: Config, data: ImageData, device: torch.device, workers: int) -> Tensor:
+    """(test, 1, size, size), in memory on the device."""
+    return stack(_chosen(data.dequantised(config.seed).test, config.test, config.seed), workers).to(device)
+
+
+def _chosen(images: Dataset[Tensor], count: int, seed: int) -> Dataset[Tensor]:
+    """All images, or ``count`` of them by lot: those that follow each other may show the same person."""
+    if count == len(images):
+        return images
+    order = torch.randperm(len(images), generator=seeded_generator(seed, "chosen images"))
+    return Subset(images, order[:count].tolist())

@@ -1,0 +1,144 @@
+"""Train the base models, and the covariance networks of their residuals."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+
+import banded_gmrf as bg
+from supn_models import ConvAutoencoder, ConvVAE, CovarianceNetwork, LatentCovarianceNetwork, StructuredLikelihood
+
+from .. import distributed
+from ..training import ShuffledEpochs, derived_seed, fit, warmup_cosine
+from .presets import BETAS, Config, Covariance
+
+_IMAGES_FOR_SCALE = 512
+
+Images = tuple[Tensor] | Dataset[Tensor]
+
+
+def build_base(config: Config, name: str) -> ConvAutoencoder:
+    """A base model as it is before training."""
+    torch.manual_seed(derived_seed(config.seed, f"{name} weights"))
+    network = ConvAutoencoder if BETAS[name] is None else ConvVAE
+    return network(
+        (config.size, config.size), latent_size=config.latent_size, channels=config.channels, kernel_size=5, norm="batch"
+    )
+
+
+def train_base(config: Config, name: str, network: ConvAutoencoder, images: Images, **options: Any) -> list[float]:
+    """Minimise the mean squared error, or -log p(x | z) + β KL in nats per pixel; return the loss of every step.
+
+    Args:
+        config: the run's.
+        name: of `BETAS`.
+        network: what is trained, in place.
+        images: for training.
+        options: state, console, workers, log: of `training.fit`.
+    """
+    beta = BETAS[name]
+    if beta is None:
+        return _fit(config, network, lambda x: (x - network(x)).square().mean(), images, name, config.base_epochs, **options)
+    pixels = config.size**2
+    return _fit(
+        config,
+        network,
+        lambda x, noise: network.loss(x, beta, noise).mean() / pixels,
+        images,
+        name,
+        config.base_epochs,
+        prepare=lambda x: (x, _own_noise(config).to(x)),
+        **options,
+    )
+
+
+def residual_stddev(base: ConvAutoencoder, images: Images) -> float:
+    """Root mean square of the residuals of a sample of images: where a covariance network starts."""
+    device = next(base.parameters()).device
+    if isinstance(images, tuple):
+        sample = images[0][:_IMAGES_FOR_SCALE]
+    else:
+        first = Subset(images, range(min(_IMAGES_FOR_SCALE, len(images))))
+        sample = next(iter(DataLoader(first, batch_size=len(first)))).to(device)
+    with torch.no_grad():
+        return (sample - base(sample)).square().mean().sqrt().item()
+
+
+def build_covariance(
+    config: Config, covariance: Covariance, initial_stddev: float
+) -> CovarianceNetwork | LatentCovarianceNetwork:
+    """A covariance network as it is before training; one seed starts those of all stencils alike."""
+    torch.manual_seed(derived_seed(config.seed, f"covariance weights from {covariance.source}"))
+    stencil = bg.Stencil.square(covariance.stencil_size)
+    if covariance.source == "μ":
+        return CovarianceNetwork(1, stencil, config.features, initial_stddev=initial_stddev)
+    return LatentCovarianceNetwork(
+        (config.size, config.size),
+        config.latent_size,
+        stencil,
+        image_channels=int(covariance.source == "both"),
+        decoder_channels=config.channels,
+        channels=config.features,
+        initial_stddev=initial_stddev,
+    )
+
+
+def train_covariance(
+    config: Config, covariance: Covariance, likelihood: StructuredLikelihood, images: Images, **options: Any
+) -> list[float]:
+    """Maximise log p(x | z), the base model frozen; return the loss of every step in nats per pixel.
+
+    The code of a VAE is drawn from q(z | x) anew at each step, as in the bound of log p(x) and in its own training; that of an
+    autoencoder is the encoder's.
+
+    Args:
+        config: the run's.
+        covariance: which network it is.
+        likelihood: the base model with the network, which is trained in place.
+        images: for training.
+        options: state, console, workers, log: of `training.fit`.
+    """
+    base = likelihood.autoencoder
+
+    def prepare(x: Tensor) -> tuple[Tensor, ...]:
+        if isinstance(base, ConvVAE):
+            posterior = base.posterior(x)
+            code = posterior.mean + posterior.stddev * _own_noise(config).to(x)
+        else:
+            code = base.encode(x)
+        mean = base.decode(code)
+        return code, mean, (x - mean)[:, 0]
+
+    def nats_per_pixel(code: Tensor, mean: Tensor, residual: Tensor) -> Tensor:
+        factor = likelihood.factor(code, mean)
+        nats = bg.negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
+        return nats.mean() / factor.grid.numel()
+
+    epochs = config.covariance_epochs
+    return _fit(config, likelihood.covariance, nats_per_pixel, images, covariance.name, epochs, prepare=prepare, **options)
+
+
+def _fit(config: Config, network: nn.Module, loss, images: Images, name: str, epochs: int, **options: Any) -> list[float]:
+    count = len(images[0]) if isinstance(images, tuple) else len(images)
+    rows = ShuffledEpochs(count, config.batch_size, derived_seed(config.seed, f"{name} order"))
+    steps = epochs * rows.steps_per_epoch
+    # Alike for a new and for a resumed training: what was drawn before it is not.
+    torch.manual_seed(derived_seed(config.seed, f"{name} training"))
+    return fit(
+        network,
+        loss,
+        images,
+        steps=steps,
+        rows=rows,
+        learning_rate=warmup_cosine(config.learning_rate, steps),
+        title=name,
+        bfloat16=config.bfloat16,
+        compiled=config.compiled,
+        **options,
+    )
+
+
+def _own_noise(config: Config) -> Tensor:
+    """This process's part of the noise of a batch, drawn on the CPU: alike in all processes and on all devices."""
+    return distributed.own_part(torch.randn(config.batch_size, config.latent_size))

@@ -1,0 +1,161 @@
+"""What a run of the experiment depends on: networks, schedules and sizes, by preset."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from ..datasets import ImageData
+
+# The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
+BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0}
+SOURCES = ("z", "μ", "both")
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """A covariance network.
+
+    Args:
+        base: the frozen model whose residual it explains, of `BETAS`.
+        stencil_size: f of an f x f patch; 1 for a diagonal covariance.
+        source: what it predicts from, of `SOURCES`.
+    """
+
+    base: str
+    stencil_size: int
+    source: str = "z"
+
+    @property
+    def name(self) -> str:
+        """Its row in the tables."""
+        return f"{self.base}, {'diagonal' if self.stencil_size == 1 else f'f = {self.stencil_size}'} from {self.source}"
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that the numbers of a run depend on, besides the machine and the versions of the libraries.
+
+    Args:
+        experiment, preset: names.
+        size: pixels along each side of an image.
+        latent_size: numbers in a code.
+        channels: of the base models' convolutions and of the covariance networks' decoders, the finest resolution first.
+        features: channels at full resolution in the covariance networks.
+        covariances: the covariance networks.
+        base_epochs, covariance_epochs: passes over the training images and their mirror images; two of the paper's make one.
+        samples: codes per image for the bound of log p(x).
+        bound_images: test images for the bound, the first ones; None for all.
+        pairs_at_once: pairs of an image and a code whose likelihood is computed at one time.
+        train, test: most images used; None for all.
+        batch_size: images per step.
+        learning_rate: the highest one.
+        seed: the same seed gives the same numbers.
+        bfloat16, compiled: how the networks are trained.
+        data, note: name and origin of the images.
+    """
+
+    experiment: str
+    preset: str
+    size: int
+    latent_size: int
+    channels: tuple[int, ...]
+    features: int
+    covariances: tuple[Covariance, ...]
+    base_epochs: int
+    covariance_epochs: int
+    samples: int
+    bound_images: int | None
+    pairs_at_once: int
+    train: int | None = None
+    test: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    seed: int = 0
+    bfloat16: bool = False
+    compiled: bool = False
+    data: str = ""
+    note: str = ""
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The base models, each of which some covariance network explains."""
+        return tuple(dict.fromkeys(covariance.base for covariance in self.covariances))
+
+    def shown(self, base: str) -> tuple[Covariance, Covariance]:
+        """The diagonal and the structured network of a base model that figures show: of the largest stencil, from z."""
+        from_code = [covariance for covariance in self.covariances if covariance.base == base and covariance.source == "z"]
+        by_size = sorted(from_code, key=lambda covariance: covariance.stencil_size)
+        return by_size[0], by_size[-1]
+
+    def as_dict(self) -> dict[str, Any]:
+        """As values that JSON can hold."""
+        return asdict(self)
+
+
+def _networks(base: str, sizes: Sequence[int], sources: Sequence[str] = ("z",)) -> tuple[Covariance, ...]:
+    """From z with stencils of all sizes, the largest one from all sources."""
+    return tuple(
+        Covariance(base, size, source) for size in sizes for source in (sources if size == max(sizes) else sources[:1])
+    )
+
+
+_FEW = (*_networks("AE", (1, 7)), *_networks("VAE", (1, 7), SOURCES), *_networks("β-VAE", (1, 7)))
+_MORE = (*_networks("AE", (1, 7)), *_networks("VAE", (1, 3, 5, 7), SOURCES), *_networks("β-VAE", (1, 7)))
+_ALL = (
+    *_networks("AE", (1, 3, 5, 7), SOURCES),
+    *_networks("VAE", (1, 3, 5, 7), SOURCES),
+    *_networks("β-VAE", (1, 7)),
+)
+
+_QUICK = Config(
+    "faces",
+    "quick",
+    64,
+    32,
+    (8, 16, 32, 64),
+    8,
+    _FEW,
+    2,
+    2,
+    samples=10,
+    bound_images=16,
+    pairs_at_once=64,
+    train=2_000,
+    test=200,
+)
+_CPU = Config("faces", "cpu", 64, 64, (16, 32, 64, 128), 16, _MORE, 6, 3, samples=50, bound_images=64, pairs_at_once=128)
+_PAPER = Config(
+    "faces", "paper", 64, 128, (32, 64, 128, 256, 512), 32, _ALL, 25, 25, samples=500, bound_images=None, pairs_at_once=1024
+)
+
+
+def _cifar10(config: Config) -> Config:
+    """The same for 32 x 32 pixels: a resolution less, and more images."""
+    return replace(config, experiment="cifar10", size=32, channels=config.channels[:-1])
+
+
+PRESETS = {
+    "faces": {config.preset: config for config in (_QUICK, _CPU, _PAPER)},
+    "cifar10": {config.preset: _cifar10(config) for config in (_QUICK, _CPU, _PAPER)},
+}
+
+
+def config_for(experiment: str, preset: str, data: ImageData, epochs: int | None = None, **replaced: Any) -> Config:
+    """A preset for a data set, with some fields replaced where not None: ``epochs`` those of all networks.
+
+    Raises:
+        ValueError: fewer training images than a batch has.
+    """
+    config = PRESETS[experiment][preset]
+    if epochs is not None:
+        replaced |= {"base_epochs": epochs, "covariance_epochs": epochs}
+    config = replace(config, **{key: value for key, value in replaced.items() if value is not None})
+    train, test = (
+        len(part) if most is None else min(most, len(part))
+        for part, most in ((data.train, config.train), (data.test, config.test))
+    )
+    # A training example is an image or its mirror image.
+    if 2 * train < config.batch_size:
+        raise ValueError(f"train is {train}, expected at least {config.batch_size // 2}, half a batch")
+    bound_images = test if config.bound_images is None else min(config.bound_images, test)
+    return replace(config, train=train, test=test, bound_images=bound_images, data=data.name, note=data.note)

@@ -1,0 +1,109 @@
+"""Table 3 of the SUPN paper for other images, with the paper's numbers beside."""
+
+import math
+from typing import Any
+
+from torch import Tensor
+
+from ..results import markdown_table
+from ..whiteness import lag_one_autocorrelation
+from .paper import PAPER, paper_gain
+from .presets import BETAS, SOURCES, Config, Covariance
+from .scores import Scores
+
+_METRICS = ("bound", "nats")
+
+
+def reference(base: str) -> str:
+    """The row that gains of a base model's covariance networks are counted from: the diagonal likelihood of a VAE itself."""
+    return Covariance(base, 1).name if BETAS[base] is None else base
+
+
+def summarise(config: Config, scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+    """For each row mean, standard deviation and standard error over images, gains per pixel, and how white residuals are."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, of_images in scores.items():
+        rows[name] = {
+            **{metric: _over_images(getattr(of_images, metric)) for metric in _METRICS},
+            "whitened_variance": of_images.whitened.var().item(),
+            "whitened_autocorrelation": lag_one_autocorrelation(of_images.whitened),
+        }
+    for covariance in config.covariances:
+        row, diagonal = rows[covariance.name], rows[reference(covariance.base)]
+        for metric in _METRICS:
+            if row[metric] is not None and row is not diagonal:
+                row[f"{metric}_gain_per_pixel"] = (diagonal[metric]["mean"] - row[metric]["mean"]) / config.size**2
+    return rows
+
+
+def markdown_report(config: Config, results: dict[str, Any]) -> str:
+    """The table of results, the paper's, and what is needed to read them."""
+    header = ["", "-log p(x), bound", "-log p(x given z)", "gain, bound", "gain", "variance", "lag-1"]
+    rows = results["rows"]
+    table = [
+        [
+            name,
+            *(_plus_minus(row[metric]) for metric in _METRICS),
+            *(f"{row[key]:.3f}" if key in row else "" for key in ("bound_gain_per_pixel", "nats_gain_per_pixel")),
+            f"{row['whitened_variance']:.3f}",
+            f"{row['whitened_autocorrelation']:.3f}",
+        ]
+        for name, row in rows.items()
+    ]
+    paper_table = [
+        [f"paper, CelebA: {name}", *(f"{row[m][0]} ± {row[m][1]}" if m in row else "-" for m in _METRICS)]
+        for name, row in PAPER.items()
+    ]
+    rms = "; ".join(f"{name} {of['train']:.4f} and {of['test']:.4f}" for name, of in results["residual_rms"].items())
+    machine, seconds = results["machine"], results["seconds"]
+    return (
+        f"# Structured residuals on {config.data}, {config.size} x {config.size} pixels\n\n"
+        + markdown_table(header, table)
+        + "\n"
+        + markdown_table(header[:3], paper_table)
+        + f"\n{config.data}: {config.note}. {config.train:,} training images and their mirror images; {config.test:,} test "
+        f"images, of which {config.bound_images:,} for the bound, with {config.samples} samples each.\n\n"
+        "Nats per image, mean ± standard deviation over test images; lower is better. z is the mean of the encoder. Gains are "
+        "nats per pixel over the diagonal likelihood that the VAE was trained with, for AE over its diagonal network; in the "
+        f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "
+        "variance and the correlation of neighbouring pixels of the whitened residuals of test images (1 and 0 for a perfect "
+        f"model). Root mean square of residuals, in a sample of training and of test images: {rms}.\n\n"
+        + _best_source(config, rows)
+        + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
+        f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
+        f"learning rate that falls from {config.learning_rate:g} to 0 by a cosine, {config.base_epochs} and "
+        f"{config.covariance_epochs} passes over images and mirror images, codes drawn from q(z | x) to train the covariance "
+        "networks of a VAE.\n\n"
+        f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
+        f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, scores "
+        f"{seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
+        f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, "
+        f"torch {results['versions']['torch']}.\n"
+    )
+
+
+def _best_source(config: Config, rows: dict[str, dict[str, Any]]) -> str:
+    """One line for each base model that has networks from all sources: what they gain from each, and which is best."""
+    lines = ""
+    for base in config.bases:
+        of_base = [covariance for covariance in config.covariances if covariance.base == base]
+        size = max(covariance.stencil_size for covariance in of_base)
+        nats = {c.source: rows[c.name]["nats"]["mean"] for c in of_base if c.stencil_size == size}
+        if set(nats) == set(SOURCES):
+            shown = ", ".join(f"{value:.0f} from {source}" for source, value in nats.items())
+            lines += (
+                f"What to predict from, {base}, f = {size}: -log p(x | z) is {shown}; best from {min(nats, key=nats.get)}.\n\n"
+            )
+    return lines
+
+
+def _over_images(values: Tensor | None) -> dict[str, float] | None:
+    if values is None:
+        return None
+    values = values.double()
+    stddev = values.std().item() if len(values) > 1 else 0.0
+    return {"mean": values.mean().item(), "stddev": stddev, "standard_error": stddev / math.sqrt(len(values))}
+
+
+def _plus_minus(value: dict[str, float] | None) -> str:
+    return "-" if value is None else f"{value['mean']:.0f} ± {value['stddev']:.0f}"

@@ -1,0 +1,130 @@
+"""Train base models and covariance networks, score them on test images, and write tables and figures."""
+
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markdown import Markdown
+
+from supn_models import ConvAutoencoder, ConvVAE, StructuredLikelihood
+
+from .. import distributed
+from ..checkpoints import save_checkpoint
+from ..datasets import ImageData
+from ..figures import loss_figure
+from ..results import RESULTS, STATES, device_name, environment, write_json
+from . import figures
+from .images import images_for_testing, images_for_training
+from .networks import build_base, build_covariance, residual_stddev, train_base, train_covariance
+from .presets import Config
+from .report import markdown_report, summarise
+from .scores import Likelihood, score
+
+CHECKPOINT = "checkpoint.safetensors"
+_LOGS = "tensorboard"
+
+
+def run(
+    config: Config,
+    data: ImageData,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    workers: int = 0,
+    tensorboard: bool = False,
+) -> dict[str, Any]:
+    """Train, evaluate and write everything into ``folder``; return what results.json holds.
+
+    Training goes on from what is in ``folder``: after `results.start` from the beginning, after an interruption from a recent
+    state. In the processes of torchrun, the first one writes.
+
+    Args:
+        config: from `presets.config_for` for ``data``.
+        data: the images.
+        folder: where to.
+        device: where to compute; of `distributed.processes`.
+        console: where progress is shown.
+        workers: processes that read training images during training; 0 reads all of them into memory before.
+        tensorboard: write logs into a folder of that name.
+    """
+    begin = time.perf_counter()
+    console.print(data.summary())
+    train = images_for_training(config, data, device, workers)
+    bases: dict[str, ConvAutoencoder] = {}
+    likelihoods: dict[str, Likelihood] = {}
+    losses: dict[str, dict[str, list[float]]] = {"base models": {}, "covariance networks": {}}
+
+    def options(name: str) -> dict[str, Any]:
+        number = sum(map(len, losses.values()))
+        log = folder / _LOGS / name if tensorboard else None
+        return {"state": folder / STATES / f"{number}.pt", "console": console, "workers": workers, "log": log}
+
+    for name in config.bases:
+        network = bases[name] = build_base(config, name).to(device)
+        losses["base models"][name] = train_base(config, name, network, train, **options(name))
+        network.requires_grad_(False)
+    for covariance in config.covariances:
+        base = bases[covariance.base]
+        network = build_covariance(config, covariance, residual_stddev(base, train)).to(device)
+        likelihood = likelihoods[covariance.name] = StructuredLikelihood(base, network)
+        losses["covariance networks"][covariance.name] = train_covariance(
+            config, covariance, likelihood, train, **options(covariance.name)
+        )
+        network.requires_grad_(False)
+    trained = time.perf_counter()
+
+    console.print("scores of test images ...")
+    test = images_for_testing(config, data, device, workers)
+    scores = {}
+    for name, base in bases.items():
+        if isinstance(base, ConvVAE):
+            scores[name] = score(config, base, base.likelihood, test)
+        for covariance in config.covariances:
+            if covariance.base == name:
+                scores[covariance.name] = score(config, base, likelihoods[covariance.name], test)
+    rows = summarise(config, scores)
+    with torch.no_grad():
+        residual_rms = {
+            name: {"train": residual_stddev(base, train), "test": residual_stddev(base, (test,))}
+            for name, base in bases.items()
+        }
+    results = {
+        "definition": "nats is -log p(x | z), z the mean of the encoder; bound is an upper bound of -log p(x) by importance "
+        "sampling: nats per image, ½ and constant included, pixels in [-1, 1], over test images; gains are nats per pixel over "
+        "the VAE's own diagonal likelihood, of an autoencoder over its diagonal network; residual_rms is that of a sample",
+        "rows": rows,
+        "residual_rms": residual_rms,
+        "config": config.as_dict(),
+        **environment(),
+        "device": device_name(device),
+        "processes": distributed.count(),
+        "seconds": {"training": round(trained - begin, 1), "scores": round(time.perf_counter() - trained, 1)},
+    }
+    if distributed.number() == 0:
+        console.print("figures ...")
+        _write(config, folder, console, results, bases, likelihoods, losses, test)
+    distributed.barrier()
+    return results
+
+
+def _write(config, folder, console, results, bases, likelihoods, losses, test) -> None:
+    figures.draw(config, folder, bases, likelihoods, test)
+    per_curve = max(1, min(len(curve) for curves in losses.values() for curve in curves.values()) // 100)
+    own = {name: curve for name, curve in losses["base models"].items() if name != "AE"}
+    panels = [
+        ("mean squared error", {"AE": losses["base models"]["AE"]}),
+        ("nats per pixel, with β KL", own),
+        ("nats per pixel", losses["covariance networks"]),
+    ]
+    loss_figure(folder / "training.png", panels, smooth=per_curve)
+    networks = {**bases, **{name: likelihood.covariance for name, likelihood in likelihoods.items()}}
+    save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
+    report = markdown_report(config, results)
+    (folder / "results.md").write_text(report, encoding="utf-8")
+    # Last: a folder with this file is a finished run.
+    write_json(folder / RESULTS, results)
+    shutil.rmtree(folder / STATES)
+    console.print(Markdown(report))
