@@ -183,6 +183,10 @@ _WorkersOption = Annotated[
 ]
 _Bfloat16Option = Annotated[bool, typer.Option("--bfloat16", help="Train networks in bfloat16, with likelihoods in float32.")]
 _CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the training with torch.compile.")]
+_HeldOutOption = Annotated[
+    float | None,
+    typer.Option(help="Share of the training images for covariance networks alone, unseen by base models.  [default: 0]"),
+]
 _TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
 
@@ -203,13 +207,14 @@ def faces(
     test: _SizeOption = None,
     epochs: _SizeOption = None,
     samples: _SizeOption = None,
+    held_out: _HeldOutOption = None,
 ) -> None:
     """Structured residuals of autoencoders of faces: Table 3, Figures 1 and 7 to 10 of the SUPN paper.
 
     With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...
     """
     replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
-    replaced |= {"bfloat16": bfloat16, "compiled": compiled}
+    replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
     _images("faces", preset, data, note, out, resume, device, workers, tensorboard, replaced)
 
 
@@ -230,10 +235,11 @@ def cifar10(
     test: _SizeOption = None,
     epochs: _SizeOption = None,
     samples: _SizeOption = None,
+    held_out: _HeldOutOption = None,
 ) -> None:
     """The same as faces for gray images of 32 x 32 pixels."""
     replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
-    replaced |= {"bfloat16": bfloat16, "compiled": compiled}
+    replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
     _images("cifar10", preset, data, note, out, resume, device, workers, tensorboard, replaced)
 
 

@@ -1,10 +1,12 @@
 """Figures 1 and 7 to 10 of the SUPN paper for other images."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+import banded_gmrf as bg
 from supn_models import ConvAutoencoder, StructuredLikelihood
 
 from ..figures import Column, image_grid
@@ -39,27 +41,30 @@ def draw(
     draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, _spread(images, 4))
 
 
-def draw_reconstructions(path, config, bases, likelihoods, names, images) -> None:
+def draw_reconstructions(
+    path: Path,
+    config: Config,
+    bases: dict[str, ConvAutoencoder],
+    likelihoods: dict[str, StructuredLikelihood],
+    names: Sequence[str],
+    images: Tensor,
+) -> None:
     """Figures 1 and 7: images, reconstructions, and reconstructions with samples of both residuals from the same noise."""
     noise = _noise(config, len(images), images)
     columns = [Column("image", _gray(images), "gray")]
     for name in names:
         diagonal, structured = (likelihoods[shown.name](bases[name].encode(images)) for shown in config.shown(name))
-        samples = [_coloured(q, noise) for q in (structured, diagonal)]
-        prefix = f"{name}: " if len(names) > 1 else ""
-        mean = structured.mean
-        columns += [
-            Column(f"{prefix}mean", _gray(mean), "gray"),
-            Column("mean +\nstructured", _gray(mean + samples[0]), "gray"),
-            Column("mean +\ndiagonal", _gray(mean + samples[1]), "gray"),
-            Column("residual", _gray(images[:, 0] - mean), "residual"),
-            Column("structured\nsample", _gray(samples[0]), "residual"),
-            Column("diagonal\nsample", _gray(samples[1]), "residual"),
-        ]
+        mean, prefix = structured.mean, f"{name} " if len(names) > 1 else ""
+        columns.append(Column(f"{prefix}mean", _gray(mean), "gray"))
+        columns.append(Column(f"{prefix}residual", _gray(images[:, 0] - mean), "residual"))
+        for title, q in (("structured", structured), ("diagonal", diagonal)):
+            sample = _coloured(q, noise)
+            columns.append(Column(f"{prefix}mean +\n{title}", _gray(mean + sample), "gray"))
+            columns.append(Column(f"{prefix}{title}\nsample", _gray(sample), "residual"))
     _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
 
 
-def draw_prior_samples(path, config, likelihoods, device) -> None:
+def draw_prior_samples(path: Path, config: Config, likelihoods: dict[str, StructuredLikelihood], device: torch.device) -> None:
     """Figure 8: codes from the prior of the β-VAE, their means, and samples of the structured residual."""
     count = 6
     code = torch.randn(count, config.latent_size, generator=seeded_generator(config.seed, "prior samples")).to(device)
@@ -76,7 +81,9 @@ def draw_prior_samples(path, config, likelihoods, device) -> None:
     _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
 
 
-def draw_interpolations(path, config, base, likelihoods, images) -> None:
+def draw_interpolations(
+    path: Path, config: Config, base: ConvAutoencoder, likelihoods: dict[str, StructuredLikelihood], images: Tensor
+) -> None:
     """Figure 9: codes between that of an image and that of its mirror image; one noise for all samples of a row."""
     structured = likelihoods[config.shown("VAE")[1].name]
     ends = base.encode(images), base.encode(images.flip(-1))
@@ -95,7 +102,9 @@ def draw_interpolations(path, config, base, likelihoods, images) -> None:
     _image_grid(path, columns, {"gray": _GRAY}, ["mean", "sample"] * len(images))
 
 
-def draw_variances(path, config, base, likelihoods, images) -> None:
+def draw_variances(
+    path: Path, config: Config, base: ConvAutoencoder, likelihoods: dict[str, StructuredLikelihood], images: Tensor
+) -> None:
     """Figure 10: standard deviations of each pixel, and samples, of the diagonal and of the structured residual."""
     noise = _noise(config, len(images), images)
     columns = [Column("image", _gray(images), "gray")]
@@ -111,8 +120,8 @@ def draw_variances(path, config, base, likelihoods, images) -> None:
     reach = max(column.images.quantile(0.99).item() for column in columns if column.scale == "stddev")
     scales = {
         "gray": _GRAY,
-        "residual": _residual_scale(columns),
         "stddev": ("standard deviation", "magma", 0.0, reach),
+        "residual": _residual_scale(columns),
     }
     _image_grid(path, columns, scales)
 
@@ -126,7 +135,7 @@ def _noise(config: Config, count: int, like: Tensor) -> Tensor:
     return torch.randn(count, config.size, config.size, generator=seeded_generator(config.seed, "figures")).to(like)
 
 
-def _coloured(q, noise: Tensor) -> Tensor:
+def _coloured(q: bg.GMRF, noise: Tensor) -> Tensor:
     """A sample of the residual: L⁻ᵀ of the noise."""
     return q.precision_cholesky.solve(noise, transpose=True)
 
@@ -141,5 +150,9 @@ def _residual_scale(columns: list[Column]) -> tuple[str, str, float, float]:
     return ("residual", "RdBu_r", -reach, reach)
 
 
-def _image_grid(path: Path, columns: list[Column], scales, row_labels: list[str] | None = None) -> None:
+def _image_grid(
+    path: Path, columns: list[Column], scales: dict[str, tuple[str, str, float, float]], row_labels: list[str] | None = None
+) -> None:
+    # Columns of one scale side by side, above its colour bar.
+    columns = [column for scale in scales for column in columns if column.scale == scale]
     image_grid(path, columns, scales, row_labels or [""] * len(columns[0].images))

@@ -24,9 +24,25 @@ class Mirrored(Dataset[Tensor]):
         return image.flip(-1) if mirrored else image
 
 
-def images_for_training(config: Config, data: ImageData, device: torch.device, workers: int) -> tuple[Tensor] | Dataset[Tensor]:
-    """The training images and their mirror images: in memory on the device, or with ``workers`` read during training."""
+Images = tuple[Tensor] | Dataset[Tensor]
+
+
+def images_for_training(config: Config, data: ImageData, device: torch.device, workers: int) -> tuple[Images, Images]:
+    """Images and their mirror images for the base models, and those for the covariance networks.
+
+    In memory on the device, or with ``workers`` read during training.
+    """
     images = _chosen(data.dequantised(config.seed).train, config.train, config.seed)
+    if not config.held_out:
+        both = _mirrored(images, device, workers)
+        return both, both
+    order = torch.randperm(config.train, generator=seeded_generator(config.seed, "held-out images")).tolist()
+    parts = order[: config.base_images], order[config.base_images :]
+    for_base, for_covariance = (_mirrored(Subset(images, part), device, workers) for part in parts)
+    return for_base, for_covariance
+
+
+def _mirrored(images: Dataset[Tensor], device: torch.device, workers: int) -> Images:
     if workers:
         return Mirrored(images)
     in_memory = stack(images).to(device)

@@ -4,18 +4,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 import banded_gmrf as bg
 from supn_models import ConvAutoencoder, ConvVAE, CovarianceNetwork, LatentCovarianceNetwork, StructuredLikelihood
 
 from .. import distributed
 from ..training import ShuffledEpochs, derived_seed, fit, warmup_cosine
+from .images import Images
 from .presets import BETAS, Config, Covariance
 
 _IMAGES_FOR_SCALE = 512
-
-Images = tuple[Tensor] | Dataset[Tensor]
 
 
 def build_base(config: Config, name: str) -> ConvAutoencoder:

@@ -47,6 +47,9 @@ class Config:
         bound_images: test images for the bound, the first ones; None for all.
         pairs_at_once: pairs of an image and a code whose likelihood is computed at one time.
         train, test: most images used; None for all.
+        held_out: share of the training images that the base models do not see and the covariance networks alone are trained
+            on; 0 to train all of them on all images, as the paper does. Residuals of images that a base model was trained on
+            are smaller than those of new ones, the more so the fewer images there are.
         batch_size: images per step.
         learning_rate: the highest one.
         seed: the same seed gives the same numbers.
@@ -68,6 +71,7 @@ class Config:
     pairs_at_once: int
     train: int | None = None
     test: int | None = None
+    held_out: float = 0.0
     batch_size: int = 64
     learning_rate: float = 1e-3
     seed: int = 0
@@ -80,6 +84,16 @@ class Config:
     def bases(self) -> tuple[str, ...]:
         """The base models, each of which some covariance network explains."""
         return tuple(dict.fromkeys(covariance.base for covariance in self.covariances))
+
+    @property
+    def base_images(self) -> int:
+        """How many training images the base models see."""
+        return self.train - round(self.held_out * self.train)
+
+    @property
+    def covariance_images(self) -> int:
+        """How many training images the covariance networks see."""
+        return self.train - self.base_images if self.held_out else self.train
 
     def shown(self, base: str) -> tuple[Covariance, Covariance]:
         """The diagonal and the structured network of a base model that figures show: of the largest stencil, from z."""
@@ -144,18 +158,22 @@ def config_for(experiment: str, preset: str, data: ImageData, epochs: int | None
     """A preset for a data set, with some fields replaced where not None: ``epochs`` those of all networks.
 
     Raises:
-        ValueError: fewer training images than a batch has.
+        ValueError: a share outside [0, 1), or fewer training images than a batch has.
     """
     config = PRESETS[experiment][preset]
     if epochs is not None:
         replaced |= {"base_epochs": epochs, "covariance_epochs": epochs}
     config = replace(config, **{key: value for key, value in replaced.items() if value is not None})
+    if not 0 <= config.held_out < 1:
+        raise ValueError(f"held_out is {config.held_out}, expected a share of at least 0 and below 1")
     train, test = (
         len(part) if most is None else min(most, len(part))
         for part, most in ((data.train, config.train), (data.test, config.test))
     )
-    # A training example is an image or its mirror image.
-    if 2 * train < config.batch_size:
-        raise ValueError(f"train is {train}, expected at least {config.batch_size // 2}, half a batch")
     bound_images = test if config.bound_images is None else min(config.bound_images, test)
-    return replace(config, train=train, test=test, bound_images=bound_images, data=data.name, note=data.note)
+    config = replace(config, train=train, test=test, bound_images=bound_images, data=data.name, note=data.note)
+    for purpose, count in (("base models", config.base_images), ("covariance networks", config.covariance_images)):
+        # A training example is an image or its mirror image.
+        if 2 * count < config.batch_size:
+            raise ValueError(f"{count} images to train the {purpose}, expected at least {config.batch_size // 2}, half a batch")
+    return config

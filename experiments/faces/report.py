@@ -54,20 +54,21 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         [f"paper, CelebA: {name}", *(f"{row[m][0]} ± {row[m][1]}" if m in row else "-" for m in _METRICS)]
         for name, row in PAPER.items()
     ]
-    rms = "; ".join(f"{name} {of['train']:.4f} and {of['test']:.4f}" for name, of in results["residual_rms"].items())
+    rms = "; ".join(f"{name} {of['base_images']:.4f} and {of['test']:.4f}" for name, of in results["residual_rms"].items())
     machine, seconds = results["machine"], results["seconds"]
     return (
         f"# Structured residuals on {config.data}, {config.size} x {config.size} pixels\n\n"
         + markdown_table(header, table)
         + "\n"
         + markdown_table(header[:3], paper_table)
-        + f"\n{config.data}: {config.note}. {config.train:,} training images and their mirror images; {config.test:,} test "
-        f"images, of which {config.bound_images:,} for the bound, with {config.samples} samples each.\n\n"
+        + f"\n{config.data}: {config.note}. Training images, and their mirror images: {config.base_images:,} for base models, "
+        f"{config.covariance_images:,} {'others' if config.held_out else '(the same)'} for covariance networks. "
+        f"{config.test:,} test images, of which {config.bound_images:,} for the bound, with {config.samples} samples each.\n\n"
         "Nats per image, mean ± standard deviation over test images; lower is better. z is the mean of the encoder. Gains are "
         "nats per pixel over the diagonal likelihood that the VAE was trained with, for AE over its diagonal network; in the "
         f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "
         "variance and the correlation of neighbouring pixels of the whitened residuals of test images (1 and 0 for a perfect "
-        f"model). Root mean square of residuals, in a sample of training and of test images: {rms}.\n\n"
+        f"model). Root mean square of residuals, of images that trained the base model and of test images: {rms}.\n\n"
         + _best_source(config, rows)
         + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "

@@ -19,9 +19,9 @@ from ..results import RESULTS, STATES, device_name, environment, write_json
 from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import build_base, build_covariance, residual_stddev, train_base, train_covariance
-from .presets import Config
+from .presets import BETAS, Config
 from .report import markdown_report, summarise
-from .scores import Likelihood, score
+from .scores import score
 
 CHECKPOINT = "checkpoint.safetensors"
 _LOGS = "tensorboard"
@@ -52,9 +52,9 @@ def run(
     """
     begin = time.perf_counter()
     console.print(data.summary())
-    train = images_for_training(config, data, device, workers)
+    base_images, covariance_images = images_for_training(config, data, device, workers)
     bases: dict[str, ConvAutoencoder] = {}
-    likelihoods: dict[str, Likelihood] = {}
+    likelihoods: dict[str, StructuredLikelihood] = {}
     losses: dict[str, dict[str, list[float]]] = {"base models": {}, "covariance networks": {}}
 
     def options(name: str) -> dict[str, Any]:
@@ -64,14 +64,14 @@ def run(
 
     for name in config.bases:
         network = bases[name] = build_base(config, name).to(device)
-        losses["base models"][name] = train_base(config, name, network, train, **options(name))
+        losses["base models"][name] = train_base(config, name, network, base_images, **options(name))
         network.requires_grad_(False)
     for covariance in config.covariances:
         base = bases[covariance.base]
-        network = build_covariance(config, covariance, residual_stddev(base, train)).to(device)
+        network = build_covariance(config, covariance, residual_stddev(base, covariance_images)).to(device)
         likelihood = likelihoods[covariance.name] = StructuredLikelihood(base, network)
         losses["covariance networks"][covariance.name] = train_covariance(
-            config, covariance, likelihood, train, **options(covariance.name)
+            config, covariance, likelihood, covariance_images, **options(covariance.name)
         )
         network.requires_grad_(False)
     trained = time.perf_counter()
@@ -86,11 +86,10 @@ def run(
             if covariance.base == name:
                 scores[covariance.name] = score(config, base, likelihoods[covariance.name], test)
     rows = summarise(config, scores)
-    with torch.no_grad():
-        residual_rms = {
-            name: {"train": residual_stddev(base, train), "test": residual_stddev(base, (test,))}
-            for name, base in bases.items()
-        }
+    residual_rms = {
+        name: {"base_images": residual_stddev(base, base_images), "test": residual_stddev(base, (test,))}
+        for name, base in bases.items()
+    }
     results = {
         "definition": "nats is -log p(x | z), z the mean of the encoder; bound is an upper bound of -log p(x) by importance "
         "sampling: nats per image, ½ and constant included, pixels in [-1, 1], over test images; gains are nats per pixel over "
@@ -105,26 +104,27 @@ def run(
     }
     if distributed.number() == 0:
         console.print("figures ...")
-        _write(config, folder, console, results, bases, likelihoods, losses, test)
+        figures.draw(config, folder, bases, likelihoods, test)
+        draw_losses(folder / "training.png", losses)
+        networks = {**bases, **{name: likelihood.covariance for name, likelihood in likelihoods.items()}}
+        save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
+        report = markdown_report(config, results)
+        (folder / "results.md").write_text(report, encoding="utf-8")
+        # Last: a folder with this file is a finished run.
+        write_json(folder / RESULTS, results)
+        shutil.rmtree(folder / STATES)
+        console.print(Markdown(report))
     distributed.barrier()
     return results
 
 
-def _write(config, folder, console, results, bases, likelihoods, losses, test) -> None:
-    figures.draw(config, folder, bases, likelihoods, test)
-    per_curve = max(1, min(len(curve) for curves in losses.values() for curve in curves.values()) // 100)
-    own = {name: curve for name, curve in losses["base models"].items() if name != "AE"}
-    panels = [
-        ("mean squared error", {"AE": losses["base models"]["AE"]}),
-        ("nats per pixel, with β KL", own),
-        ("nats per pixel", losses["covariance networks"]),
-    ]
-    loss_figure(folder / "training.png", panels, smooth=per_curve)
-    networks = {**bases, **{name: likelihood.covariance for name, likelihood in likelihoods.items()}}
-    save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
-    report = markdown_report(config, results)
-    (folder / "results.md").write_text(report, encoding="utf-8")
-    # Last: a folder with this file is a finished run.
-    write_json(folder / RESULTS, results)
-    shutil.rmtree(folder / STATES)
-    console.print(Markdown(report))
+def draw_losses(path: Path, losses: dict[str, dict[str, list[float]]]) -> None:
+    """Training curves of autoencoders, of variational ones, and of covariance networks."""
+    base = losses["base models"]
+    panels = {
+        "mean squared error": {name: curve for name, curve in base.items() if BETAS[name] is None},
+        "-log p(x | z) + β KL, nats per pixel": {name: curve for name, curve in base.items() if BETAS[name] is not None},
+        "-log p(x | z), nats per pixel": losses["covariance networks"],
+    }
+    shortest = min(len(curve) for curves in panels.values() for curve in curves.values())
+    loss_figure(path, [panel for panel in panels.items() if panel[1]], smooth=max(1, shortest // 100))
