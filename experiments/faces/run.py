@@ -119,12 +119,15 @@ def run(
 
 
 def draw_losses(path: Path, losses: dict[str, dict[str, list[float]]]) -> None:
-    """Training curves of autoencoders, of variational ones, and of covariance networks."""
-    base = losses["base models"]
+    """Training curves of autoencoders, of variational ones, and of the covariance networks of each base model."""
+    base, covariance = losses.values()
     panels = {
         "mean squared error": {name: curve for name, curve in base.items() if BETAS[name] is None},
-        "-log p(x | z) + β KL, nats per pixel": {name: curve for name, curve in base.items() if BETAS[name] is not None},
-        "-log p(x | z), nats per pixel": losses["covariance networks"],
+        "nats per pixel with β KL": {name: curve for name, curve in base.items() if BETAS[name] is not None},
     }
+    for owner in base:
+        panels[f"nats per pixel given z, {owner}"] = {
+            name.removeprefix(f"{owner}, "): curve for name, curve in covariance.items() if name.startswith(f"{owner}, ")
+        }
     shortest = min(len(curve) for curves in panels.values() for curve in curves.values())
     loss_figure(path, [panel for panel in panels.items() if panel[1]], smooth=max(1, shortest // 100))

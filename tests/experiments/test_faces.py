@@ -34,7 +34,7 @@ def npz(tmp_path_factory):
 
 
 def run_faces(npz, folder, *options):
-    return CliRunner().invoke(app, ["faces", "--data", str(npz), "--out", str(folder), *options])
+    return CliRunner().invoke(app, ["faces", "--data", str(npz), "--test", "2", "--out", str(folder), *options])
 
 
 @pytest.fixture(scope="module")
@@ -120,12 +120,11 @@ def test_two_processes_find_what_one_finds(tmp_path):
         [sys.executable, "-m", *command, str(path)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert outcome.returncode == 0, outcome.stderr
-    together, alone = torch.load(path, weights_only=True), train_and_score()
-    for name in ("VAE", "covariance"):
-        torch.testing.assert_close(together[name], alone[name], rtol=1e-5, atol=1e-5)
-    # Scores are of networks whose weights differ in rounding after a few steps of Adam, which divides by small gradients.
-    for name in ("nats", "whitened", "bound"):
-        torch.testing.assert_close(together[name], alone[name], rtol=1e-3, atol=1e-3)
+    together, alone = torch.load(path, weights_only=True), train_and_score(dtype=torch.float64)
+    for name, value in alone.items():
+        # In float64 only rounding differs, near 1e-16 in a sum. Of float32 Adam would make more in a few steps: it divides
+        # gradients by their own size, and those that are rounding alone become steps as large as any.
+        torch.testing.assert_close(together[name], value, rtol=1e-9, atol=1e-9)
 
 
 def test_streaming_gives_the_same_numbers_as_memory():
@@ -163,14 +162,15 @@ def test_mirror_images_follow_the_images():
         (["--train", "3"], "3 images to train the base models"),
         (["--held-out", "1"], "held_out is 1.0"),
         (["--held-out", "0.1"], "2 images to train the covariance networks"),
-        (["--resume"], "no config.json"),
+        (["--resume"], "no run of this experiment was begun there"),
         (["--device", "nowhere"], "--device"),
     ],
 )
 def test_bad_options_are_named(npz, tmp_path, options, words):
     outcome = run_faces(npz, tmp_path, *options)
     assert outcome.exit_code == 2
-    assert words in outcome.output
+    # Words of a message in a frame, which breaks its lines.
+    assert words in " ".join(outcome.output.replace("│", "").split())
     assert not any(tmp_path.iterdir())
 
 

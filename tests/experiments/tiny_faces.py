@@ -53,17 +53,22 @@ def image_data() -> ImageData:
     return ImageData("blocks", *map(ArrayImages, arrays()), "drawn at random")
 
 
-def train_and_score(workers: int = 0, **replaced) -> dict[str, torch.Tensor]:
-    """Losses of a VAE and of a covariance network, and their scores of test images; ``replaced`` are fields of the preset."""
+def train_and_score(workers: int = 0, dtype: torch.dtype = torch.float32, **replaced) -> dict[str, torch.Tensor]:
+    """Losses of a VAE and of a covariance network, and their scores of test images; ``replaced`` are fields of the preset.
+
+    Another ``dtype`` than float32 is for images in memory, without workers.
+    """
     data, console, cpu = image_data(), Console(quiet=True), torch.device("cpu")
     config = config_for("faces", "quick", data, **replaced)
     images, _ = images_for_training(config, data, cpu, workers)
-    base, covariance = build_base(config, "VAE"), config.covariances[3]
+    if not workers:
+        images = (images[0].to(dtype),)
+    base, covariance = build_base(config, "VAE").to(dtype), config.covariances[3]
     losses = {"VAE": train_base(config, "VAE", base, images, console=console, workers=workers)}
     base.requires_grad_(False)
-    likelihood = StructuredLikelihood(base, build_covariance(config, covariance, residual_stddev(base, images)))
+    likelihood = StructuredLikelihood(base, build_covariance(config, covariance, residual_stddev(base, images)).to(dtype))
     losses["covariance"] = train_covariance(config, covariance, likelihood, images, console=console, workers=workers)
-    scores = score(config, base, likelihood, images_for_testing(config, data, cpu, workers))
+    scores = score(config, base, likelihood, images_for_testing(config, data, cpu, workers).to(dtype))
     found = {name: torch.tensor(curve, dtype=torch.float64) for name, curve in losses.items()}
     return {**found, "nats": scores.nats, "whitened": scores.whitened, "bound": scores.bound}
 
@@ -73,6 +78,6 @@ if __name__ == "__main__":
 
     PRESETS["faces"]["quick"] = PRESET
     with distributed.processes(torch.device("cpu")):
-        found = train_and_score()
+        found = train_and_score(dtype=torch.float64)
         if distributed.number() == 0:
             torch.save(found, sys.argv[1])
