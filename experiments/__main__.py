@@ -115,6 +115,7 @@ def _known_covariance(
         where = _device(device)
         folder = _begin(config, out, resume)
         _run(folder, lambda: run(config, folder, where, Console()))
+        typer.echo(f"Results: {folder}")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 
@@ -149,12 +150,12 @@ def _begin(config, out: Path | None, resume: bool) -> Path:
 
 
 def _run(folder: Path, run: Callable[[], object]) -> None:
+    """Run; when interrupted say how to go on."""
     try:
         run()
     except KeyboardInterrupt:
         typer.echo(f"Interrupted: the same command with --out {folder} --resume goes on from there", err=True)
         raise typer.Exit(130) from None
-    typer.echo(f"Results: {folder}")
 
 
 class ImagePreset(StrEnum):
@@ -280,6 +281,8 @@ def _images(
                 raise typer.BadParameter(str(error)) from None
             folder = distributed.from_first(_begin(config, out, resume) if first else None)
             _run(folder, lambda: run(config, images, folder, where, console, workers, tensorboard))
+            if first:
+                typer.echo(f"Results: {folder}")
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
 

@@ -122,29 +122,55 @@ _ALL = (
 )
 
 _QUICK = Config(
-    "faces",
-    "quick",
-    64,
-    32,
-    (8, 16, 32, 64),
-    8,
-    _FEW,
-    2,
-    2,
+    experiment="faces",
+    preset="quick",
+    size=64,
+    latent_size=32,
+    channels=(8, 16, 32, 64),
+    features=8,
+    covariances=_FEW,
+    base_epochs=2,
+    covariance_epochs=2,
     samples=10,
     bound_images=16,
     pairs_at_once=64,
     train=2_000,
     test=200,
+    learning_rate=3e-3,
 )
-_CPU = Config("faces", "cpu", 64, 64, (16, 32, 64, 128), 16, _MORE, 6, 3, samples=50, bound_images=64, pairs_at_once=128)
+_CPU = replace(
+    _QUICK,
+    preset="cpu",
+    latent_size=64,
+    channels=(16, 32, 64, 128),
+    features=16,
+    covariances=_MORE,
+    base_epochs=6,
+    samples=50,
+    bound_images=64,
+    pairs_at_once=128,
+    train=8_000,
+    test=1_000,
+    batch_size=32,
+)
 _PAPER = Config(
-    "faces", "paper", 64, 128, (32, 64, 128, 256, 512), 32, _ALL, 25, 25, samples=500, bound_images=None, pairs_at_once=1024
+    experiment="faces",
+    preset="paper",
+    size=64,
+    latent_size=128,
+    channels=(32, 64, 128, 256, 512),
+    features=32,
+    covariances=_ALL,
+    base_epochs=25,
+    covariance_epochs=25,
+    samples=500,
+    bound_images=None,
+    pairs_at_once=1024,
 )
 
 
 def _cifar10(config: Config) -> Config:
-    """The same for 32 x 32 pixels: a resolution less, and more images."""
+    """The same for 32 x 32 pixels, with one resolution less."""
     return replace(config, experiment="cifar10", size=32, channels=config.channels[:-1])
 
 

@@ -62,13 +62,15 @@ def run(
         log = folder / _LOGS / name if tensorboard else None
         return {"state": folder / STATES / f"{number}.pt", "console": console, "workers": workers, "log": log}
 
+    # Channels last: the order in which convolutions are fastest on CPUs, and on GPUs in bfloat16.
+    placed = {"device": device, "memory_format": torch.channels_last}
     for name in config.bases:
-        network = bases[name] = build_base(config, name).to(device)
+        network = bases[name] = build_base(config, name).to(**placed)
         losses["base models"][name] = train_base(config, name, network, base_images, **options(name))
         network.requires_grad_(False)
     for covariance in config.covariances:
         base = bases[covariance.base]
-        network = build_covariance(config, covariance, residual_stddev(base, covariance_images)).to(device)
+        network = build_covariance(config, covariance, residual_stddev(base, covariance_images)).to(**placed)
         likelihood = likelihoods[covariance.name] = StructuredLikelihood(base, network)
         losses["covariance networks"][covariance.name] = train_covariance(
             config, covariance, likelihood, covariance_images, **options(covariance.name)
