@@ -91,6 +91,16 @@ def test_head_stays_finite_far_from_training():
     assert (factor.diag > 0).all()
 
 
+def test_head_is_not_rounded_under_autocast():
+    head = StencilCholeskyHead(4, bg.Stencil.square(3))
+    torch.nn.init.normal_(head.conv.weight)
+    features = torch.randn(2, 4, 3, 5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        factor = head(features)
+    assert torch.equal(factor.log_diag, head(features).log_diag)
+    assert torch.equal(factor.off_diag, head(features).off_diag)
+
+
 @pytest.mark.parametrize(("kernel_size", "norm"), [(3, "group"), (5, "batch")])
 @pytest.mark.parametrize(("in_channels", "grid"), [(1, (21,)), (1, (32, 32)), (3, (17, 30)), (1, (5, 9, 1))])
 def test_autoencoder_takes_any_size(in_channels, grid, kernel_size, norm):

@@ -1,4 +1,4 @@
-"""The training loop: killed and resumed, streamed, logged."""
+"""The training loop in a process that is killed, and its logs."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ _ENDLESS = """
 import sys
 from pathlib import Path
 from experiments import training
-from tests.experiments.test_training import train
+from tests.experiments.test_fit import train
 training._SECONDS_BETWEEN_STATES = 0
 train(10**6, state=Path(sys.argv[1]))
 """
