@@ -201,7 +201,7 @@ class _ExamplesPerSecond(ProgressColumn):
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f} examples/s")
+        return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f}/s")
 
 
 def _summary_writer(folder: Path, step: int):

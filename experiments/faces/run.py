@@ -51,6 +51,7 @@ def run(
         tensorboard: write logs into a folder of that name.
     """
     begin = time.perf_counter()
+    resumed = any((folder / STATES).iterdir())
     console.print(data.summary())
     base_images, covariance_images = images_for_training(config, data, device, workers)
     bases: dict[str, ConvAutoencoder] = {}
@@ -102,6 +103,7 @@ def run(
         **environment(),
         "device": device_name(device),
         "processes": distributed.count(),
+        "resumed": resumed,
         "seconds": {"training": round(trained - begin, 1), "scores": round(time.perf_counter() - trained, 1)},
     }
     if distributed.number() == 0:
