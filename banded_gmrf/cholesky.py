@@ -108,22 +108,27 @@ class StencilCholesky:
         return cls(*estimation.factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
     @classmethod
-    def from_precision(cls, precision: StencilPrecision) -> "StencilCholesky":
-        """The exact Cholesky factor of a sparse precision Λ.
+    def from_precision(cls, precision: StencilPrecision, stencil: Stencil | None = None) -> "StencilCholesky":
+        """The Cholesky factor of a sparse precision Λ, exact or with a given stencil. Differentiable in Λ.
 
-        It fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster order, that fit the
-        grid. With a reach of r rows of W sites these are about 2 r W offsets: 1,023 for r = 2 and W = 256, and 537 MB in
-        float64 for 256 x 256 sites. Cost: about 5 n (r W)² operations, as a Cholesky decomposition of dense blocks of r W
-        sites. Differentiable in Λ.
+        The exact factor fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster
+        order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and 5 n (r W)² operations.
+        For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every offset,
+        which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
+
+        With a stencil, the factor nearest to N(0, Λ⁻¹), as `from_covariance` defines it: from the exact factor's selected
+        inverse, which takes a few times as long.
 
         Args:
             precision: Λ, as one of the builders of `banded_gmrf.precisions` or ``StencilPrecision.from_matrix`` gives it.
+            stencil: the stencil of the factor; None is the exact factor.
 
         Raises:
-            TypeError: ``precision`` is not a `StencilPrecision`.
-            ValueError: Λ is not positive definite.
+            TypeError: ``precision`` is not a `StencilPrecision`, or ``stencil`` not a `Stencil`.
+            ValueError: Λ is not positive definite, or ``stencil`` has another number of axes.
         """
-        return cls(*construction.factor_of_precision(precision))
+        exact = cls(*construction.factor_of_precision(precision))
+        return exact if stencil is None else cls(*construction.nearest_factor(exact, stencil), stencil)
 
     @property
     def log_diag(self) -> Tensor:

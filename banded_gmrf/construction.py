@@ -16,6 +16,7 @@ into the next block only.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from gmrf_kernels.ops import accumulate_dtype, check_tensor
 
 from .precisions import StencilPrecision
 from .stencil import Stencil, check_stencil
+
+if TYPE_CHECKING:
+    from .cholesky import StencilCholesky
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -101,16 +105,46 @@ def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, St
 def _filled_stencil(stencil: Stencil, grid: torch.Size) -> Stencil:
     """The offsets at which the factor of a precision with this stencil may have entries."""
     origin = (0,) * stencil.ndim
-    last = max((offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))), default=origin)
+    existing = [offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))]
+    last = existing[-1] if existing else origin
     box = itertools.product(range(last[0] + 1), *(range(1 - n, n) for n in grid[1:]))
     return Stencil([offset for offset in box if origin < offset <= last], stencil.ndim)
 
 
 def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:
-    """Where the entries (K, block) of a block's columns, the diagonal first, are in these columns as a matrix (2 block, block)."""
+    """Where in a block's columns (2 block, block) the diagonal and the offsets' entries (K, block) are, both flattened."""
     down = flat_index(torch.tensor([(0,) * stencil.ndim, *stencil.offsets]), grid)
     column = torch.arange(block)
     return ((down[:, None] + column) * block + column).flatten()
+
+
+def nearest_factor(factor: "StencilCholesky", stencil: Stencil) -> tuple[Tensor, Tensor]:
+    """``log_diag`` and ``off_diag`` of the factor with another stencil that is nearest to the distribution of ``factor``."""
+    from .marginals import scan_covariance  # which is built on factors
+    from .strips import radius
+
+    check_stencil(stencil)
+    grid = factor.grid
+    stencil._check_grid(grid)
+    row = grid[1:].numel()
+
+    def columns_of_block(start: int, stop: int, covariance: Tensor) -> Tensor:
+        def of_sites(a: Tensor, b: Tensor) -> Tensor:
+            return covariance[..., flat_index(a, grid) - start * row, flat_index(b, grid) - start * row]
+
+        return nearest_columns(
+            "the covariance of the precision",
+            of_sites,
+            stencil,
+            grid,
+            covariance.shape[:-2],
+            covariance.device,
+            range(start * row, stop * row),
+        )
+
+    reach = max(radius(factor.stencil), radius(stencil))
+    columns = torch.cat(scan_covariance(factor, reach, columns_of_block), -2)
+    return as_factor(columns.to(factor.dtype), grid)
 
 
 def nearest_columns(
@@ -120,8 +154,9 @@ def nearest_columns(
     grid: torch.Size,
     batch: torch.Size,
     device: torch.device | None,
+    numbers: range | None = None,
 ) -> Tensor:
-    """All columns of the nearest factor, as `optimal_columns` gives them: (*batch, n, K).
+    """Columns of the nearest factor, as `optimal_columns` gives them: (*batch, sites, K).
 
     Args:
         name: what an error calls the covariance.
@@ -129,9 +164,10 @@ def nearest_columns(
         stencil, grid: of the factor.
         batch: the batch shape of the covariances.
         device: where the function expects its arguments; None is torch's default.
+        numbers: the sites' raster numbers; None is all.
     """
     columns = []
-    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device):
+    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device, numbers):
         blocks = covariance(sites[:, :, None], sites[:, None, :])
         expected = (*batch, *exists.shape, exists.shape[-1])
         if blocks.shape != expected:
@@ -141,9 +177,11 @@ def nearest_columns(
 
 
 def neighbourhoods(
-    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None
+    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None, numbers: range | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each site's forward neighbours and, last, the site itself, for as many sites at a time as memory allows.
+
+    ``numbers`` are the raster numbers of the sites, by default all.
 
     Yields:
         The indices (m, K, ndim) of the neighbours, those of the site itself in place of one that does not exist, and which of
@@ -152,8 +190,9 @@ def neighbourhoods(
     offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim], device=device)
     size = torch.tensor(grid, device=device)
     per_site = max(1, batch) * len(offsets) ** 2
-    for numbers in torch.arange(grid.numel(), device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
-        sites = torch.stack(torch.unravel_index(numbers, grid), -1)[:, None]
+    numbers = range(grid.numel()) if numbers is None else numbers
+    for chunk in torch.arange(numbers.start, numbers.stop, device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
+        sites = torch.stack(torch.unravel_index(chunk, grid), -1)[:, None]
         moved = sites + offsets
         exists = ((moved >= 0) & (moved < size)).all(-1)
         yield torch.where(exists[..., None], moved, sites), exists

@@ -125,8 +125,8 @@ def matern_precision(
         grid: numbers of sites along each of the d axes.
         correlation_range: the distance in pixels at which the correlation has fallen to about 0.13: √(8 smoothness) / κ.
         smoothness: the Matérn ν > 0, such that α is a whole number: 1, 2, ... on two axes, ½, 3/2, ... on one or three.
-        variance: the marginal variance σ² of the continuous field on an unbounded domain. On the grid it is approached for ranges
-            of several pixels, and more than a range away from the edges; at an edge it is about twice as large.
+        variance: the marginal variance σ² of the continuous field on an unbounded domain. On the grid it is approached for
+            ranges of several pixels, and more than a range away from the edges; at an edge it is about twice as large.
         dtype: of the result. In float32 the factorisation fails for ranges far beyond a few pixels.
         device: of the result.
 
@@ -140,7 +140,7 @@ def matern_precision(
     alpha = round(smoothness + ndim / 2)
     if not (smoothness > 0 and alpha == smoothness + ndim / 2):
         raise ValueError(
-            f"smoothness is {smoothness}, expected a positive number that with {ndim}/2 added, half the number of axes, is whole"
+            f"smoothness is {smoothness}, expected a positive number that is whole with {ndim}/2 added, for {ndim} axes"
         )
     correlation_range = _positive("correlation_range", correlation_range, ndim, dtype, device)
     variance = _positive("variance", variance, ndim, dtype, device)
@@ -172,8 +172,8 @@ def car_precision(
     """The conditional autoregression: each site, given all others, varies about a fraction of its neighbours' mean.
 
     x_j | others ~ N(dependence · mean of its d_j neighbours, variance / d_j), hence Λ = (D - dependence · W) / variance, W the
-    adjacency and D the numbers of neighbours. Besag, Spatial interaction and the statistical analysis of lattice systems, JRSS B
-    1974; Rue and Held, Gaussian Markov random fields, 2005, section 2.2.
+    adjacency and D the numbers of neighbours. Besag, Spatial interaction and the statistical analysis of lattice systems,
+    JRSS B 1974.
 
     Args:
         grid: numbers of sites along each axis.
@@ -243,9 +243,8 @@ def _differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_a
     sizes = list(grid)
     matrix = scipy.sparse.eye_array(math.prod(grid), format="csr")
     for axis in axes:
-        before, along, after = (
-            scipy.sparse.eye_array(math.prod(part), format="csr") for part in (sizes[:axis], sizes[axis : axis + 1], sizes[axis + 1 :])
-        )
+        parts = sizes[:axis], sizes[axis : axis + 1], sizes[axis + 1 :]
+        before, along, after = (scipy.sparse.eye_array(math.prod(part), format="csr") for part in parts)
         matrix = scipy.sparse.kron(scipy.sparse.kron(before, along[1:] - along[:-1]), after, format="csr") @ matrix
         sizes[axis] = max(sizes[axis] - 1, 0)
     return matrix
