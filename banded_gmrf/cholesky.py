@@ -116,8 +116,7 @@ class StencilCholesky:
         For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every offset,
         which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
 
-        With a stencil, the factor nearest to N(0, Λ⁻¹), as `from_covariance` defines it: from the exact factor's selected
-        inverse, which takes a few times as long.
+        With a stencil, the factor `nearest` to the exact one, which takes a few times as long.
 
         Args:
             precision: Λ, as one of the builders of `banded_gmrf.precisions` or ``StencilPrecision.from_matrix`` gives it.
@@ -128,7 +127,7 @@ class StencilCholesky:
             ValueError: Λ is not positive definite, or ``stencil`` has another number of axes.
         """
         exact = cls(*construction.factor_of_precision(precision))
-        return exact if stencil is None else cls(*construction.nearest_factor(exact, stencil), stencil)
+        return exact if stencil is None else exact.nearest(stencil)
 
     @property
     def log_diag(self) -> Tensor:
@@ -173,6 +172,18 @@ class StencilCholesky:
     def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
         """L⁻¹b, or L⁻ᵀb with ``transpose``; shapes and errors as for `matvec`."""
         return self._apply(gmrf_kernels.solve, "b", b, transpose)
+
+    def nearest(self, stencil: Stencil) -> "StencilCholesky":
+        """The factor with another stencil whose distribution is nearest to this one's, as `from_covariance` defines it.
+
+        The covariances that it needs come from a selected inverse, exactly: about n (r W)² operations and a window of (r W)²
+        numbers, r the rows that the larger of the two stencils reaches and W the sites of a row. Differentiable.
+
+        Raises:
+            TypeError: ``stencil`` is not a `Stencil`.
+            ValueError: ``stencil`` has another number of axes.
+        """
+        return StencilCholesky(*construction.nearest_factor(self, stencil), stencil).expand(self._batch_shape)
 
     def logdet(self) -> Tensor:
         """log |L| = ½ log |Λ| in nats: (*batch,), in float32 for float16 and bfloat16 coefficients."""

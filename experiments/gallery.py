@@ -6,7 +6,7 @@
   the centre of the image. The nearest to an exact factor is a large stencil.
 * A photograph of a texture (``StencilCholesky.from_samples``), a single sample of a stationary field.
 
-In each row of the figure all samples come from the same white noise.
+All samples come from the same white noise.
 """
 
 import math
@@ -43,11 +43,12 @@ class GalleryConfig:
 
 
 @dataclass
-class Row:
-    """One row of the figure: what the samples are compared with, one sample for each stencil, and numbers for the table."""
+class Field:
+    """One column of the figure: what the samples are compared with, one sample for each stencil, and numbers for the table."""
 
     name: str
     reference: Tensor
+    reference_name: str
     samples: list[Tensor]
     nats_per_pixel: list[float]
 
@@ -62,24 +63,24 @@ def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]
         "autoregression": bg.car_precision(grid, dependence=0.995),
         "thin plate": bg.thin_plate_precision(grid, bending=1.0, ridge=1e-5),
     }
-    rows = {"divergence": [], "likelihood": []}
+    fields = {"divergence": [], "likelihood": []}
     for name, precision in precisions.items():
         console.print(f"{name} ...")
-        rows["divergence"].append(precision_row(name, precision, noise))
+        fields["divergence"].append(precision_field(name, precision, noise))
     console.print("swirl ...")
-    rows["likelihood"].append(swirl_row("swirl", grid, noise))
+    fields["likelihood"].append(swirl_field(grid, noise))
     for name in TEXTURES:
         console.print(f"{name} ...")
-        rows["likelihood"].append(texture_row(name, config.size, noise))
-    draw(folder / "samples.png", [*rows["divergence"], *rows["likelihood"]])
+        fields["likelihood"].append(texture_field(name, config.size, noise))
+    draw(folder / "samples.png", [*fields["divergence"], *fields["likelihood"]])
     results = {
         "definition": {
             "divergence": "KL(N(0, Λ⁻¹) ‖ N(0, (L Lᵀ)⁻¹)) / n of the factor with each stencil",
             "likelihood": "-log p / n, ½ and constant included: its expectation for the swirl, that of the texture itself",
         },
         "nats_per_pixel": {
-            kind: {row.name: dict(zip(STENCIL_SIZES, row.nats_per_pixel, strict=True)) for row in kind_rows}
-            for kind, kind_rows in rows.items()
+            kind: {field.name: dict(zip(STENCIL_SIZES, field.nats_per_pixel, strict=True)) for field in members}
+            for kind, members in fields.items()
         },
         "config": asdict(config),
         **environment(),
@@ -92,24 +93,25 @@ def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]
     return results
 
 
-def precision_row(name: str, precision: bg.StencilPrecision, noise: Tensor) -> Row:
+def precision_field(name: str, precision: bg.StencilPrecision, noise: Tensor) -> Field:
     """The exact factor of a precision beside the nearest ones with small stencils."""
     exact = bg.StencilCholesky.from_precision(precision)
     # By SciPy: a stencil of a thousand offsets would compile for minutes, to be solved once.
     reference = spsolve_triangular(exact.to_scipy().T, noise.numpy().ravel(), lower=False)
-    factors = [bg.StencilCholesky.from_precision(precision, bg.Stencil.square(size)) for size in STENCIL_SIZES]
+    factors = [exact.nearest(bg.Stencil.square(size)) for size in STENCIL_SIZES]
     # Of KL = ½ (tr(L̂ᵀΣL̂) - n) + log|L| - log|L̂| the trace of the nearest factor is n.
     divergences = [((exact.logdet() - factor.logdet()) / noise.numel()).item() for factor in factors]
-    return Row(name, torch.from_numpy(reference).reshape(noise.shape), sample_each(factors, noise), divergences)
+    return Field(name, torch.from_numpy(reference).reshape(noise.shape), "exact", sample_each(factors, noise), divergences)
 
 
-def swirl_row(name: str, grid: tuple[int, int], noise: Tensor) -> Row:
+def swirl_field(grid: tuple[int, int], noise: Tensor) -> Field:
     """Factors of the swirl's covariance function; the reference is the sample with the large stencil."""
     covariance = swirl_covariance(grid)
     sizes = (REFERENCE_SIZE, *STENCIL_SIZES)
     reference, *factors = [bg.StencilCholesky.from_covariance(covariance, bg.Stencil.square(size), grid) for size in sizes]
     expected = [0.5 * (1 + math.log(2 * math.pi)) - factor.logdet().item() / noise.numel() for factor in factors]
-    return Row(name, *sample_each([reference], noise), sample_each(factors, noise), expected)
+    name_of_reference = f"{REFERENCE_SIZE} x {REFERENCE_SIZE}"
+    return Field("swirl", *sample_each([reference], noise), name_of_reference, sample_each(factors, noise), expected)
 
 
 def swirl_covariance(grid: tuple[int, int], along: float = 24.0, across: float = 3.0) -> Callable[[Tensor, Tensor], Tensor]:
@@ -141,7 +143,7 @@ def swirl_covariance(grid: tuple[int, int], along: float = 24.0, across: float =
     return covariance
 
 
-def texture_row(name: str, size: int, noise: Tensor) -> Row:
+def texture_field(name: str, size: int, noise: Tensor) -> Field:
     """Stationary factors estimated from a photograph, half its size and cropped."""
     photograph = photographs.load_photograph(name, shrink=2)[:size, :size].to(torch.float64)
     factors = [bg.StencilCholesky.from_samples(photograph[None], bg.Stencil.square(s), stationary=True) for s in STENCIL_SIZES]
@@ -150,28 +152,22 @@ def texture_row(name: str, size: int, noise: Tensor) -> Row:
         bg.negative_log_likelihood(centred, factor.log_diag, factor.off_diag, factor.stencil).item() / noise.numel()
         for factor in factors
     ]
-    return Row(name, centred, sample_each(factors, noise), nats)
+    return Field(name, centred, "photograph", sample_each(factors, noise), nats)
 
 
 def sample_each(factors: list[bg.StencilCholesky], noise: Tensor) -> list[Tensor]:
     return [factor.solve(noise, transpose=True) for factor in factors]
 
 
-def draw(path: Path, rows: list[Row]) -> None:
-    """Each row in standard deviations of its reference, about the reference's mean."""
-    titles = ["exact, 11 x 11,\nor photograph", *(f"{size} x {size}" for size in STENCIL_SIZES)]
-    images = [[(image - row.reference.mean()) / row.reference.std() for image in (row.reference, *row.samples)] for row in rows]
-    columns = [
-        Column(title, torch.stack(list(column)), "field")
-        for title, column in zip(titles, zip(*images, strict=True), strict=True)
-    ]
-    image_grid(
-        path,
-        columns,
-        {"field": ("standard deviations of the first column", "gray", -3.0, 3.0)},
-        [row.name for row in rows],
-        1.9,
-    )
+def draw(path: Path, fields: list[Field]) -> None:
+    """Each field in standard deviations of its reference, about the reference's mean."""
+    columns = []
+    for field in fields:
+        images = torch.stack([field.reference, *field.samples])
+        images = (images - field.reference.mean()) / field.reference.std()
+        columns.append(Column(f"{field.name}\n(reference: {field.reference_name})", images, "field"))
+    labels = ["reference", *(f"{size} x {size}" for size in STENCIL_SIZES)]
+    image_grid(path, columns, {"field": ("standard deviations of the reference", "gray", -3.0, 3.0)}, labels, size=1.9)
 
 
 def markdown_report(results: dict[str, Any]) -> str:

@@ -9,7 +9,7 @@ import torch
 
 import banded_gmrf as bg
 from banded_gmrf import construction, estimation
-from tests.cases import FACTORS, STENCILS, dense
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky
 from tests.dense import exists, neighbours, random_factor
 
 # Blocks of at most 13 sites with condition numbers below 1e3: some hundred roundings, amplified by as much.
@@ -430,6 +430,19 @@ def test_from_precision_with_a_stencil_is_from_covariance_of_the_inverse(name, g
         expected = bg.StencilCholesky.from_covariance(dense_precision(precision).inverse(), stencil, grid)
         assert_close(L.log_diag, expected.log_diag)
         assert_close(L.off_diag, expected.off_diag)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("5x5", "3x3"), ("3x3", "5x5"), ("next row only", "skewed"), ("volume", "bands of a box")]
+)
+def test_the_nearest_factor_with_another_stencil(name, other):
+    stencil = STENCILS[other]
+    grid = {2: (5, 6), 3: (3, 2, 4)}[stencil.ndim]
+    L = random_cholesky(STENCILS[name], grid, batch=(2, 1)).expand((2, 3))
+    nearest = L.nearest(stencil)
+    expected = bg.StencilCholesky.from_covariance((dense(L) @ dense(L).mT).inverse(), stencil, grid)
+    assert nearest.batch_shape == L.batch_shape
+    assert_close(dense(nearest), dense(expected))
 
 
 def test_a_smooth_field_loses_no_digits_from_row_to_row():
