@@ -94,7 +94,8 @@ class StencilCholesky:
                 mean negative log likelihood plus ½ ridge ‖L‖²_F.
             stationary: sites share their coefficients. A site near an edge of the grid, some of whose neighbours do not exist,
                 shares those of all sites with the same existing neighbours; they are estimated wherever on the grid these
-                neighbours exist.
+                neighbours exist. Nothing makes such a factor stable: if its stencil is too small for what the samples show,
+                its own samples may grow from one edge of the grid to the other.
 
         Returns:
             The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.
@@ -112,11 +113,11 @@ class StencilCholesky:
         """The Cholesky factor of a sparse precision Λ, exact or with a given stencil. Differentiable in Λ.
 
         The exact factor fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster
-        order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and 5 n (r W)² operations.
-        For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every offset,
-        which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
+        order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and a few n (r W)²
+        operations. For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every
+        offset, which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
 
-        With a stencil, the factor `nearest` to the exact one, which takes a few times as long.
+        With a stencil, the factor `nearest` to the exact one, which takes about as long again.
 
         Args:
             precision: Λ, as one of the builders of `banded_gmrf.precisions` or ``StencilPrecision.from_matrix`` gives it.
@@ -176,7 +177,7 @@ class StencilCholesky:
     def nearest(self, stencil: Stencil) -> "StencilCholesky":
         """The factor with another stencil whose distribution is nearest to this one's, as `from_covariance` defines it.
 
-        The covariances that it needs come from a selected inverse, exactly: about n (r W)² operations and a window of (r W)²
+        The covariances that it needs come from a selected inverse, exactly: a few n (r W)² operations and a window of (r W)²
         numbers, r the rows that the larger of the two stencils reaches and W the sites of a row. Differentiable.
 
         Raises:

@@ -10,8 +10,8 @@ theorem 2.1; Vecchia's approximation). With site j last in s and Σ[s, s] = G G�
 
 **Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
 differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between
-the origin and the last offset of Λ. So L fills a band of the matrix, and a block of as many sites as the band is wide reaches
-into the next block only.
+the origin and the last offset of Λ, and L is no wider a band matrix than Λ: a block of as many sites as the band is wide
+reaches into the next block only.
 """
 
 import itertools
@@ -44,7 +44,8 @@ def factor_of_covariance(
     stencil._check_grid(grid)
     grid = torch.Size(grid)
     if isinstance(covariance, Tensor):
-        one, device, blocks = covariance[..., :1, :1, None], covariance.device, _entries_of_matrix(covariance, grid)
+        blocks = _entries_of_matrix(covariance, grid)
+        one, device = covariance[..., :1, :1, None], covariance.device
     elif callable(covariance):
         origin = torch.zeros((1, 1, 1, stencil.ndim), dtype=torch.int64)
         one, device, blocks = covariance(origin, origin), None, covariance
@@ -73,8 +74,7 @@ def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, St
         raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
     grid, ndim, device = precision.grid, precision.stencil.ndim, precision.diag.device
     n, dtype = grid.numel(), accumulate_dtype(precision.off_diag.dtype)
-    filled = _filled_stencil(precision.stencil, grid)
-    reach = flat_index(torch.tensor(filled.offsets[-1]), grid).item() if len(filled) else 0
+    filled, reach = _filled_stencil(precision.stencil, grid)
     block = max(reach, _MIN_BLOCK_SITES)
     read, written = (_places_in_strip(offsets, grid, block).to(device) for offsets in (precision.stencil, filled))
 
@@ -102,13 +102,17 @@ def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, St
     return columns[0].log().to(precision.diag.dtype), off_diag.to(precision.off_diag.dtype), filled
 
 
-def _filled_stencil(stencil: Stencil, grid: torch.Size) -> Stencil:
-    """The offsets at which the factor of a precision with this stencil may have entries."""
+def _filled_stencil(stencil: Stencil, grid: torch.Size) -> tuple[Stencil, int]:
+    """The offsets at which the factor of a precision with this stencil may have entries, and the width of the band."""
     origin = (0,) * stencil.ndim
     existing = [offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))]
-    last = existing[-1] if existing else origin
-    box = itertools.product(range(last[0] + 1), *(range(1 - n, n) for n in grid[1:]))
-    return Stencil([offset for offset in box if origin < offset <= last], stencil.ndim)
+    if not existing:
+        return Stencil([], stencil.ndim), 0
+    reach = int(flat_index(torch.tensor(existing), grid).max())
+    box = itertools.product(range(existing[-1][0] + 1), *(range(1 - n, n) for n in grid[1:]))
+    between = [offset for offset in box if origin < offset <= existing[-1]]
+    within = flat_index(torch.tensor(between), grid) <= reach
+    return Stencil(itertools.compress(between, within.tolist()), stencil.ndim), reach
 
 
 def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:

@@ -139,6 +139,7 @@ BAD_COVARIANCES = [
     pytest.param(*case, id=case[-1])
     for case in [
         (torch.eye(11), ValueError, r"covariance has shape \(11, 11\), expected \(\*batch, 12, 12\) for grid \(3, 4\)"),
+        (torch.ones(12), ValueError, r"covariance has shape \(12,\), expected \(\*batch, 12, 12\)"),
         (torch.eye(12).int(), TypeError, "covariance is torch.int32, expected float16"),
         (torch.eye(12).numpy(), TypeError, "covariance is a ndarray, expected a torch.Tensor or a function"),
         (
@@ -416,8 +417,8 @@ def test_no_offset_of_the_exact_factor_is_superfluous(name):
 @pytest.mark.parametrize("block", [1, 5, 32])
 def test_the_factor_does_not_depend_on_the_blocks(block, monkeypatch):
     monkeypatch.setattr(construction, "_MIN_BLOCK_SITES", block)
-    precision = bg.matern_precision((11, 3), 4.0, 1.0)
-    assert_close(dense(bg.StencilCholesky.from_precision(precision)), torch.linalg.cholesky(dense_precision(precision)))
+    for precision in (bg.matern_precision((11, 3), 4.0, 1.0), bg.car_precision((4, 7), 0.9, neighbours=neighbours_of(2))):
+        assert_close(dense(bg.StencilCholesky.from_precision(precision)), torch.linalg.cholesky(dense_precision(precision)))
 
 
 @pytest.mark.parametrize("grid", PRECISION_GRIDS)
@@ -577,7 +578,7 @@ BAD_PRECISIONS = [
         (lambda: bg.matern_precision((3, 4), 2.0, 1.0, [1, -1]), ValueError, r"variance is \[1.0, -1.0\], expected finite"),
         (lambda: bg.car_precision((3, 4), 1.0), ValueError, "dependence is 1.0, expected less than 1 in magnitude"),
         (lambda: bg.car_precision((3, 1), 0.5, 1.0, bg.Stencil([(0, 1)])), ValueError, r"site \(0, 0\) .* has no neighbours"),
-        (lambda: bg.car_precision((3, 4), 0.5, 1.0, 4), TypeError, "stencil is a int, expected a Stencil"),
+        (lambda: bg.car_precision((3, 4), 0.5, 1.0, 4), TypeError, "neighbours is a int, expected a Stencil"),
         (lambda: bg.thin_plate_precision((3, 4), 1.0, 0.0), ValueError, "ridge is 0.0, expected finite and positive"),
     ]
 ]
