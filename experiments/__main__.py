@@ -154,5 +154,27 @@ def calibrate() -> None:
             typer.echo(f"    {row:14} {rows[row]:9.3f}, in the paper {value:g}")
 
 
+@app.command()
+def gallery(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/gallery-DATE-TIME]")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
+    size: Annotated[int, typer.Option(min=16, max=256, help="Height and width of the images in pixels.")] = 256,
+) -> None:
+    """Samples of factors constructed from precisions, a covariance function, and photographs."""
+    from rich.console import Console
+
+    from .gallery import GalleryConfig, run
+    from .results import new_results_folder
+
+    try:
+        folder = new_results_folder("gallery", out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+    run(GalleryConfig(seed=seed, size=size), folder, Console())
+    typer.echo(f"Results: {folder}")
+
+
 if __name__ == "__main__":
     app(prog_name="python -m experiments")

@@ -5,7 +5,6 @@ import torch
 
 import banded_gmrf as bg
 from supn_models import CovarianceMLP
-
 from tests.dense import exists
 
 LAYOUTS = [
