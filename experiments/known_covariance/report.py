@@ -66,6 +66,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         if len(row["nll"]["by_seed"]) > 1
     ]
     machine = results["machine"]
+    part = " for the last part of an interrupted run" if results["resumed"] else ""
     return (
         f"# {config.experiment.capitalize()}: recovering a known covariance\n\n"
         + markdown_table(header, table)
@@ -85,7 +86,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         "\n\n"
         + (f"Range of -log p(x) over seeds: {'; '.join(spread)}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
-        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {results['device']} with "
+        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s{part} on {results['device']} with "
         f"{machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, "
         f"torch {results['versions']['torch']}.\n"
     )
