@@ -66,8 +66,8 @@ def exact_is_affordable(factor: StencilCholesky, reach: int) -> bool:
 def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, int, Tensor], Tensor]) -> list[Tensor]:
     """Visit, block by block, the covariances of all pairs of sites whose rows are at most ``reach`` apart.
 
-    Holds one block's covariances at a time. For a backward pass, those at the ends of about √blocks segments are kept and the
-    rest is computed again, so that the memory grows with the square root of the number of rows.
+    Holds one block's covariances at a time. For a backward pass, those between short segments of blocks are kept and the rest
+    is computed again, so that the memory grows with the square root of the number of rows.
 
     Args:
         factor: the factor L of Λ.
@@ -94,7 +94,7 @@ def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, in
     window = coefficients[0].new_zeros(*coefficients[0].shape[: -len(factor.grid) - 1], 0, 0)
     if not (torch.is_grad_enabled() and coefficients[0].requires_grad):
         return segment(window, blocks)[1][::-1]
-    length = math.isqrt(len(blocks) - 1) + 1
+    length = max(1, math.isqrt(len(blocks)) // 4)  # what one step keeps is worth about 16 of the windows between segments
     results = []
     for first in range(0, len(blocks), length):
         part = blocks[first : first + length]
@@ -125,7 +125,7 @@ def _exact_variance(factor: StencilCholesky) -> Tensor:
     row = math.prod(factor.grid[1:])
 
     def own_variance(start: int, stop: int, covariance: Tensor) -> Tensor:
-        return covariance.diagonal(dim1=-2, dim2=-1)[..., : (stop - start) * row]
+        return covariance.diagonal(dim1=-2, dim2=-1)[..., : (stop - start) * row].clone()  # a view would keep the block
 
     batch = factor.batch_shape.numel()
     size = max(1, _CHUNK_ELEMENTS // ((reach + 1) * row) ** 2)
