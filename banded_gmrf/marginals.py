@@ -113,7 +113,8 @@ def _prepend_block(strip: Tensor, window: Tensor) -> Tensor:
     cross = window[..., :coupled] @ G
     size = width + window.shape[-1]
     covariance = window.new_empty(*window.shape[:-2], size, size)  # in place: nested calls of cat would copy the window twice
-    covariance[..., :width, :width] = inverse.mT @ inverse + G.mT @ cross[..., :coupled, :]
+    own = inverse.mT @ inverse + G.mT @ cross[..., :coupled, :]
+    covariance[..., :width, :width] = 0.5 * (own + own.mT)  # what is not symmetric would grow exponentially from row to row
     covariance[..., width:, :width] = -cross
     covariance[..., :width, width:] = -cross.mT
     covariance[..., width:, width:] = window
