@@ -9,8 +9,9 @@ from torch.distributions import Distribution, constraints
 
 from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
 
-from . import marginals
+from . import conditioning, marginals
 from .cholesky import StencilCholesky, negative_log_likelihood
+from .conditioning import ConditionalGMRF
 from .marginals import VarianceEstimate
 from .stencil import Stencil
 
@@ -233,6 +234,46 @@ class GMRF(Distribution):
             self._validate_sample(value)
         factor = self._factor
         return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
+
+    def condition(self, mask: Tensor, values: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000) -> ConditionalGMRF:
+        """The distribution given the values of some sites: for interpolation and inpainting.
+
+        Args:
+            mask: bool (*batch, *grid), true where a site is observed; its batch is broadcast against the distribution's.
+            values: (*batch, *grid), of which the observed sites are read.
+            tolerance: residual, relative to the right-hand side, at which the solver stops.
+            max_iterations: of the solver; if they do not suffice, it warns with the residual (RuntimeWarning).
+
+        Returns:
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid.
+
+        Raises:
+            TypeError: ``mask`` is not of bools, or ``values`` has another dtype than the distribution.
+            ValueError: grids, batches or devices that do not fit.
+        """
+        return conditioning.condition(self, mask, values, tolerance=tolerance, max_iterations=max_iterations)
+
+    def posterior(
+        self, observation: Tensor, noise_variance: Tensor | float, tolerance: float = 1e-6, max_iterations: int = 1000
+    ) -> ConditionalGMRF:
+        """The distribution given observation = x + noise, the noise independent from site to site: for denoising.
+
+        Its mean is the Wiener filter, loc + (Λ + N⁻¹)⁻¹ N⁻¹ (observation - loc) with the noise variances N.
+
+        Args:
+            observation: (*batch, *grid), broadcast against the distribution's batch.
+            noise_variance: a number, or a tensor that broadcasts to (*batch, *grid), in squared units of the field; infinite
+                where nothing is observed, 0 where the observation is exact.
+            tolerance, max_iterations: as for `condition`.
+
+        Returns:
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``.
+
+        Raises:
+            TypeError: ``observation`` has another dtype than the distribution.
+            ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
+        """
+        return conditioning.posterior(self, observation, noise_variance, tolerance=tolerance, max_iterations=max_iterations)
 
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""

@@ -6,7 +6,7 @@ import torch
 import banded_gmrf as bg
 from banded_gmrf import marginals
 from banded_gmrf.strips import block_rows
-from tests.cases import FACTORS, STENCILS, dense, random_cholesky
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
 # Inverting the dense precision loses a multiple of cond(Λ) ≈ 10² roundings of float64 (10⁻¹⁶).
@@ -83,17 +83,7 @@ def test_second_derivatives_of_the_exact_variance(monkeypatch):
     assert torch.autograd.gradgradcheck(lambda *t: centred(bg.StencilCholesky(*t, stencil)).variance, tensors)
 
 
-def smooth_cholesky(grid, dtype=torch.float64):
-    """The factor of a smooth field, each column from the covariance of a site and its neighbours; cond(Λ) ≈ 10⁵."""
-    stencil = STENCILS["5x5"]
-    sites = torch.tensor([(0, 0), *stencil.offsets], dtype=torch.float64)
-    covariance = (-torch.cdist(sites, sites).square() / 8).exp() + 1e-4 * torch.eye(len(sites), dtype=torch.float64)
-    column = torch.linalg.inv(covariance)[:, 0]
-    column = (column / column[0].sqrt()).to(dtype)
-    return bg.StencilCholesky(column[0].log().expand(grid), column[1:, None, None].expand(-1, *grid), stencil)
-
-
-# Rounding may grow by cond(Λ) at most. It grew to 10⁵ from row to row while the recursion did not keep Σ symmetric.
+# Rounding may grow by cond(Λ) ≈ 10⁵ at most. It grew to 10⁵ from row to row while the recursion did not keep Σ symmetric.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-2)])
 def test_rounding_does_not_grow_over_many_rows(monkeypatch, dtype, tolerance):
     monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
