@@ -9,10 +9,11 @@ from torch.distributions import Distribution, constraints
 
 from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
 
-from . import conditioning, marginals
+from . import conditioning, marginals, spectra
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .conditioning import ConditionalGMRF
 from .marginals import VarianceEstimate
+from .spectra import Eigenpairs
 from .stencil import Stencil
 
 _MAX_DENSE_SITES = 2**13
@@ -234,6 +235,27 @@ class GMRF(Distribution):
             self._validate_sample(value)
         factor = self._factor
         return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
+
+    def leading_eigenpairs(self, k: int) -> Eigenpairs:
+        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L (ARPACK).
+
+        In float64 inside, one distribution after the other. The eigenvalues are differentiable in the factor where they are
+        simple; the eigenvectors are constants.
+
+        Args:
+            k: at least 1, less than the number n of sites. The time grows with n k² once k is in the hundreds.
+
+        Returns:
+            A named tuple of ``eigenvalues`` (*batch, k) in descending order, ``eigenvectors`` (*batch, k, *grid) of unit norm,
+            and ``residuals`` (*batch, k), ‖Σv - λv‖ / λ. A residual above 10⁻⁶ warns (RuntimeWarning).
+
+        Raises:
+            ValueError: ``k`` out of range.
+            scipy.sparse.linalg.ArpackError: no convergence.
+        """
+        values, vectors, residuals = (t.to(self.loc.dtype) for t in spectra.leading_eigenpairs(self._factor, k))
+        batch = self._batch_shape
+        return Eigenpairs(values.expand(*batch, k), vectors.expand(*batch, k, *self._event_shape), residuals.expand(*batch, k))
 
     def condition(self, mask: Tensor, values: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000) -> ConditionalGMRF:
         """The distribution given the values of some sites: for interpolation and inpainting.
