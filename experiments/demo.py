@@ -22,6 +22,7 @@ from rich.markdown import Markdown
 from torch import Tensor, nn
 
 import banded_gmrf as bg
+from banded_gmrf import diagnostics
 from supn_models import ConvAutoencoder, CovarianceNetwork
 
 from . import photographs
@@ -197,23 +198,16 @@ def evaluate(model: CovarianceModel, means: Tensor, residuals: Tensor, names: li
     factor = model(means)
     nats = nats_per_pixel(factor, residuals)
     white = factor.matvec(residuals, transpose=True)
+    neighbours = diagnostics.autocorrelation(white, max_lag=1)
     return {
         "nats_per_pixel": nats.mean().item(),
         "standard_error": (nats.std() / math.sqrt(len(nats))).item(),
         "by_photograph": {
             photograph: nats[[name == photograph for name in names]].mean().item() for photograph in photographs.TEST
         },
-        "whitened_autocorrelation": lag_one_autocorrelation(white),
+        "whitened_autocorrelation": ((neighbours[1, 2] + neighbours[2, 1]) / 2).item(),
         "whitened_variance": white.var().item(),
     }
-
-
-def lag_one_autocorrelation(images: Tensor) -> float:
-    """Correlation of neighbouring pixels of (B, H, W) images, the mean of the horizontal and the vertical one."""
-    centred = images - images.mean()
-    horizontal = (centred[:, :, 1:] * centred[:, :, :-1]).mean()
-    vertical = (centred[:, 1:] * centred[:, :-1]).mean()
-    return ((horizontal + vertical) / 2 / centred.square().mean()).item()
 
 
 def markdown_report(results: dict[str, Any]) -> str:

@@ -150,13 +150,6 @@ def test_patches_come_from_the_photograph():
         assert torch.equal(windows[corner][0].flatten(), patch.flatten().sort().values)
 
 
-def test_lag_one_autocorrelation_of_a_known_process():
-    generator = torch.Generator().manual_seed(0)
-    white = torch.randn(40, 65, 65, generator=generator)
-    assert abs(demo.lag_one_autocorrelation(white)) < 0.01
-    assert demo.lag_one_autocorrelation(white[:, 1:] + white[:, :-1]) == pytest.approx(0.25, abs=0.01)
-
-
 def test_checkpoint_round_trip(tmp_path):
     torch.manual_seed(0)
     networks = {
