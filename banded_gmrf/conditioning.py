@@ -8,9 +8,11 @@ from one linear system each: for x and z drawn from the prior and from N(0, I), 
 
 is a draw from the posterior, and the prior's mean with z = 0 becomes the posterior's (Papandreou & Yuille, Gaussian sampling by
 local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005, section 2.3).
-No matrix is ever formed: the system is solved with conjugate gradients.
+No matrix is formed for these: the systems are solved with conjugate gradients. Only the evidence, which takes a determinant,
+works on dense blocks of rows.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 
@@ -21,7 +23,9 @@ from torch.autograd.function import once_differentiable
 import gmrf_kernels
 from gmrf_kernels.ops import broadcast_batch, check_device, check_vector
 
-from .cholesky import StencilCholesky
+from .cholesky import StencilCholesky, negative_log_likelihood
+from .marginals import exact_is_affordable
+from .strips import block_coefficients, block_rows, radius, scan, strip
 
 
 class ConditionalGMRF:
@@ -70,6 +74,54 @@ class ConditionalGMRF:
         """(*sample_shape, *batch, *grid)."""
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+    @property
+    def log_evidence(self) -> Tensor:
+        """log p(observations) under the prior and the noise, in nats: (*batch,) in float64, differentiable.
+
+        From p(observations) = p(x) p(observations | x) / p(x | observations) at the posterior mean; the last factor takes the
+        determinant of Λ_ff + W, by a block Cholesky factorisation over the rows of the grid.
+
+        Raises:
+            ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and a stencil that reaches r rows.
+        """
+        if not exact_is_affordable(self._factor, radius(self._factor.stencil)):
+            raise ValueError(f"log_evidence needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(self.event_shape)} exceeds")
+        axes = tuple(range(-len(self.event_shape), 0))
+        with torch.no_grad():
+            mean = self.mean.double()  # where the derivative by x is 0
+        mean = self._values.where(self._known, mean)
+        noisy = self._weight > 0
+        log_weight = self._weight.where(noisy, 1).log() - math.log(2 * math.pi)
+        misfit = 0.5 * (log_weight - self._weight * (self._values - mean).square()).where(noisy, 0)
+        free = (~self._known).double() * math.log(2 * math.pi)
+        residual, factor = mean - self._prior.loc.double(), self._factor
+        log_prior = -negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
+        sites = (misfit + 0.5 * free).expand(*self.batch_shape, *self.event_shape)
+        return log_prior + sites.sum(axes) - 0.5 * self._logdet()
+
+    def _logdet(self) -> Tensor:
+        """log |Λ_ff + W|, by elimination of one block of rows after the other: Λ_ff is the sum of L_f L_fᵀ over its columns."""
+        rows, ndim = self.event_shape[0], len(self.event_shape)
+        known, weight = (t.expand(*t.shape[: max(0, t.ndim - ndim)], *self.event_shape) for t in (self._known, self._weight))
+        free = (~known).flatten(-ndim).double()
+        diagonal = weight.where(~known, 1).flatten(-ndim)
+        row = free.shape[-1] // rows
+
+        def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
+            own = slice(block[0] * row, block[1] * row)
+            columns = strip(coefficients, self._factor.stencil, rows - block[0])
+            height, width = columns.shape[-2:]
+            columns = columns * free[..., own.start : own.start + height, None]
+            grown = torch.nn.functional.pad(window, (0, height - window.shape[-1]) * 2)
+            added = torch.nn.functional.pad(diagonal[..., own], (0, height - width))
+            total = grown + columns @ columns.mT + torch.diag_embed(added)
+            P = torch.linalg.cholesky(total[..., :width, :width])
+            Q = torch.linalg.solve_triangular(P, total[..., :width, width:], upper=False)
+            return total[..., width:, width:] - Q.mT @ Q, 2 * P.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+        blocks = list(zip(block_rows(self.event_shape), block_coefficients(self._factor), strict=True))
+        return sum(scan(step, self._weight.new_zeros(0, 0), blocks))
 
     def __repr__(self) -> str:
         return f"ConditionalGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"

@@ -98,7 +98,7 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
 def chi_squared_coverage(q: GMRF, x: Tensor, levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99)) -> Tensor:
     """The fraction of fields inside the ellipsoids to which the model gives each probability.
 
-    If x follows the model, ‖Lᵀ(x - loc)‖² follows a χ² distribution with n degrees of freedom, and the fractions are the levels.
+    If x follows the model, ‖Lᵀ(x - loc)‖² follows a χ² distribution with n degrees of freedom: the fractions are the levels.
 
     Args:
         q: the model.

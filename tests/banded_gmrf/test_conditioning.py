@@ -1,5 +1,6 @@
 import pytest
 import torch
+from torch.distributions import MultivariateNormal
 
 import banded_gmrf as bg
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
@@ -64,6 +65,59 @@ def test_samples_have_the_dense_mean_and_covariance(name):
     assert ((x.mean(0) - mean.flatten()).abs() <= 5 * (variance.clamp(min=0) / count).sqrt() + 1e-10).all()
     error = 5 * ((variance[:, None] * variance + covariance.square()).clamp(min=0) / count).sqrt() + 1e-10
     assert ((x.T.cov() - covariance).abs() <= error).all()
+
+
+def dense_log_evidence(q, y, noise_variance):
+    """log N(y; loc, Σ + noise) of the sites that are observed, one observation vector each."""
+    n = q.event_shape.numel()
+    L, m = dense(q.precision_cholesky), q.loc.flatten(-len(q.event_shape))
+    covariance = torch.linalg.inv(L @ L.mT).reshape(-1, n, n)
+    y, noise, m = (t.expand(*q.batch_shape, *q.event_shape).reshape(-1, n) for t in (y, noise_variance, m.view_as(q.loc)))
+    values = []
+    for mean, Sigma, value, variance in zip(m, covariance, y, noise, strict=True):
+        seen = variance.isfinite()
+        observed = MultivariateNormal(mean[seen], Sigma[seen][:, seen] + variance[seen].diag(), validate_args=False)
+        values.append(observed.log_prob(value[seen]) if seen.any() else mean.new_zeros(()))
+    return torch.stack(values).reshape(q.batch_shape)
+
+
+@pytest.mark.parametrize("block_sites", [1, 32])
+@pytest.mark.parametrize(("name", "grid"), FACTORS)
+def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    q = random_gmrf(name, grid, batch=(2,))
+    y, noise_variance = torch.randn(2, *grid, dtype=torch.float64), mixed_noise(grid)
+    expected = dense_log_evidence(q, y, noise_variance)
+    torch.testing.assert_close(q.posterior(y, noise_variance, **PRECISE).log_evidence, expected, **CLOSE)
+    torch.testing.assert_close(
+        q.posterior(y, torch.ones(grid)).log_evidence, dense_log_evidence(q, y, torch.ones(grid)), **CLOSE
+    )
+    mask = torch.ones(grid, dtype=torch.bool)
+    torch.testing.assert_close(q.condition(mask, y).log_evidence, q.log_prob(y), **CLOSE)
+    torch.testing.assert_close(q.condition(~mask, y).log_evidence, torch.zeros(2, dtype=torch.float64), **CLOSE)
+
+
+def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    stencil, grid = STENCILS["5x5"], (4, 3)
+    noise_variance = mixed_noise(grid)
+    noisy = (noise_variance > 0) & noise_variance.isfinite()
+    tensors = [torch.randn(grid, dtype=torch.float64), *random_factor(stencil.offsets, grid, (2,))]
+    tensors += [torch.randn(grid, dtype=torch.float64), noise_variance[noisy]]
+    loc, log_diag, off_diag, y, noise = (t.requires_grad_() for t in tensors)
+    q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil))
+    noise_variance = noise_variance.masked_scatter(noisy, noise)
+    actual = q.posterior(y, noise_variance, **PRECISE).log_evidence
+    expected = dense_log_evidence(q, y, noise_variance)
+    gradients = [torch.autograd.grad(value.sum(), tensors, retain_graph=True) for value in (actual, expected)]
+    for a, e in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, e, **CLOSE)
+
+
+def test_log_evidence_of_large_grids_is_refused(monkeypatch):
+    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
+    with pytest.raises(ValueError, match=r"log_evidence needs n \(r \+ 1\)² W² ≤ 2⁴⁰, which the grid \(4, 3\) exceeds"):
+        random_gmrf("3x3", (4, 3)).posterior(torch.zeros(4, 3, dtype=torch.float64), 1.0).log_evidence  # noqa: B018
 
 
 def test_batches_are_broadcast():
