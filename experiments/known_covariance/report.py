@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+from banded_gmrf import diagnostics
+
 from ..results import markdown_table
-from ..whiteness import chi_square_coverage, lag_one_autocorrelation
+from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER
 from .presets import Config
 from .scores import Scores
@@ -34,7 +36,7 @@ def summarise(config: Config, scores: dict[str, list[Scores]]) -> dict[str, dict
         whitened = [one.whitened for one in of_seeds]
         row["whitened_variance"] = sum(one.var().item() for one in whitened) / len(whitened)
         row["whitened_autocorrelation"] = sum(lag_one_autocorrelation(one) for one in whitened) / len(whitened)
-        row["coverage"] = chi_square_coverage(whitened[0], COVERAGE_LEVELS)
+        row["coverage"] = diagnostics.chi_squared_coverage(whitened[0], COVERAGE_LEVELS, ndim=whitened[0].ndim - 1).tolist()
     diagonal = rows["diagonal"]["nll"]["mean"]
     for model in config.models[1:]:
         floor = rows["truth" if model.stencil == "dense" else floor_name(model.stencil)]["nll"]["mean"]
