@@ -49,7 +49,7 @@ class StencilCholesky:
 
         It minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)), hence the expected negative log likelihood of samples of N(0, Σ): no factor
         with that stencil does better. Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler
-        minimization, SIAM J. Sci. Comput. 2021, theorem 2.1; it is Vecchia's approximation, and exact where the stencil
+        minimization, SIAM J. Sci. Comput. 2021; it is Vecchia's approximation, and exact where the stencil
         reaches every later site. Differentiable in the covariances.
 
         Args:

@@ -7,7 +7,7 @@ from one linear system each: for x and z drawn from the prior and from N(0, I), 
     (Λ_ff + W) d = W (y - x) + W^½ z - Λ_fo (x_o - values)
 
 is a draw from the posterior, and the prior's mean with z = 0 becomes the posterior's (Papandreou & Yuille, Gaussian sampling by
-local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005, section 2.3).
+local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005).
 No matrix is formed for these: the systems are solved with conjugate gradients. Only the evidence, which takes a determinant,
 works on dense blocks of rows.
 """

@@ -5,8 +5,8 @@ KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and tho
 
     L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
 
-(Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021,
-theorem 2.1; Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
+(Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021;
+Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
 
 **Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
 differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between

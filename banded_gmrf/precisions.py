@@ -122,7 +122,7 @@ def matern_precision(
 
     (κ² - Δ)^(α/2) x = white noise on a grid of unit spacing, α = smoothness + d/2: Λ = τ² (κ² I + G)^α with G the graph
     Laplacian of the grid (zero flux at its edges). Lindgren, Rue and Lindström, An explicit link between Gaussian fields and
-    Gaussian Markov random fields: the stochastic partial differential equation approach, JRSS B 2011, section 2.
+    Gaussian Markov random fields: the stochastic partial differential equation approach, JRSS B 2011.
 
     Args:
         grid: numbers of sites along each of the d axes.
@@ -222,7 +222,7 @@ def thin_plate_precision(
 
     xᵀΛx = bending · Σ (x_aa² + 2 x_ab² + ...) + ridge · Σ x², the second differences x_ab, of each pair of axes, taken wherever
     they exist. Without the ridge Λ is intrinsic: constants and planes have no energy. Rue and Held, Gaussian Markov random
-    fields, 2005, chapter 3.
+    fields, 2005.
 
     Args:
         grid: numbers of sites along each axis.
