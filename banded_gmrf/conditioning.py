@@ -58,7 +58,8 @@ class ConditionalGMRF:
         self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
         self._known = known
         self._weight = noise_precision.double().masked_fill(known, 0)
-        self._values = values.double().where(known | (self._weight > 0), 0)
+        self._noisy = self._weight > 0
+        self._values = values.double().where(known | self._noisy, 0)
 
     @property
     def mean(self) -> Tensor:
@@ -91,9 +92,8 @@ class ConditionalGMRF:
         with torch.no_grad():
             mean = self.mean.double()  # where the derivative by x is 0
         mean = self._values.where(self._known, mean)
-        noisy = self._weight > 0
-        log_weight = self._weight.where(noisy, 1).log() - math.log(2 * math.pi)
-        misfit = 0.5 * (log_weight - self._weight * (self._values - mean).square()).where(noisy, 0)
+        log_weight = self._weight.where(self._noisy, 1).log() - math.log(2 * math.pi)
+        misfit = 0.5 * (log_weight - self._weight * (self._values - mean).square()).where(self._noisy, 0)
         free = (~self._known).double() * math.log(2 * math.pi)
         residual, factor = mean - self._prior.loc.double(), self._factor
         log_prior = -negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
@@ -130,7 +130,8 @@ class ConditionalGMRF:
         """``x`` given the observations, with z for their noise: (*sample, *batch, *grid)."""
         dtype, x = x.dtype, x.double()
         start = self._values.where(self._known, x)
-        rhs = self._weight * (self._values - x) + self._weight.sqrt() * z - self._precision(start - x)
+        noise = self._weight.where(self._noisy, 1).sqrt().where(self._noisy, 0) * z  # √ has no finite derivative at 0
+        rhs = self._weight * (self._values - x) + noise - self._precision(start - x)
         return (start + self._solve(rhs.masked_fill(self._known, 0))).to(dtype)
 
     def _precision(self, x: Tensor) -> Tensor:

@@ -114,6 +114,23 @@ def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
         torch.testing.assert_close(a, e, **CLOSE)
 
 
+def test_determinants_of_smooth_fields_over_many_rows(monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    q = bg.GMRF(torch.zeros(60, 6, dtype=torch.float64), smooth_cholesky((60, 6)))
+    # Where nothing is observed the evidence is 1: ½ log |Λ| is taken from L on one side and from the elimination on the other.
+    torch.testing.assert_close(q.posterior(q.loc, torch.inf).log_evidence.item(), 0.0, rtol=0, atol=1e-8)
+
+
+def test_noise_that_is_zero_or_infinite_has_finite_gradients():
+    q = random_gmrf("3x3", (3, 2))
+    noise_variance = torch.tensor([[0.5, 0.0], [torch.inf, 1.5], [0.7, torch.inf]], dtype=torch.float64, requires_grad=True)
+    posterior = q.posterior(torch.randn(3, 2, dtype=torch.float64), noise_variance)
+    for value in (posterior.mean, posterior.rsample((2,)), posterior.log_evidence):
+        (gradient,) = torch.autograd.grad(value.sum(), noise_variance, retain_graph=True)
+        assert gradient.isfinite().all()
+        assert (gradient[(noise_variance == 0) | noise_variance.isinf()] == 0).all()
+
+
 def test_log_evidence_of_large_grids_is_refused(monkeypatch):
     monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
     with pytest.raises(ValueError, match=r"log_evidence needs n \(r \+ 1\)² W² ≤ 2⁴⁰, which the grid \(4, 3\) exceeds"):
