@@ -17,7 +17,7 @@ def main() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/demo-DATE-TIME]")
+        Path | None, typer.Option(help="Folder for the results, new or empty.", show_default="results/demo-DATE-TIME")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
     patches: Annotated[int, typer.Option(min=1, help="Number of training patches.")] = 24_000,
@@ -56,14 +56,19 @@ class Preset(StrEnum):
 
 _PresetOption = Annotated[Preset, typer.Option(help="quick: minutes on two cores; paper: the paper's size.")]
 _OutOption = Annotated[
-    Path | None, typer.Option(help="Folder for the results, new or empty; with --resume that of the run to go on with.")
+    Path | None,
+    typer.Option(
+        help="Folder for the results, new or empty; with --resume that of the run to go on with.",
+        show_default="results/NAME-DATE-TIME",
+    ),
 ]
 _ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out, to the same numbers.")]
-_DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to compute, as torch names it.  [default: cuda if there is one]")
-]
-_SizeOption = Annotated[int | None, typer.Option(min=1, help="Replaces the preset's.")]
-_SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.")]
+_DeviceOption = Annotated[str | None, typer.Option(help="Torch's name of the device.", show_default="cuda if there is one")]
+_TrainOption = Annotated[int | None, typer.Option(min=1, help="Training signals.", show_default="the preset's")]
+_TestOption = Annotated[int | None, typer.Option(min=2, help="Test signals.", show_default="the preset's")]
+_EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs of every network.", show_default="the preset's")]
+_SeedsOption = Annotated[int | None, typer.Option(min=1, help="Networks of each kind.", show_default="the preset's")]
+_SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.", show_default="the preset's")]
 
 
 @app.command()
@@ -73,10 +78,10 @@ def splines(
     resume: _ResumeOption = False,
     device: _DeviceOption = None,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    seeds: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    seeds: _SeedsOption = None,
 ) -> None:
     """Recover the known covariance of splines with correlated noise: Table 1, Figures 3 and 4 of the SUPN paper."""
     _known_covariance("splines", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
@@ -89,10 +94,10 @@ def ellipses(
     resume: _ResumeOption = False,
     device: _DeviceOption = None,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    seeds: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    seeds: _SeedsOption = None,
 ) -> None:
     """Recover the known covariance of images of ellipses: Table 2, Figures 5 and 6 of the SUPN paper."""
     _known_covariance("ellipses", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
@@ -157,7 +162,7 @@ def calibrate() -> None:
 @app.command()
 def gallery(
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/gallery-DATE-TIME]")
+        Path | None, typer.Option(help="Folder for the results, new or empty.", show_default="results/gallery-DATE-TIME")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
     size: Annotated[int, typer.Option(min=16, max=256, help="Height and width of the images in pixels.")] = 256,
