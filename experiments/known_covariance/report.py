@@ -77,9 +77,9 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"# {config.experiment.capitalize()}: recovering a known covariance\n\n"
         + markdown_table(header, table)
         + f"\nMeans over {config.test} test signals and over the networks of a kind ({kinds}), ± their standard errors over "
-        "the test signals. -log p(x) in nats, KL(N(0, Σ̂) ‖ N(0, Σ)) in nats, norm is the Frobenius norm of Σ̂ - Σ: lower is better. "
-        "Variance and lag-1 are the variance and the correlation of neighbours of the whitened residuals (1 and 0 for the "
-        "truth). The floor is the factor with that stencil whose expected -log p(x) is lowest "
+        "the test signals. -log p(x) in nats, KL(N(0, Σ̂) ‖ N(0, Σ)) in nats, norm is the Frobenius norm of Σ̂ - Σ: lower is "
+        "better. Variance and lag-1 are the variance and the correlation of neighbours of the whitened residuals (1 and 0 for "
+        "the truth). The floor is the factor with that stencil whose expected -log p(x) is lowest "
         "(`StencilCholesky.from_covariance`): no network with that stencil can do better. A dense factor's floor is the truth. "
         "Gap closed is the part of the distance in -log p(x) from the diagonal network to the floor; the paper's model closed "
         f"{100 * paper_gap:.0f} % of the distance to the truth.\n\n"
