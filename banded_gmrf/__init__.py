@@ -3,16 +3,20 @@
 from gmrf_kernels import use_backend
 
 from .cholesky import StencilCholesky, negative_log_likelihood
+from .conditioning import ConditionalGMRF
+from .divergence import kl_divergence
 from .gmrf import GMRF
 from .precisions import StencilPrecision, car_precision, matern_precision, thin_plate_precision
 from .stencil import Stencil
 
 __all__ = [
     "GMRF",
+    "ConditionalGMRF",
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",
     "car_precision",
+    "kl_divergence",
     "matern_precision",
     "negative_log_likelihood",
     "thin_plate_precision",

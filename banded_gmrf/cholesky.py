@@ -49,7 +49,7 @@ class StencilCholesky:
 
         It minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)), hence the expected negative log likelihood of samples of N(0, Σ): no factor
         with that stencil does better. Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler
-        minimization, SIAM J. Sci. Comput. 2021, theorem 2.1; it is Vecchia's approximation, and exact where the stencil
+        minimization, SIAM J. Sci. Comput. 2021; it is Vecchia's approximation, and exact where the stencil
         reaches every later site. Differentiable in the covariances.
 
         Args:
@@ -94,7 +94,8 @@ class StencilCholesky:
                 mean negative log likelihood plus ½ ridge ‖L‖²_F.
             stationary: sites share their coefficients. A site near an edge of the grid, some of whose neighbours do not exist,
                 shares those of all sites with the same existing neighbours; they are estimated wherever on the grid these
-                neighbours exist.
+                neighbours exist. Nothing makes such a factor stable: if its stencil is too small for what the samples show,
+                its own samples may grow from one edge of the grid to the other.
 
         Returns:
             The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.
@@ -108,22 +109,26 @@ class StencilCholesky:
         return cls(*estimation.factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
     @classmethod
-    def from_precision(cls, precision: StencilPrecision) -> "StencilCholesky":
-        """The exact Cholesky factor of a sparse precision Λ.
+    def from_precision(cls, precision: StencilPrecision, stencil: Stencil | None = None) -> "StencilCholesky":
+        """The Cholesky factor of a sparse precision Λ, exact or with a given stencil. Differentiable in Λ.
 
-        It fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster order, that fit the
-        grid. With a reach of r rows of W sites these are about 2 r W offsets: 1,023 for r = 2 and W = 256, and 537 MB in
-        float64 for 256 x 256 sites. Cost: about 5 n (r W)² operations, as a Cholesky decomposition of dense blocks of r W
-        sites. Differentiable in Λ.
+        The exact factor fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster
+        order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and a few n (r W)²
+        operations. For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every
+        offset, which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
+
+        With a stencil, the factor `nearest` to the exact one, which takes about as long again.
 
         Args:
             precision: Λ, as one of the builders of `banded_gmrf.precisions` or ``StencilPrecision.from_matrix`` gives it.
+            stencil: the stencil of the factor; None is the exact factor.
 
         Raises:
-            TypeError: ``precision`` is not a `StencilPrecision`.
-            ValueError: Λ is not positive definite.
+            TypeError: ``precision`` is not a `StencilPrecision`, or ``stencil`` not a `Stencil`.
+            ValueError: Λ is not positive definite, or ``stencil`` has another number of axes.
         """
-        return cls(*construction.factor_of_precision(precision))
+        exact = cls(*construction.factor_of_precision(precision))
+        return exact if stencil is None else exact.nearest(stencil)
 
     @property
     def log_diag(self) -> Tensor:
@@ -168,6 +173,18 @@ class StencilCholesky:
     def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
         """L⁻¹b, or L⁻ᵀb with ``transpose``; shapes and errors as for `matvec`."""
         return self._apply(gmrf_kernels.solve, "b", b, transpose)
+
+    def nearest(self, stencil: Stencil) -> "StencilCholesky":
+        """The factor with another stencil whose distribution is nearest to this one's, as `from_covariance` defines it.
+
+        The covariances that it needs come from a selected inverse, exactly: a few n (r W)² operations and a window of (r W)²
+        numbers, r the rows that the larger of the two stencils reaches and W the sites of a row. Differentiable.
+
+        Raises:
+            TypeError: ``stencil`` is not a `Stencil`.
+            ValueError: ``stencil`` has another number of axes.
+        """
+        return StencilCholesky(*construction.nearest_factor(self, stencil), stencil).expand(self._batch_shape)
 
     def logdet(self) -> Tensor:
         """log |L| = ½ log |Λ| in nats: (*batch,), in float32 for float16 and bfloat16 coefficients."""

@@ -5,17 +5,18 @@ KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and tho
 
     L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
 
-(Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021,
-theorem 2.1; Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
+(Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021;
+Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
 
 **Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
 differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between
-the origin and the last offset of Λ. So L fills a band of the matrix, and a block of as many sites as the band is wide reaches
-into the next block only.
+the origin and the last offset of Λ, and L is no wider a band matrix than Λ: a block of as many sites as the band is wide
+reaches into the next block only.
 """
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -25,6 +26,9 @@ from gmrf_kernels.ops import accumulate_dtype, check_tensor
 
 from .precisions import StencilPrecision
 from .stencil import Stencil, check_stencil
+
+if TYPE_CHECKING:
+    from .cholesky import StencilCholesky
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -40,7 +44,8 @@ def factor_of_covariance(
     stencil._check_grid(grid)
     grid = torch.Size(grid)
     if isinstance(covariance, Tensor):
-        one, device, blocks = covariance[..., :1, :1, None], covariance.device, _entries_of_matrix(covariance, grid)
+        blocks = _entries_of_matrix(covariance, grid)
+        one, device = covariance[..., :1, :1, None], covariance.device
     elif callable(covariance):
         origin = torch.zeros((1, 1, 1, stencil.ndim), dtype=torch.int64)
         one, device, blocks = covariance(origin, origin), None, covariance
@@ -69,8 +74,7 @@ def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, St
         raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
     grid, ndim, device = precision.grid, precision.stencil.ndim, precision.diag.device
     n, dtype = grid.numel(), accumulate_dtype(precision.off_diag.dtype)
-    filled = _filled_stencil(precision.stencil, grid)
-    reach = flat_index(torch.tensor(filled.offsets[-1]), grid).item() if len(filled) else 0
+    filled, reach = _filled_stencil(precision.stencil, grid)
     block = max(reach, _MIN_BLOCK_SITES)
     read, written = (_places_in_strip(offsets, grid, block).to(device) for offsets in (precision.stencil, filled))
 
@@ -98,19 +102,53 @@ def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, St
     return columns[0].log().to(precision.diag.dtype), off_diag.to(precision.off_diag.dtype), filled
 
 
-def _filled_stencil(stencil: Stencil, grid: torch.Size) -> Stencil:
-    """The offsets at which the factor of a precision with this stencil may have entries."""
+def _filled_stencil(stencil: Stencil, grid: torch.Size) -> tuple[Stencil, int]:
+    """The offsets at which the factor of a precision with this stencil may have entries, and the width of the band."""
     origin = (0,) * stencil.ndim
-    last = max((offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))), default=origin)
-    box = itertools.product(range(last[0] + 1), *(range(1 - n, n) for n in grid[1:]))
-    return Stencil([offset for offset in box if origin < offset <= last], stencil.ndim)
+    existing = [offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))]
+    if not existing:
+        return Stencil([], stencil.ndim), 0
+    reach = int(flat_index(torch.tensor(existing), grid).max())
+    box = itertools.product(range(existing[-1][0] + 1), *(range(1 - n, n) for n in grid[1:]))
+    between = [offset for offset in box if origin < offset <= existing[-1]]
+    within = flat_index(torch.tensor(between), grid) <= reach
+    return Stencil(itertools.compress(between, within.tolist()), stencil.ndim), reach
 
 
 def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:
-    """Where the entries (K, block) of a block's columns, the diagonal first, are in these columns as a matrix (2 block, block)."""
+    """Where in a block's columns (2 block, block) the diagonal and the offsets' entries (K, block) are, both flattened."""
     down = flat_index(torch.tensor([(0,) * stencil.ndim, *stencil.offsets]), grid)
     column = torch.arange(block)
     return ((down[:, None] + column) * block + column).flatten()
+
+
+def nearest_factor(factor: "StencilCholesky", stencil: Stencil) -> tuple[Tensor, Tensor]:
+    """``log_diag`` and ``off_diag`` of the factor with another stencil that is nearest to the distribution of ``factor``."""
+    from .marginals import scan_covariance  # which is built on factors
+    from .strips import radius
+
+    check_stencil(stencil)
+    grid = factor.grid
+    stencil._check_grid(grid)
+    row = grid[1:].numel()
+
+    def columns_of_block(start: int, stop: int, covariance: Tensor) -> Tensor:
+        def of_sites(a: Tensor, b: Tensor) -> Tensor:
+            return covariance[..., flat_index(a, grid) - start * row, flat_index(b, grid) - start * row]
+
+        return nearest_columns(
+            "the covariance of the precision",
+            of_sites,
+            stencil,
+            grid,
+            covariance.shape[:-2],
+            covariance.device,
+            range(start * row, stop * row),
+        )
+
+    reach = max(radius(factor.stencil), radius(stencil))
+    columns = torch.cat(scan_covariance(factor, reach, columns_of_block), -2)
+    return as_factor(columns.to(factor.dtype), grid)
 
 
 def nearest_columns(
@@ -120,8 +158,9 @@ def nearest_columns(
     grid: torch.Size,
     batch: torch.Size,
     device: torch.device | None,
+    numbers: range | None = None,
 ) -> Tensor:
-    """All columns of the nearest factor, as `optimal_columns` gives them: (*batch, n, K).
+    """Columns of the nearest factor, as `optimal_columns` gives them: (*batch, sites, K).
 
     Args:
         name: what an error calls the covariance.
@@ -129,9 +168,10 @@ def nearest_columns(
         stencil, grid: of the factor.
         batch: the batch shape of the covariances.
         device: where the function expects its arguments; None is torch's default.
+        numbers: the sites' raster numbers; None is all.
     """
     columns = []
-    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device):
+    for sites, exists in neighbourhoods(stencil, grid, batch.numel(), device, numbers):
         blocks = covariance(sites[:, :, None], sites[:, None, :])
         expected = (*batch, *exists.shape, exists.shape[-1])
         if blocks.shape != expected:
@@ -141,9 +181,11 @@ def nearest_columns(
 
 
 def neighbourhoods(
-    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None
+    stencil: Stencil, grid: torch.Size, batch: int, device: torch.device | None, numbers: range | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Each site's forward neighbours and, last, the site itself, for as many sites at a time as memory allows.
+
+    ``numbers`` are the raster numbers of the sites, by default all.
 
     Yields:
         The indices (m, K, ndim) of the neighbours, those of the site itself in place of one that does not exist, and which of
@@ -152,8 +194,9 @@ def neighbourhoods(
     offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim], device=device)
     size = torch.tensor(grid, device=device)
     per_site = max(1, batch) * len(offsets) ** 2
-    for numbers in torch.arange(grid.numel(), device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
-        sites = torch.stack(torch.unravel_index(numbers, grid), -1)[:, None]
+    numbers = range(grid.numel()) if numbers is None else numbers
+    for chunk in torch.arange(numbers.start, numbers.stop, device=device).split(max(1, _CHUNK_ELEMENTS // per_site)):
+        sites = torch.stack(torch.unravel_index(chunk, grid), -1)[:, None]
         moved = sites + offsets
         exists = ((moved >= 0) & (moved < size)).all(-1)
         yield torch.where(exists[..., None], moved, sites), exists

@@ -1,7 +1,7 @@
 """The Gaussian Markov random field as a torch distribution."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -9,10 +9,14 @@ from torch.distributions import Distribution, constraints
 
 from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
 
-from . import marginals
+from . import conditioning, marginals, spectra
 from .cholesky import StencilCholesky, negative_log_likelihood
+from .conditioning import ConditionalGMRF
 from .marginals import VarianceEstimate
+from .spectra import Eigenpairs
 from .stencil import Stencil
+
+_MAX_DENSE_SITES = 2**13
 
 
 class _Finite(constraints.Constraint):
@@ -148,6 +152,57 @@ class GMRF(Distribution):
         estimate = marginals.marginal_variance(self._factor, method, num_samples)
         return VarianceEstimate(*(t.to(self.loc.dtype).expand(self.loc.shape) for t in estimate))
 
+    def covariance_columns(self, sites: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
+        """Covariances of some sites with all sites, columns of Λ⁻¹: two solves for all of them at once.
+
+        Args:
+            sites: one site, a tuple of ``ndim`` indices (an integer will do for one axis), or a sequence of m such tuples.
+
+        Returns:
+            (*batch, *grid) for one site, (m, *batch, *grid) for m; in float32 for float16 and bfloat16 factors.
+
+        Raises:
+            TypeError: an index is not an integer.
+            ValueError: a site has another number of axes, or lies outside the grid.
+        """
+        sites = self._check_sites(sites)
+        units = _units(sites.reshape(-1, sites.shape[-1]), self._factor)
+        columns = self._factor.solve(self._factor.solve(units), transpose=True)
+        columns = columns.expand(len(units), *self._batch_shape, *self._event_shape)
+        return columns if sites.ndim > 1 else columns[0]
+
+    def correlation_with(self, site: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
+        """Correlations of one site, or of m, with all sites; arguments, shapes and errors as for `covariance_columns`.
+
+        In [-1, 1] up to rounding where `variance` is exact.
+        """
+        sites = self._check_sites(site)
+        columns = self.covariance_columns(sites)
+        stddev = self.stddev.to(columns.dtype)
+        own = stddev[(..., *sites.unbind(-1))]
+        own = own.movedim(-1, 0) if sites.ndim > 1 else own
+        return columns / (stddev * own.reshape(*own.shape, *[1] * len(self._event_shape)))
+
+    @property
+    def covariance_matrix(self) -> Tensor:
+        """Σ as a dense matrix (*batch, n, n), sites in raster order, by 2 n solves; for n ≤ 8192 sites.
+
+        Raises:
+            ValueError: more sites.
+        """
+        return self._dense("covariance_matrix", lambda columns: self._factor.solve(self._factor.solve(columns), transpose=True))
+
+    @property
+    def precision_matrix(self) -> Tensor:
+        """Λ as a dense matrix (*batch, n, n), sites in raster order, for n ≤ 8192 sites.
+
+        Raises:
+            ValueError: more sites.
+        """
+        return self._dense(
+            "precision_matrix", lambda columns: self._factor.matvec(self._factor.matvec(columns, transpose=True))
+        )
+
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """loc + L⁻ᵀu with u ~ N(0, I): (*sample_shape, *batch, *grid), differentiable in ``loc`` and the factor."""
         shape = self._extended_shape(torch.Size(sample_shape))
@@ -181,6 +236,67 @@ class GMRF(Distribution):
         factor = self._factor
         return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
 
+    def leading_eigenpairs(self, k: int) -> Eigenpairs:
+        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L (ARPACK).
+
+        In float64 inside, one distribution after the other. The eigenvalues are differentiable in the factor where they are
+        simple; the eigenvectors are constants.
+
+        Args:
+            k: at least 1, less than the number n of sites. The time grows with n k² once k is in the hundreds.
+
+        Returns:
+            A named tuple of ``eigenvalues`` (*batch, k) in descending order, ``eigenvectors`` (*batch, k, *grid) of unit norm,
+            and ``residuals`` (*batch, k), ‖Σv - λv‖ / λ. A residual above 10⁻⁶ warns (RuntimeWarning).
+
+        Raises:
+            ValueError: ``k`` out of range.
+            scipy.sparse.linalg.ArpackError: no convergence.
+        """
+        values, vectors, residuals = (t.to(self.loc.dtype) for t in spectra.leading_eigenpairs(self._factor, k))
+        batch = self._batch_shape
+        return Eigenpairs(values.expand(*batch, k), vectors.expand(*batch, k, *self._event_shape), residuals.expand(*batch, k))
+
+    def condition(self, mask: Tensor, values: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000) -> ConditionalGMRF:
+        """The distribution given the values of some sites: for interpolation and inpainting.
+
+        Args:
+            mask: bool (*batch, *grid), true where a site is observed; its batch is broadcast against the distribution's.
+            values: (*batch, *grid), of which the observed sites are read.
+            tolerance: residual, relative to the right-hand side, at which the solver stops.
+            max_iterations: of the solver; if they do not suffice, it warns with the residual (RuntimeWarning).
+
+        Returns:
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid.
+
+        Raises:
+            TypeError: ``mask`` is not of bools, or ``values`` has another dtype than the distribution.
+            ValueError: grids, batches or devices that do not fit.
+        """
+        return conditioning.condition(self, mask, values, tolerance=tolerance, max_iterations=max_iterations)
+
+    def posterior(
+        self, observation: Tensor, noise_variance: Tensor | float, tolerance: float = 1e-6, max_iterations: int = 1000
+    ) -> ConditionalGMRF:
+        """The distribution given observation = x + noise, the noise independent from site to site: for denoising.
+
+        Its mean is the Wiener filter, loc + (Λ + N⁻¹)⁻¹ N⁻¹ (observation - loc) with the noise variances N.
+
+        Args:
+            observation: (*batch, *grid), broadcast against the distribution's batch.
+            noise_variance: a number, or a tensor that broadcasts to (*batch, *grid), in squared units of the field; infinite
+                where nothing is observed, 0 where the observation is exact.
+            tolerance, max_iterations: as for `condition`.
+
+        Returns:
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``.
+
+        Raises:
+            TypeError: ``observation`` has another dtype than the distribution.
+            ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
+        """
+        return conditioning.posterior(self, observation, noise_variance, tolerance=tolerance, max_iterations=max_iterations)
+
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""
         n = self._event_shape.numel()
@@ -190,7 +306,38 @@ class GMRF(Distribution):
         shapes = ", ".join(f"{name}: {getattr(self, name).shape}" for name in self.arg_constraints)
         return f"{type(self).__name__}({shapes})"
 
+    def _check_sites(self, sites) -> Tensor:
+        """(ndim,) or (m, ndim) integers on the factor's device."""
+        grid = self._event_shape
+        sites = torch.as_tensor(sites, device=self._factor.device)
+        if sites.is_floating_point() or sites.is_complex() or sites.dtype == torch.bool:
+            raise TypeError(f"sites is {sites.dtype}, expected integers")
+        if sites.ndim == 0 and len(grid) == 1:
+            sites = sites.reshape(1)
+        if sites.ndim not in (1, 2) or sites.shape[-1] != len(grid):
+            raise ValueError(f"sites has shape {tuple(sites.shape)}, expected ({len(grid)},) or (m, {len(grid)})")
+        outside = ((sites < 0) | (sites >= torch.tensor(grid, device=sites.device))).any(-1)
+        if outside.any():
+            raise ValueError(f"sites has {sites[outside].reshape(-1, len(grid))[0].tolist()}, which is not on {tuple(grid)}")
+        return sites
+
+    def _dense(self, name: str, operator: Callable[[Tensor], Tensor]) -> Tensor:
+        """An operator on vectors as a matrix (*batch, n, n)."""
+        n = self._event_shape.numel()
+        if n > _MAX_DENSE_SITES:
+            raise ValueError(f"{name} takes at most {_MAX_DENSE_SITES} sites, the grid {tuple(self._event_shape)} has {n}")
+        sites = torch.cartesian_prod(*(torch.arange(size, device=self._factor.device) for size in self._event_shape))
+        columns = operator(_units(sites.reshape(n, -1), self._factor))
+        return columns.flatten(-len(self._event_shape)).movedim(0, -1).expand(*self._batch_shape, n, n)
+
     def _residual(self, value: Tensor) -> Tensor:
         check_vector("value", value, "precision_cholesky", self._factor.log_diag, self._event_shape)
         broadcast_batch("value", value.shape[: value.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
         return value.to(accumulate_dtype(value.dtype)) - self.loc
+
+
+def _units(sites: Tensor, factor: StencilCholesky) -> Tensor:
+    """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the factor's batch."""
+    units = torch.zeros((len(sites), *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
+    units[(torch.arange(len(sites), device=factor.device), *sites.unbind(-1))] = 1
+    return units.reshape(len(sites), *[1] * len(factor.batch_shape), *factor.grid)

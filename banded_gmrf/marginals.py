@@ -19,13 +19,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 import gmrf_kernels
 from gmrf_kernels.ops import accumulate_dtype
 
 from .cholesky import StencilCholesky
-from .strips import block_coefficients, block_rows, radius, strip
+from .strips import block_coefficients, block_rows, radius, scan, strip
 
 _EXACT_OPERATIONS = 2**40
 _CHUNK_ELEMENTS = 2**22
@@ -66,8 +65,7 @@ def exact_is_affordable(factor: StencilCholesky, reach: int) -> bool:
 def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, int, Tensor], Tensor]) -> list[Tensor]:
     """Visit, block by block, the covariances of all pairs of sites whose rows are at most ``reach`` apart.
 
-    Holds one block's covariances at a time. For a backward pass, those at the ends of about √blocks segments are kept and the
-    rest is computed again, so that the memory grows with the square root of the number of rows.
+    Holds one block's covariances at a time; `strips.scan` says what a backward pass needs.
 
     Args:
         factor: the factor L of Λ.
@@ -82,25 +80,13 @@ def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, in
     coefficients = block_coefficients(factor)
     blocks = list(zip(block_rows(factor.grid), coefficients, strict=True))[::-1]
 
-    def segment(window: Tensor, part: list[tuple[tuple[int, int], Tensor]]) -> tuple[Tensor, list[Tensor]]:
-        results = []
-        for (start, stop), block in part:
-            covariance = _prepend_block(strip(block, factor.stencil, rows - start), window)
-            results.append(read(start, stop, covariance))
-            kept = reach * row
-            window = covariance[..., :kept, :kept]
-        return window, results
+    def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        covariance = _prepend_block(strip(coefficients, factor.stencil, rows - block[0]), window)
+        kept = reach * row
+        return covariance[..., :kept, :kept], read(*block, covariance)
 
     window = coefficients[0].new_zeros(*coefficients[0].shape[: -len(factor.grid) - 1], 0, 0)
-    if not (torch.is_grad_enabled() and coefficients[0].requires_grad):
-        return segment(window, blocks)[1][::-1]
-    length = math.isqrt(len(blocks) - 1) + 1
-    results = []
-    for first in range(0, len(blocks), length):
-        part = blocks[first : first + length]
-        window, values = checkpoint(segment, window, part, use_reentrant=False, preserve_rng_state=False)
-        results += values
-    return results[::-1]
+    return scan(step, window, blocks)[::-1]
 
 
 def _prepend_block(strip: Tensor, window: Tensor) -> Tensor:
@@ -113,7 +99,8 @@ def _prepend_block(strip: Tensor, window: Tensor) -> Tensor:
     cross = window[..., :coupled] @ G
     size = width + window.shape[-1]
     covariance = window.new_empty(*window.shape[:-2], size, size)  # in place: nested calls of cat would copy the window twice
-    covariance[..., :width, :width] = inverse.mT @ inverse + G.mT @ cross[..., :coupled, :]
+    own = inverse.mT @ inverse + G.mT @ cross[..., :coupled, :]
+    covariance[..., :width, :width] = 0.5 * (own + own.mT)  # what is not symmetric would grow exponentially from row to row
     covariance[..., width:, :width] = -cross
     covariance[..., :width, width:] = -cross.mT
     covariance[..., width:, width:] = window
@@ -125,7 +112,7 @@ def _exact_variance(factor: StencilCholesky) -> Tensor:
     row = math.prod(factor.grid[1:])
 
     def own_variance(start: int, stop: int, covariance: Tensor) -> Tensor:
-        return covariance.diagonal(dim1=-2, dim2=-1)[..., : (stop - start) * row]
+        return covariance.diagonal(dim1=-2, dim2=-1)[..., : (stop - start) * row].clone()  # a view would keep the block
 
     batch = factor.batch_shape.numel()
     size = max(1, _CHUNK_ELEMENTS // ((reach + 1) * row) ** 2)

@@ -1,7 +1,7 @@
 """Sparse precision matrices on grids, and the classical random fields that are defined by one.
 
-Each builder gives a `StencilPrecision`, and ``StencilCholesky.from_precision`` its factor. The parameters may be numbers or
-tensors, which need not have one element: their shapes are broadcast to the batch, and gradients flow back to them.
+Each builder gives a `StencilPrecision`, and ``StencilCholesky.from_precision`` its factor. Parameters are numbers or tensors
+(*batch), broadcast with each other, and gradients flow back to them.
 """
 
 import itertools
@@ -48,12 +48,14 @@ class StencilPrecision:
         check_factor(self.diag, self.off_diag, len(self.stencil), self.stencil.ndim, "diag")
 
     @classmethod
-    def from_matrix(cls, matrix: "Tensor | scipy.sparse.sparray | scipy.sparse.spmatrix", grid: Sequence[int]):
+    def from_matrix(
+        cls, matrix: "Tensor | scipy.sparse.sparray | scipy.sparse.spmatrix", grid: Sequence[int]
+    ) -> "StencilPrecision":
         """Λ from a matrix, its stencil being all offsets at which it has an entry that is not 0.
 
         Args:
-            matrix: a dense tensor (*batch, n, n), differentiable, or a SciPy sparse matrix (n, n); sites in raster order. Only
-                the lower triangle is read.
+            matrix: a dense tensor (*batch, n, n), differentiable, or a SciPy sparse matrix (n, n), taken in float64; sites in
+                raster order. Only the lower triangle is read.
             grid: numbers of sites along each axis, their product n.
 
         Raises:
@@ -71,10 +73,11 @@ class StencilPrecision:
             rows, columns = matrix.detach().ne(0).reshape(-1, n, n).any(0).tril(-1).nonzero().unbind(1)
             entries = matrix[..., rows, columns]
         else:
-            diag = torch.from_numpy(matrix.diagonal().astype(np.float64))
-            lower = scipy.sparse.tril(matrix, -1).tocoo()
+            matrix = matrix.tocsr().astype(np.float64)
+            diag = torch.from_numpy(matrix.diagonal())
+            lower = scipy.sparse.tril(matrix, -1, format="coo")
             rows, columns = (torch.from_numpy(index.astype(np.int64)) for index in (lower.row, lower.col))
-            entries = torch.from_numpy(lower.data.astype(np.float64))
+            entries = torch.from_numpy(lower.data)
         apart = torch.stack([i - j for i, j in zip(*(torch.unravel_index(t, grid) for t in (rows, columns)), strict=True)], 1)
         offsets, which = apart.unique(dim=0, return_inverse=True)  # sorted, as a stencil's
         off_diag = entries.new_zeros(*entries.shape[:-1], len(offsets) * n).index_copy(-1, which * n + columns, entries)
@@ -119,14 +122,14 @@ def matern_precision(
 
     (κ² - Δ)^(α/2) x = white noise on a grid of unit spacing, α = smoothness + d/2: Λ = τ² (κ² I + G)^α with G the graph
     Laplacian of the grid (zero flux at its edges). Lindgren, Rue and Lindström, An explicit link between Gaussian fields and
-    Gaussian Markov random fields: the stochastic partial differential equation approach, JRSS B 2011, equations 2, 4 and 10.
+    Gaussian Markov random fields: the stochastic partial differential equation approach, JRSS B 2011.
 
     Args:
         grid: numbers of sites along each of the d axes.
         correlation_range: the distance in pixels at which the correlation has fallen to about 0.13: √(8 smoothness) / κ.
         smoothness: the Matérn ν > 0, such that α is a whole number: 1, 2, ... on two axes, ½, 3/2, ... on one or three.
-        variance: the marginal variance σ² of the continuous field on an unbounded domain. On the grid it is approached for ranges
-            of several pixels, and more than a range away from the edges; at an edge it is about twice as large.
+        variance: the marginal variance σ² of the continuous field on an unbounded domain. On the grid it is approached for
+            ranges of several pixels, and more than a range away from the edges; at an edge it is about twice as large.
         dtype: of the result. In float32 the factorisation fails for ranges far beyond a few pixels.
         device: of the result.
 
@@ -140,7 +143,7 @@ def matern_precision(
     alpha = round(smoothness + ndim / 2)
     if not (smoothness > 0 and alpha == smoothness + ndim / 2):
         raise ValueError(
-            f"smoothness is {smoothness}, expected a positive number that with {ndim}/2 added, half the number of axes, is whole"
+            f"smoothness is {smoothness}, expected a positive number that is whole with {ndim}/2 added, for {ndim} axes"
         )
     correlation_range = _positive("correlation_range", correlation_range, ndim, dtype, device)
     variance = _positive("variance", variance, ndim, dtype, device)
@@ -149,7 +152,9 @@ def matern_precision(
     laplacian = sum(D.T @ D for D in (_differences(grid, (axis,)) for axis in range(ndim)))
     powers = itertools.accumulate([laplacian] * alpha, operator.matmul, initial=scipy.sparse.eye_array(math.prod(grid)))
     terms = [StencilPrecision.from_matrix(power, grid) for power in powers]
-    stencil = terms[-1].stencil  # no entry of a lower power is missing: those of one offset have one sign in all of them
+    # It has every offset of the lower powers: whatever m, the entries of Gᵐ at odd distances are ≤ 0, the others ≥ 0, so that
+    # nothing cancels from one power to the next.
+    stencil = terms[-1].stencil
     diag = off_diag = 0
     for m, term in enumerate(terms):
         weight = math.comb(alpha, m) * tau2 * kappa2 ** (alpha - m)
@@ -172,8 +177,8 @@ def car_precision(
     """The conditional autoregression: each site, given all others, varies about a fraction of its neighbours' mean.
 
     x_j | others ~ N(dependence · mean of its d_j neighbours, variance / d_j), hence Λ = (D - dependence · W) / variance, W the
-    adjacency and D the numbers of neighbours. Besag, Spatial interaction and the statistical analysis of lattice systems, JRSS B
-    1974; Rue and Held, Gaussian Markov random fields, 2005, section 2.2.
+    adjacency and D the numbers of neighbours. Besag, Spatial interaction and the statistical analysis of lattice systems,
+    JRSS B 1974.
 
     Args:
         grid: numbers of sites along each axis.
@@ -188,7 +193,7 @@ def car_precision(
     """
     ndim = len(grid)
     neighbours = Stencil.cross(1, ndim) if neighbours is None else neighbours
-    check_stencil(neighbours)
+    check_stencil(neighbours, "neighbours")
     variance = _positive("variance", variance, ndim, dtype, device)
     dependence = torch.as_tensor(dependence, dtype=dtype, device=device)
     if not (dependence.detach().abs() < 1).all():
@@ -217,7 +222,7 @@ def thin_plate_precision(
 
     xᵀΛx = bending · Σ (x_aa² + 2 x_ab² + ...) + ridge · Σ x², the second differences x_ab, of each pair of axes, taken wherever
     they exist. Without the ridge Λ is intrinsic: constants and planes have no energy. Rue and Held, Gaussian Markov random
-    fields, 2005, section 3.4.2.
+    fields, 2005.
 
     Args:
         grid: numbers of sites along each axis.
@@ -243,9 +248,8 @@ def _differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_a
     sizes = list(grid)
     matrix = scipy.sparse.eye_array(math.prod(grid), format="csr")
     for axis in axes:
-        before, along, after = (
-            scipy.sparse.eye_array(math.prod(part), format="csr") for part in (sizes[:axis], sizes[axis : axis + 1], sizes[axis + 1 :])
-        )
+        parts = sizes[:axis], sizes[axis : axis + 1], sizes[axis + 1 :]
+        before, along, after = (scipy.sparse.eye_array(math.prod(part), format="csr") for part in parts)
         matrix = scipy.sparse.kron(scipy.sparse.kron(before, along[1:] - along[:-1]), after, format="csr") @ matrix
         sizes[axis] = max(sizes[axis] - 1, 0)
     return matrix

@@ -143,10 +143,10 @@ class Stencil:
         return f"Stencil({list(self._offsets)}, ndim={self._ndim})"
 
 
-def check_stencil(stencil: Stencil) -> None:
+def check_stencil(stencil: Stencil, name: str = "stencil") -> None:
     """Raise TypeError unless ``stencil`` is a `Stencil`."""
     if not isinstance(stencil, Stencil):
-        raise TypeError(f"stencil is a {type(stencil).__name__}, expected a Stencil")
+        raise TypeError(f"{name} is a {type(stencil).__name__}, expected a Stencil")
 
 
 def _integer(name: str, value: int) -> int:

@@ -8,9 +8,11 @@ the block to later rows.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from gmrf_kernels.ops import accumulate_dtype
 from gmrf_kernels.stencils import overlap
@@ -43,6 +45,31 @@ def block_coefficients(factor: StencilCholesky) -> tuple[Tensor, ...]:
     batch = torch.broadcast_shapes(diag.shape[: -ndim - 1], off_diag.shape[: -ndim - 1])
     coefficients = torch.cat([t.expand(*batch, *t.shape[-ndim - 1 :]) for t in (diag, off_diag)], -ndim - 1)
     return coefficients.split([stop - start for start, stop in block_rows(factor.grid)], -ndim)
+
+
+def scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, blocks: Sequence[tuple]) -> list[Tensor]:
+    """Fold ``step(state, *block) -> (state, result)`` over blocks; return the results.
+
+    Where a gradient may be asked for, only the states between short segments of blocks are kept, and the rest is computed again
+    in the backward pass: the memory grows with the square root of the number of blocks.
+    """
+
+    def segment(state: Tensor, part: Sequence[tuple]) -> tuple[Tensor, list[Tensor]]:
+        results = []
+        for block in part:
+            state, result = step(state, *block)
+            results.append(result)
+        return state, results
+
+    if not torch.is_grad_enabled():
+        return segment(state, blocks)[1]
+    length = max(1, math.isqrt(len(blocks)) // 4)  # a step keeps about 16 times as much as a state
+    results = []
+    for first in range(0, len(blocks), length):
+        part = blocks[first : first + length]
+        state, values = checkpoint(segment, state, part, use_reentrant=False, preserve_rng_state=False)
+        results += values
+    return results
 
 
 def strip(coefficients: Tensor, stencil: Stencil, rows_left: int) -> Tensor:

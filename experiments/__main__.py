@@ -18,7 +18,7 @@ def main() -> None:
 @app.command()
 def demo(
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/demo-DATE-TIME]")
+        Path | None, typer.Option(help="Folder for the results, new or empty.", show_default="results/demo-DATE-TIME")
     ] = None,
     seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
     patches: Annotated[int, typer.Option(min=1, help="Number of training patches.")] = 24_000,
@@ -57,14 +57,19 @@ class Preset(StrEnum):
 
 _PresetOption = Annotated[Preset, typer.Option(help="quick: minutes on two cores; paper: the paper's size.")]
 _OutOption = Annotated[
-    Path | None, typer.Option(help="Folder for the results, new or empty; with --resume that of the run to go on with.")
+    Path | None,
+    typer.Option(
+        help="Folder for the results, new or empty; with --resume that of the run to go on with.",
+        show_default="results/NAME-DATE-TIME",
+    ),
 ]
 _ResumeOption = Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out, to the same numbers.")]
-_DeviceOption = Annotated[
-    str | None, typer.Option(help="Where to compute, as torch names it.  [default: cuda if there is one]")
-]
-_SizeOption = Annotated[int | None, typer.Option(min=1, help="Replaces the preset's.")]
-_SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.")]
+_DeviceOption = Annotated[str | None, typer.Option(help="Torch's name of the device.", show_default="cuda if there is one")]
+_TrainOption = Annotated[int | None, typer.Option(min=1, help="Training examples.", show_default="the preset's")]
+_TestOption = Annotated[int | None, typer.Option(min=2, help="Test examples.", show_default="the preset's")]
+_EpochsOption = Annotated[int | None, typer.Option(min=1, help="Epochs of every network.", show_default="the preset's")]
+_SeedsOption = Annotated[int | None, typer.Option(min=1, help="Networks of each kind.", show_default="the preset's")]
+_SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.", show_default="the preset's")]
 
 
 @app.command()
@@ -74,10 +79,10 @@ def splines(
     resume: _ResumeOption = False,
     device: _DeviceOption = None,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    seeds: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    seeds: _SeedsOption = None,
 ) -> None:
     """Recover the known covariance of splines with correlated noise: Table 1, Figures 3 and 4 of the SUPN paper."""
     _known_covariance("splines", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
@@ -90,10 +95,10 @@ def ellipses(
     resume: _ResumeOption = False,
     device: _DeviceOption = None,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    seeds: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    seeds: _SeedsOption = None,
 ) -> None:
     """Recover the known covariance of images of ellipses: Table 2, Figures 5 and 6 of the SUPN paper."""
     _known_covariance("ellipses", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
@@ -174,7 +179,7 @@ _ImagePresetOption = Annotated[
 ]
 _DataOption = Annotated[
     str | None,
-    typer.Option(help="A data set: file or folder, or 'builtin' for patches of photographs.  [default: $BANDED_GMRF_DATA]"),
+    typer.Option(help="A data set: file or folder, or 'builtin' for patches of photographs.", show_default="$BANDED_GMRF_DATA"),
 ]
 _NoteOption = Annotated[
     str | None, typer.Option(help="What readers of the numbers must know of the data; replaces its own note.")
@@ -184,9 +189,14 @@ _WorkersOption = Annotated[
 ]
 _Bfloat16Option = Annotated[bool, typer.Option("--bfloat16", help="Train networks in bfloat16, with likelihoods in float32.")]
 _CompileOption = Annotated[bool, typer.Option("--compile", help="Compile the training with torch.compile.")]
+_SamplesOption = Annotated[
+    int | None, typer.Option(min=1, help="Importance samples of each test image.", show_default="the preset's")
+]
 _HeldOutOption = Annotated[
     float | None,
-    typer.Option(help="Share of the training images for covariance networks alone, unseen by base models.  [default: 0]"),
+    typer.Option(
+        help="Share of the training images for covariance networks alone, unseen by base models.", show_default="the preset's"
+    ),
 ]
 _TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
@@ -204,10 +214,10 @@ def faces(
     bfloat16: _Bfloat16Option = False,
     compiled: _CompileOption = False,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    samples: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    samples: _SamplesOption = None,
     held_out: _HeldOutOption = None,
 ) -> None:
     """Structured residuals of autoencoders of faces: Table 3, Figures 1 and 7 to 10 of the SUPN paper.
@@ -232,10 +242,10 @@ def cifar10(
     bfloat16: _Bfloat16Option = False,
     compiled: _CompileOption = False,
     seed: _SeedOption = None,
-    train: _SizeOption = None,
-    test: _SizeOption = None,
-    epochs: _SizeOption = None,
-    samples: _SizeOption = None,
+    train: _TrainOption = None,
+    test: _TestOption = None,
+    epochs: _EpochsOption = None,
+    samples: _SamplesOption = None,
     held_out: _HeldOutOption = None,
 ) -> None:
     """The same as faces for gray images of 32 x 32 pixels."""
@@ -299,6 +309,28 @@ def calibrate() -> None:
         rows = expected_rows(calibrated, evenly_spread_latents(calibrated, 1024))
         for row, value in paper_rows(name).items():
             typer.echo(f"    {row:14} {rows[row]:9.3f}, in the paper {value:g}")
+
+
+@app.command()
+def gallery(
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the results, new or empty.", show_default="results/gallery-DATE-TIME")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same numbers.")] = 0,
+    size: Annotated[int, typer.Option(min=16, max=256, help="Height and width of the images in pixels.")] = 256,
+) -> None:
+    """Samples of factors constructed from precisions, a covariance function, and photographs."""
+    from rich.console import Console
+
+    from .gallery import GalleryConfig, run
+    from .results import new_results_folder
+
+    try:
+        folder = new_results_folder("gallery", out)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--out") from None
+    run(GalleryConfig(seed=seed, size=size), folder, Console())
+    typer.echo(f"Results: {folder}")
 
 
 if __name__ == "__main__":

@@ -282,19 +282,13 @@ def draw_samples(
 
 
 def draw_correlations(path: Path, model: CovarianceModel, test: Tensor, means: Tensor, names: list[str]) -> None:
-    """Correlations of three pixels with all others, from the covariance: two triangular solves for each pixel."""
+    """Correlations of three pixels with all others."""
     rows = pick_patches(test, names, per_photograph=2)
-    factor = model(means[rows])
-    height, width = factor.grid
+    q = bg.GMRF(means[rows, 0], model(means[rows]))
+    height, width = q.event_shape
     sites = [(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, 3 * width // 4)]
-    units = torch.zeros(len(sites), 1, height, width)
-    for unit, (y, x) in zip(units, sites, strict=True):
-        unit[0, y, x] = 1
-    covariance = factor.solve(factor.solve(units), transpose=True)  # (sites, patches, H, W)
-    stddev = bg.GMRF(means[rows, 0], factor).stddev
-    at_sites = torch.stack([stddev[:, y, x] for y, x in sites])[..., None, None]
-    correlation = covariance / (stddev * at_sites)
-    correlation_figure(path, test[rows, 0], correlation.transpose(0, 1), [sites] * len(rows))
+    correlations = q.correlation_with(sites)  # (sites, patches, H, W)
+    correlation_figure(path, test[rows, 0], correlations.transpose(0, 1), [sites] * len(rows))
 
 
 def _for_cpu(network: nn.Module) -> nn.Module:

@@ -33,6 +33,7 @@ def image_grid(
     columns: Sequence[Column],
     scales: dict[str, tuple[str, str, float, float]],
     row_labels: Sequence[str],
+    size: float = 1.15,
 ) -> None:
     """Images in rows and columns, with one colour bar below for each colour scale.
 
@@ -41,8 +42,8 @@ def image_grid(
         columns: the columns.
         scales: for each scale a label, a colour map, and the values at its two ends.
         row_labels: shown at the left of each row.
+        size: of an image, in inches.
     """
-    size = 1.15
     with mpl.rc_context(_STYLE):
         fig = Figure(figsize=(size * len(columns) + 0.3, size * len(row_labels) + 1.3), layout="constrained")
         axes = fig.subplots(len(row_labels), len(columns), squeeze=False)

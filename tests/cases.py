@@ -35,6 +35,16 @@ def random_cholesky(stencil: bg.Stencil, grid, batch=(), dtype=torch.float64) ->
     return bg.StencilCholesky(*random_factor(stencil.offsets, grid, batch, dtype), stencil)
 
 
+def smooth_cholesky(grid, dtype=torch.float64, nugget=1e-4) -> bg.StencilCholesky:
+    """The factor of a smooth field, each column from the covariance of a site and its neighbours."""
+    stencil = STENCILS["5x5"]
+    sites = torch.tensor([(0, 0), *stencil.offsets], dtype=torch.float64)
+    covariance = (-torch.cdist(sites, sites).square() / 8).exp() + nugget * torch.eye(len(sites), dtype=torch.float64)
+    column = torch.linalg.inv(covariance)[:, 0]
+    column = (column / column[0].sqrt()).to(dtype)
+    return bg.StencilCholesky(column[0].log().expand(grid), column[1:, None, None].expand(-1, *grid), stencil)
+
+
 def dense(L: bg.StencilCholesky) -> Tensor:
     """(*batch, n, n) in float64, element by element; differentiable in the factor's tensors."""
     n = L.grid.numel()

@@ -8,7 +8,7 @@ README = Path(__file__).parent.parent / "README.md"
 
 def test_snippets_run():
     snippets = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    assert len(snippets) == 2
+    assert len(snippets) == 3
     assert len(snippets[0].strip().splitlines()) <= 10
     exec(compile("\n".join(snippets), str(README), "exec"), {})
 

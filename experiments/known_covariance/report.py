@@ -3,8 +3,10 @@
 import math
 from typing import Any
 
+from banded_gmrf import diagnostics
+
 from ..results import markdown_table
-from ..whiteness import chi_square_coverage, lag_one_autocorrelation
+from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER
 from .presets import Config
 from .scores import Scores
@@ -34,7 +36,7 @@ def summarise(config: Config, scores: dict[str, list[Scores]]) -> dict[str, dict
         whitened = [one.whitened for one in of_seeds]
         row["whitened_variance"] = sum(one.var().item() for one in whitened) / len(whitened)
         row["whitened_autocorrelation"] = sum(lag_one_autocorrelation(one) for one in whitened) / len(whitened)
-        row["coverage"] = chi_square_coverage(whitened[0], COVERAGE_LEVELS)
+        row["coverage"] = diagnostics.chi_squared_coverage(whitened[0], COVERAGE_LEVELS, ndim=whitened[0].ndim - 1).tolist()
     diagonal = rows["diagonal"]["nll"]["mean"]
     for model in config.models[1:]:
         floor = rows["truth" if model.stencil == "dense" else floor_name(model.stencil)]["nll"]["mean"]
@@ -43,7 +45,7 @@ def summarise(config: Config, scores: dict[str, list[Scores]]) -> dict[str, dict
 
 
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
-    """The table of results, the paper's, and what is needed to read them."""
+    """The table of results with the paper's, and what is needed to read it."""
     header = ["", "-log p(x)", "KL", "norm", "gap closed", "variance", "lag-1"]
     table = []
     for name, row in results["rows"].items():
@@ -58,34 +60,36 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
             ]
         )
     paper = PAPER[config.experiment]
-    paper_table = [[f"paper: {name}", *(f"{row[m]:g}" if m in row else "-" for m in _METRICS)] for name, row in paper.items()]
+    table += [
+        [f"paper: {name}", *(f"{row[metric]:g}" if metric in row else "-" for metric in _METRICS), "", "", ""]
+        for name, row in paper.items()
+    ]
     paper_gap = (paper["diagonal"]["nll"] - paper["structured"]["nll"]) / (paper["diagonal"]["nll"] - paper["truth"]["nll"])
-    spread = [
+    kinds = ", ".join(f"{model.name}: {model.seeds}" for model in config.models)
+    spread = "; ".join(
         f"{name}: {min(row['nll']['by_seed']):.2f} to {max(row['nll']['by_seed']):.2f}"
         for name, row in results["rows"].items()
         if len(row["nll"]["by_seed"]) > 1
-    ]
+    )
     machine = results["machine"]
+    part = " for the last part of an interrupted run" if results["resumed"] else ""
     return (
         f"# {config.experiment.capitalize()}: recovering a known covariance\n\n"
         + markdown_table(header, table)
-        + "\n"
-        + markdown_table(["", "-log p(x)", "KL", "norm"], paper_table)
-        + f"\nMeans ± standard errors over {config.test} test signals, and over the seeds of a network ("
-        + ", ".join(f"{model.name}: {model.seeds}" for model in config.models)
-        + "). -log p(x) in nats, KL(N(0, Σ̂) ‖ N(0, Σ)) in nats, norm is the Frobenius norm of Σ̂ - Σ: lower is better. Variance "
-        "and lag-1 are the variance and the correlation of neighbours of the whitened residuals (1 and 0 for the truth). "
-        "The floor is the factor with that stencil whose expected -log p(x) is lowest (`StencilCholesky.from_covariance`): no "
-        "network with that stencil can do better. A dense factor's floor is the truth. Gap closed is the part of the distance "
-        "in -log p(x) from the diagonal network to the floor; the paper's model closed "
+        + f"\nMeans over {config.test} test signals and over the networks of a kind ({kinds}), ± their standard errors over "
+        "the test signals. -log p(x) in nats, KL(N(0, Σ̂) ‖ N(0, Σ)) in nats, norm is the Frobenius norm of Σ̂ - Σ: lower is "
+        "better. Variance and lag-1 are the variance and the correlation of neighbours of the whitened residuals (1 and 0 for "
+        "the truth). The floor is the factor with that stencil whose expected -log p(x) is lowest "
+        "(`StencilCholesky.from_covariance`): no network with that stencil can do better. A dense factor's floor is the truth. "
+        "Gap closed is the part of the distance in -log p(x) from the diagonal network to the floor; the paper's model closed "
         f"{100 * paper_gap:.0f} % of the distance to the truth.\n\n"
         "The paper does not publish its covariance function. This one follows its words, with four free scalars calibrated so "
         "that the expected rows of the truth and of the diagonal are the paper's (`python -m experiments calibrate`). How hard "
         "a covariance is for a stencil or a network is not fixed by these rows: read the paper's third row with that in mind."
         "\n\n"
-        + (f"Range of -log p(x) over seeds: {'; '.join(spread)}.\n\n" if spread else "")
+        + (f"Range of -log p(x) over the networks of a kind: {spread}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
-        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {results['device']} with "
+        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s{part} on {results['device']} with "
         f"{machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, "
         f"torch {results['versions']['torch']}.\n"
     )

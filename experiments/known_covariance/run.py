@@ -32,6 +32,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     Training goes on from what is in ``folder``: after `start` from the beginning, after an interruption from a recent state.
     """
     begin = time.perf_counter()
+    resumed = any((folder / STATES).iterdir())
     train, test = (examples(config, purpose, device) for purpose in ("train", "test"))
     console.print(f"{config.experiment}: {config.train} signals to train on, {config.test} to test on, on {device}")
     initial_stddev = (train.x - train.means).square().mean().sqrt().item()
@@ -55,6 +56,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         "config": config.as_dict(),
         **environment(),
         "device": device_name(device),
+        "resumed": resumed,
         "seconds": {"training": round(trained - begin, 1), "all": 0.0},
     }
     console.print("figures ...")

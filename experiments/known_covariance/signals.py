@@ -99,7 +99,7 @@ class Splines(Signals):
     def correlation(self, latents: Tensor) -> Tensor:
         points = torch.arange(*self.grid, dtype=torch.float64)
         x = math.sqrt(2 * self.smoothness) * (points[:, None] - points).abs() / self.length
-        bessel = torch.as_tensor(scipy.special.kv(self.smoothness, x.clamp(min=1e-300)))
+        bessel = torch.as_tensor(scipy.special.kv(self.smoothness, x.clamp(min=1e-300).numpy()))
         values = 2 ** (1 - self.smoothness) / math.gamma(self.smoothness) * x**self.smoothness * bessel
         return torch.where(x == 0, 1.0, values)[None].to(latents.device)
 

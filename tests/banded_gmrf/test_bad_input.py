@@ -129,6 +129,30 @@ def test_expand():
         CHOLESKY.expand((3,))
 
 
+@pytest.mark.parametrize(
+    ("sites", "error", "message"),
+    [
+        ((1.0, 2.0), TypeError, "sites is torch.float32, expected integers"),
+        (3, ValueError, r"sites has shape \(\), expected \(2,\) or \(m, 2\)"),
+        ([(1, 2, 3)], ValueError, r"sites has shape \(1, 3\), expected \(2,\) or \(m, 2\)"),
+        ([(0, 0), (1, 5)], ValueError, r"sites has \[1, 5\], which is not on \(4, 5\)"),
+        ((-1, 0), ValueError, r"sites has \[-1, 0\], which is not on \(4, 5\)"),
+    ],
+)
+def test_sites(sites, error, message):
+    q = bg.GMRF(zeros(*GRID), CHOLESKY)
+    for method in (q.covariance_columns, q.correlation_with):
+        with pytest.raises(error, match=message):
+            method(sites)
+
+
+@pytest.mark.parametrize("name", ["covariance_matrix", "precision_matrix"])
+def test_dense_matrices_of_large_grids(name):
+    q = bg.GMRF(zeros(91, 91), bg.StencilCholesky(zeros(91, 91), zeros(0, 91, 91), STENCILS["diagonal"]))
+    with pytest.raises(ValueError, match=rf"{name} takes at most 8192 sites, the grid \(91, 91\) has 8281"):
+        getattr(q, name)
+
+
 def test_backend():
     with pytest.raises(ValueError, match="name is 'gpu', expected one of 'reference'"), bg.use_backend("gpu"):
         pass

@@ -1,13 +1,15 @@
-"""Factors from covariances and samples, against dense float64 linear algebra."""
+"""Factors from covariances, samples and precisions, against dense float64 linear algebra."""
 
 import itertools
+import math
 
 import pytest
+import scipy.sparse
 import torch
 
 import banded_gmrf as bg
 from banded_gmrf import construction, estimation
-from tests.cases import FACTORS, STENCILS, dense
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky
 from tests.dense import exists, neighbours, random_factor
 
 # Blocks of at most 13 sites with condition numbers below 1e3: some hundred roundings, amplified by as much.
@@ -58,7 +60,7 @@ def test_from_covariance_equals_the_closed_form(name, grid):
 @pytest.mark.parametrize(("stencil", "grid"), [(bg.Stencil.box((6,)), (7,)), (bg.Stencil.box((2, 3)), (3, 4))])
 def test_a_stencil_that_reaches_every_later_site_gives_the_exact_factor(stencil, grid):
     covariance = random_covariance(torch.Size(grid).numel())
-    L = bg.StencilCholesky.from_covariance(covariance, stencil, grid).to_dense()
+    L = dense(bg.StencilCholesky.from_covariance(covariance, stencil, grid))
     assert_close(L @ L.mT, covariance.inverse())
 
 
@@ -97,7 +99,7 @@ def test_from_covariance_of_a_function_equals_that_of_its_matrix(dtype, monkeypa
     assert L.batch_shape == (2,)
     assert_close(L.log_diag, expected.log_diag)
     assert_close(L.off_diag, expected.off_diag)
-    assert_close(L.to_dense(), bg.StencilCholesky.from_covariance(matrix.double(), stencil, grid).to_dense())
+    assert_close(dense(L).to(dtype), dense(bg.StencilCholesky.from_covariance(matrix.double(), stencil, grid)))
 
 
 @pytest.mark.parametrize(("name", "grid"), [("5x5", (4, 3)), ("line with a gap", (5,)), ("volume", (2, 2, 3)), ("5x5", (1, 1))])
@@ -128,7 +130,7 @@ def test_views_and_empty_batches():
     view = covariance[::2, ::2]
     assert not view.is_contiguous()
     L = bg.StencilCholesky.from_covariance(view, stencil, grid)
-    assert_close(L.to_dense(), optimal_factor(view, stencil, grid))
+    assert_close(dense(L), optimal_factor(view, stencil, grid))
     empty = bg.StencilCholesky.from_covariance(covariance.new_zeros(0, 2, 6, 6), stencil, grid)
     assert empty.batch_shape == (0, 2)
 
@@ -137,6 +139,7 @@ BAD_COVARIANCES = [
     pytest.param(*case, id=case[-1])
     for case in [
         (torch.eye(11), ValueError, r"covariance has shape \(11, 11\), expected \(\*batch, 12, 12\) for grid \(3, 4\)"),
+        (torch.ones(12), ValueError, r"covariance has shape \(12,\), expected \(\*batch, 12, 12\)"),
         (torch.eye(12).int(), TypeError, "covariance is torch.int32, expected float16"),
         (torch.eye(12).numpy(), TypeError, "covariance is a ndarray, expected a torch.Tensor or a function"),
         (
@@ -232,9 +235,9 @@ def test_a_stream_of_chunks_equals_one_tensor(stationary, monkeypatch):
     expected = bg.StencilCholesky.from_samples(samples, stencil, stationary=stationary)
     for chunks in (samples.split([7, 1, 22]), iter(samples.split(11))):
         L = bg.StencilCholesky.from_samples(chunks, stencil, stationary=stationary)
-        assert_close(L.to_dense(), expected.to_dense())
+        assert_close(dense(L), dense(expected))
     monkeypatch.setattr(estimation, "_CHUNK_ELEMENTS", 50)
-    assert_close(bg.StencilCholesky.from_samples(samples, stencil, stationary=stationary).to_dense(), expected.to_dense())
+    assert_close(dense(bg.StencilCholesky.from_samples(samples, stencil, stationary=stationary)), dense(expected))
 
 
 def stationary_factor(samples, stencil, loc):
@@ -360,3 +363,228 @@ BAD_SAMPLES = [
 def test_bad_samples(samples, options, error, message):
     with pytest.raises(error, match=message):
         bg.StencilCholesky.from_samples(samples, STENCILS["3x3"], **options)
+
+
+def dense_precision(precision):
+    """(*batch, n, n), element by element."""
+    lower = dense(bg.StencilCholesky(precision.diag.log(), precision.off_diag, precision.stencil))
+    return lower + lower.tril(-1).mT
+
+
+def precisions(grid):
+    """One of each kind, positive definite and in float64."""
+    d = len(grid)
+    generator = torch.Generator().manual_seed(0)
+    coupling = torch.randn(2, torch.Size(grid).numel(), torch.Size(grid).numel(), dtype=torch.float64, generator=generator)
+    return {
+        "matern": bg.matern_precision(grid, torch.tensor([2.0, 5.0]), 2 - d / 2),
+        "car": bg.car_precision(grid, torch.tensor([[0.5], [-0.9]]), torch.tensor([1.0, 2.0, 3.0]), neighbours_of(d)),
+        "thin plate": bg.thin_plate_precision(grid, 2.0, 0.1),
+        "dense": bg.StencilPrecision.from_matrix(coupling @ coupling.mT + torch.eye(coupling.shape[-1]), grid),
+    }
+
+
+def neighbours_of(ndim):
+    """Skewed, the last offset not in the last row that is reached by the nearest ones."""
+    return bg.Stencil({1: [1, 3], 2: [(0, 1), (1, -2)], 3: [(0, 0, 1), (0, 1, -1), (1, 0, 0)]}[ndim])
+
+
+PRECISION_GRIDS = [(9,), (5, 7), (2, 3), (3, 4, 3)]
+
+
+@pytest.mark.parametrize("grid", PRECISION_GRIDS)
+@pytest.mark.parametrize("name", ["matern", "car", "thin plate", "dense"])
+def test_from_precision_is_the_cholesky_factor(name, grid):
+    precision = precisions(grid)[name]
+    matrix = dense_precision(precision)
+    assert_close(matrix, matrix.mT)
+    L = bg.StencilCholesky.from_precision(precision)
+    assert L.batch_shape == matrix.shape[:-2]
+    assert_close(dense(L), torch.linalg.cholesky(matrix))
+    assert (L.off_diag[..., ~exists(L.stencil.offsets, grid)] == 0).all()
+
+
+@pytest.mark.parametrize("name", ["3x3", "5x5", "cross", "bands of a box"])
+def test_no_offset_of_the_exact_factor_is_superfluous(name):
+    stencil = STENCILS[name]
+    grid = {2: (7, 6), 3: (4, 4, 4)}[stencil.ndim]
+    off_diag = torch.rand(len(stencil), *grid, dtype=torch.float64) - 0.5
+    precision = bg.StencilPrecision(torch.full(grid, 30.0).double(), off_diag, stencil)
+    L = bg.StencilCholesky.from_precision(precision)
+    assert (L.off_diag.flatten(1) != 0).any(1).all()
+
+
+@pytest.mark.parametrize("block", [1, 5, 32])
+def test_the_factor_does_not_depend_on_the_blocks(block, monkeypatch):
+    monkeypatch.setattr(construction, "_MIN_BLOCK_SITES", block)
+    for precision in (bg.matern_precision((11, 3), 4.0, 1.0), bg.car_precision((4, 7), 0.9, neighbours=neighbours_of(2))):
+        assert_close(dense(bg.StencilCholesky.from_precision(precision)), torch.linalg.cholesky(dense_precision(precision)))
+
+
+@pytest.mark.parametrize("grid", PRECISION_GRIDS)
+@pytest.mark.parametrize("name", ["matern", "car", "thin plate"])
+def test_from_precision_with_a_stencil_is_from_covariance_of_the_inverse(name, grid):
+    precision = precisions(grid)[name]
+    for radius in (1, 2):
+        stencil = bg.Stencil.box((radius,) * len(grid))
+        L = bg.StencilCholesky.from_precision(precision, stencil)
+        expected = bg.StencilCholesky.from_covariance(dense_precision(precision).inverse(), stencil, grid)
+        assert_close(L.log_diag, expected.log_diag)
+        assert_close(L.off_diag, expected.off_diag)
+
+
+@pytest.mark.parametrize(
+    ("name", "other"), [("5x5", "3x3"), ("3x3", "5x5"), ("next row only", "skewed"), ("volume", "bands of a box")]
+)
+def test_the_nearest_factor_with_another_stencil(name, other):
+    stencil = STENCILS[other]
+    grid = {2: (5, 6), 3: (3, 2, 4)}[stencil.ndim]
+    L = random_cholesky(STENCILS[name], grid, batch=(2, 1)).expand((2, 3))
+    nearest = L.nearest(stencil)
+    expected = bg.StencilCholesky.from_covariance((dense(L) @ dense(L).mT).inverse(), stencil, grid)
+    assert nearest.batch_shape == L.batch_shape
+    assert_close(dense(nearest), dense(expected))
+
+
+def test_a_smooth_field_loses_no_digits_from_row_to_row():
+    grid, stencil = (30, 12), STENCILS["5x5"]
+    precision = bg.matern_precision(grid, 40.0, 1.0)
+    L = bg.StencilCholesky.from_precision(precision, stencil)
+    expected = bg.StencilCholesky.from_covariance(dense_precision(precision).inverse(), stencil, grid)
+    # Both come from covariances whose blocks have a condition number of about 1e6.
+    torch.testing.assert_close(L.log_diag, expected.log_diag, rtol=0, atol=1e-8)
+
+
+def test_a_precision_in_float32():
+    precision = bg.matern_precision((5, 7), 3.0, 1.0, dtype=torch.float32)
+    for stencil in (None, STENCILS["3x3"]):
+        L = bg.StencilCholesky.from_precision(precision, stencil)
+        assert L.dtype == torch.float32
+        expected = bg.StencilCholesky.from_precision(bg.matern_precision((5, 7), 3.0, 1.0), stencil)
+        assert_close(dense(L).float(), dense(expected))
+
+
+@pytest.mark.parametrize("stencil", [None, STENCILS["3x3"]])
+def test_gradients_of_from_precision(stencil):
+    def factor(correlation_range, variance):
+        L = bg.StencilCholesky.from_precision(bg.matern_precision((4, 3), correlation_range, 1.0, variance), stencil)
+        return L.log_diag, L.off_diag
+
+    parameters = torch.tensor([2.0, 3.0], dtype=torch.float64), torch.tensor([1.5], dtype=torch.float64)
+    torch.autograd.gradcheck(factor, [parameter.requires_grad_() for parameter in parameters])
+
+
+def test_entries_of_a_precision_that_do_not_exist_are_ignored():
+    stencil, grid = STENCILS["5x5"], (3, 4)
+    _, off_diag = random_factor(stencil.offsets, grid)
+    assert off_diag.isnan().any()
+    diag = torch.full(grid, 9.0, dtype=torch.float64)
+    expected = bg.StencilPrecision(diag, off_diag.nan_to_num(), stencil)
+    precision = bg.StencilPrecision(diag, off_diag, stencil)
+    assert_close(precision.to_dense(), dense_precision(expected))
+    assert_close(dense(bg.StencilCholesky.from_precision(precision)), torch.linalg.cholesky(dense_precision(expected)))
+
+
+@pytest.mark.parametrize("grid", PRECISION_GRIDS)
+def test_a_precision_from_a_matrix(grid):
+    expected = precisions(grid)["thin plate"]
+    matrix = dense_precision(expected)
+    sparse = scipy.sparse.csr_array(matrix.numpy())
+    for source in (matrix, sparse, sparse.tocoo(), scipy.sparse.csc_matrix(sparse)):
+        precision = bg.StencilPrecision.from_matrix(source, grid)
+        assert precision.stencil == expected.stencil
+        assert torch.equal(dense_precision(precision), matrix)
+    assert_close(expected.to_dense(), matrix)
+    x = torch.randn(2, *grid, dtype=torch.float64)
+    assert_close(precision.matvec(x).flatten(1), x.flatten(1) @ matrix)
+
+
+def test_matern_fields_have_their_variance_and_correlation():
+    # Far from the edges; what is left is the difference between the lattice and the continuous field.
+    line = bg.matern_precision((201,), 20.0, 0.5, 3.0).to_dense().inverse()
+    torch.testing.assert_close(line[100, 100].item(), 3.0, rtol=0.01, atol=0)
+    distance = torch.arange(101).double()
+    torch.testing.assert_close(line[100, 100:] / line[100, 100], torch.exp(-2 * distance / 20), rtol=0, atol=0.01)
+    plane = bg.matern_precision((41, 41), 12.0, 1.0, 3.0).to_dense().inverse()[20 * 41 + 20]
+    torch.testing.assert_close(plane[20 * 41 + 20].item(), 3.0, rtol=0.05, atol=0)
+    scaled = math.sqrt(8.0) * torch.arange(1, 13).double() / 12
+    correlation = plane[20 * 41 + 21 : 20 * 41 + 33] / plane[20 * 41 + 20]
+    torch.testing.assert_close(correlation, scaled * torch.special.modified_bessel_k1(scaled), rtol=0, atol=0.03)
+
+
+def test_a_conditional_autoregression_has_the_conditionals_it_is_defined_by():
+    grid = (3, 4)
+    matrix = bg.car_precision(grid, 0.8, 2.0).to_dense()
+    adjacent = torch.zeros(12, 12, dtype=torch.float64)
+    for _, here, there in neighbours(bg.Stencil.cross(1).offsets, grid):
+        a, b = here[0] * 4 + here[1], there[0] * 4 + there[1]
+        adjacent[a, b] = adjacent[b, a] = 1
+    degree = adjacent.sum(1)
+    assert_close(1 / matrix.diagonal(), 2.0 / degree)
+    weights = torch.eye(12) - matrix / matrix.diagonal()[:, None]
+    assert_close(weights, 0.8 * adjacent / degree[:, None])
+
+
+@pytest.mark.parametrize("grid", [(5,), (4, 5), (3, 4, 3), (1, 4), (2, 2)])
+def test_planes_bend_no_plate(grid):
+    ridge = 1e-3
+    matrix = bg.thin_plate_precision(grid, 2.0, ridge).to_dense()
+    axes = torch.meshgrid(*(torch.arange(n).double() for n in grid), indexing="ij")
+    for plane in (torch.ones(grid).double(), *axes):
+        assert_close(matrix @ plane.flatten(), ridge * plane.flatten())
+    curved = torch.stack(axes).square().sum(0).flatten()
+    # Second differences of 2 along each axis, wherever three sites are in line.
+    lines = sum(torch.Size(grid).numel() // n * max(n - 2, 0) for n in grid)
+    torch.testing.assert_close(curved @ matrix @ curved - ridge * curved.square().sum(), torch.tensor(8.0 * lines).double())
+
+
+BAD_PRECISIONS = [
+    pytest.param(*case, id=case[-1])
+    for case in [
+        (
+            lambda: bg.StencilCholesky.from_precision(torch.eye(12)),
+            TypeError,
+            "precision is a Tensor, expected a StencilPrecision",
+        ),
+        (
+            lambda: bg.StencilCholesky.from_precision(bg.thin_plate_precision((3, 4), 1.0, 1.0), STENCILS["line"]),
+            ValueError,
+            r"grid is \(3, 4\), expected 1 axes",
+        ),
+        (
+            lambda: bg.StencilCholesky.from_precision(
+                bg.StencilPrecision.from_matrix(-torch.eye(12).expand(2, 12, 12), (3, 4))
+            ),
+            ValueError,
+            r"precision is not positive definite of batch element \(0,\) at site \(0, 0\)",
+        ),
+        (
+            lambda: bg.StencilCholesky.from_precision(
+                bg.StencilPrecision.from_matrix(torch.arange(11, -1, -1.0).diag(), (3, 4))
+            ),
+            ValueError,
+            r"precision is not positive definite at site \(2, 3\)",
+        ),
+        (lambda: bg.StencilPrecision.from_matrix(torch.eye(12), (3, 5)), ValueError, r"matrix has shape \(12, 12\), expected"),
+        (lambda: bg.StencilPrecision.from_matrix([[1.0]], (1,)), TypeError, "matrix is a list, expected a torch.Tensor"),
+        (lambda: bg.StencilPrecision.from_matrix(torch.eye(2).int(), (2,)), TypeError, "matrix is torch.int32"),
+        (
+            lambda: bg.StencilPrecision(torch.ones(3, 4), torch.ones(3, 3, 4), STENCILS["3x3"]),
+            ValueError,
+            "off_diag has 3 offsets, the stencil has 4",
+        ),
+        (lambda: bg.matern_precision((3, 4), 2.0, 0.5), ValueError, r"smoothness is 0.5, expected .* whole with 2/2 added"),
+        (lambda: bg.matern_precision((3, 4), 0.0, 1.0), ValueError, "correlation_range is 0.0, expected finite and positive"),
+        (lambda: bg.matern_precision((3, 4), 2.0, 1.0, [1, -1]), ValueError, r"variance is \[1.0, -1.0\], expected finite"),
+        (lambda: bg.car_precision((3, 4), 1.0), ValueError, "dependence is 1.0, expected less than 1 in magnitude"),
+        (lambda: bg.car_precision((3, 1), 0.5, 1.0, bg.Stencil([(0, 1)])), ValueError, r"site \(0, 0\) .* has no neighbours"),
+        (lambda: bg.car_precision((3, 4), 0.5, 1.0, 4), TypeError, "neighbours is a int, expected a Stencil"),
+        (lambda: bg.thin_plate_precision((3, 4), 1.0, 0.0), ValueError, "ridge is 0.0, expected finite and positive"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("build", "error", "message"), BAD_PRECISIONS)
+def test_bad_precisions(build, error, message):
+    with pytest.raises(error, match=message):
+        build()

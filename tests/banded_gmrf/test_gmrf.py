@@ -114,6 +114,47 @@ def test_moments_and_entropy_equal_the_dense_ones(name, grid):
     assert relative_error(q.perplexity(), p.perplexity()) < RELATIVE
 
 
+@pytest.mark.parametrize(("name", "grid"), FACTORS)
+def test_covariances_and_precisions_equal_the_dense_ones(name, grid):
+    q = random_gmrf(STENCILS[name], grid, batch=(3, 1), loc_batch=(2,))
+    p = multivariate_normal(q.loc, q.precision_cholesky)
+    assert relative_error(q.covariance_matrix, p.covariance_matrix) < RELATIVE
+    assert relative_error(q.precision_matrix, p.precision_matrix) < RELATIVE
+    first, last = (0,) * len(grid), tuple(size - 1 for size in grid)
+    columns = p.covariance_matrix[..., [0, -1]].movedim(-1, 0).reshape(2, 3, 2, *grid)
+    assert relative_error(q.covariance_columns([first, last]), columns) < RELATIVE
+    assert relative_error(q.covariance_columns(last), columns[1]) < RELATIVE
+    stddev = p.stddev.reshape(3, 2, *grid)
+    own = torch.stack([p.stddev[..., 0], p.stddev[..., -1]]).reshape(2, 3, 2, *[1] * len(grid))
+    assert relative_error(q.correlation_with([first, last]), columns / (stddev * own)) < RELATIVE
+    assert relative_error(q.correlation_with(last), columns[1] / (stddev * own[1])) < RELATIVE
+
+
+def test_one_site_of_one_axis_can_be_an_integer():
+    q = random_gmrf(STENCILS["line"], (7,), batch=(2,))
+    assert torch.equal(q.covariance_columns(3), q.covariance_columns([(3,)])[0])
+    assert torch.equal(q.covariance_columns(torch.tensor([[3], [5]]))[1], q.covariance_columns((5,)))
+    assert q.covariance_columns(torch.empty(0, 1, dtype=torch.long)).shape == (0, 2, 7)
+
+
+def test_gradients_of_covariances_equal_the_dense_ones():
+    stencil, grid = STENCILS["5x5"], (4, 3)
+    tensors = random_factor(stencil.offsets, grid, batch=(2,))
+    L = bg.StencilCholesky(*(t.requires_grad_() for t in tensors), stencil)
+    q = bg.GMRF(torch.zeros(grid, dtype=torch.float64), L)
+    p = multivariate_normal(q.loc, L)
+    for actual, expected in (
+        (q.covariance_columns((1, 2)).flatten(1), p.covariance_matrix[..., 5]),
+        (q.covariance_matrix, p.covariance_matrix),
+        (q.precision_matrix, dense(L) @ dense(L).mT),
+    ):
+        cotangent = torch.randn_like(actual)
+        actual = torch.autograd.grad(actual, tensors, cotangent)
+        expected = torch.autograd.grad(expected, tensors, cotangent, retain_graph=True)
+        for a, e in zip(actual, expected, strict=True):
+            assert relative_error(a, e) < RELATIVE
+
+
 def test_gradients_of_variance_and_entropy_equal_the_dense_ones():
     stencil, grid = STENCILS["3x3"], (2, 3)
     tensors = random_factor(stencil.offsets, grid)

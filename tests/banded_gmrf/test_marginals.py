@@ -6,7 +6,7 @@ import torch
 import banded_gmrf as bg
 from banded_gmrf import marginals
 from banded_gmrf.strips import block_rows
-from tests.cases import FACTORS, STENCILS, dense, random_cholesky
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
 # Inverting the dense precision loses a multiple of cond(Λ) ≈ 10² roundings of float64 (10⁻¹⁶).
@@ -81,6 +81,15 @@ def test_second_derivatives_of_the_exact_variance(monkeypatch):
     stencil = STENCILS["3x3"]
     tensors = [t.requires_grad_() for t in random_factor(stencil.offsets, (3, 2), nan_outside=False)]
     assert torch.autograd.gradgradcheck(lambda *t: centred(bg.StencilCholesky(*t, stencil)).variance, tensors)
+
+
+# Rounding may grow by cond(Λ) ≈ 10⁵ at most. It grew to 10⁵ from row to row while the recursion did not keep Σ symmetric.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-2)])
+def test_rounding_does_not_grow_over_many_rows(monkeypatch, dtype, tolerance):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    variance = centred(smooth_cholesky((60, 6), dtype)).variance
+    expected = torch.cholesky_inverse(dense(smooth_cholesky((60, 6)))).diagonal().reshape(60, 6)
+    torch.testing.assert_close(variance.double(), expected, rtol=tolerance, atol=0)
 
 
 def test_batches_in_chunks_and_expanded_factors_give_the_same(monkeypatch):

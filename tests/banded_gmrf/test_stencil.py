@@ -6,7 +6,7 @@ import torch
 
 import banded_gmrf as bg
 from tests.cases import FACTORS, STENCILS
-from tests.dense import exists
+from tests.dense import exists, neighbours
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
@@ -137,3 +137,13 @@ def test_repr_pickle_and_copies_give_the_same_stencil(stencil):
 def test_bad_input_is_named(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize(("name", "grid"), FACTORS)
+def test_entries_are_those_of_the_dense_factor(name, grid):
+    stencil = STENCILS[name]
+    k, row, column = stencil.entries(grid)
+    assert k.dtype == row.dtype == column.dtype == torch.int64
+    raster = torch.arange(torch.tensor(grid).prod()).reshape(grid)
+    expected = [(k, raster[there].item(), raster[here].item()) for k, here, there in neighbours(stencil.offsets, grid)]
+    assert list(zip(k.tolist(), row.tolist(), column.tolist(), strict=True)) == expected

@@ -1,0 +1,135 @@
+import math
+
+import pytest
+import torch
+
+import banded_gmrf as bg
+from banded_gmrf import diagnostics
+from tests.cases import STENCILS, random_cholesky, smooth_cholesky
+
+# The same sums in another order.
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def random_gmrf(name="5x5", grid=(6, 5), batch=(), dtype=torch.float64):
+    return bg.GMRF(torch.randn(grid, dtype=torch.float64).to(dtype), random_cholesky(STENCILS[name], grid, batch, dtype))
+
+
+def test_whitened_moments_are_those_of_white_noise_for_the_right_model_only():
+    q = random_gmrf(batch=(3,))
+    x = q.sample((4000,))
+    mean, mean_square = diagnostics.whitened_moments(q, x)
+    assert mean.shape == mean_square.shape == (6, 5)
+    # Five standard errors over 12,000 fields; a square of a standard normal number has the variance 2.
+    assert (mean.abs() < 5 / 12_000**0.5).all()
+    assert ((mean_square - 1).abs() < 5 * (2 / 12_000) ** 0.5).all()
+    x[..., 2, 3] += 3 / q.log_diag[:, 2, 3].exp()  # moves that site's whitened residual by 3
+    torch.testing.assert_close(diagnostics.whitened_moments(q, x).mean[2, 3], mean[2, 3] + 3, **CLOSE)
+    one = random_gmrf()
+    y = one.whiten(one.loc + 1)
+    torch.testing.assert_close(diagnostics.whitened_moments(one, one.loc + 1), (y, y.square()), **CLOSE)
+
+
+@pytest.mark.parametrize("grid", [(7,), (6, 5), (3, 4, 5)])
+def test_autocorrelation_equals_a_sum_over_pairs(grid):
+    fields = torch.randn(4, *grid, dtype=torch.float64)
+    actual = diagnostics.autocorrelation(fields, 2, len(grid))
+    centred = fields - fields.mean()
+    padded = torch.nn.functional.pad(centred, [2, 2] * len(grid), value=torch.nan)
+    assert actual.shape == (5,) * len(grid)
+    for index in torch.cartesian_prod(*[torch.arange(5)] * len(grid)).reshape(-1, len(grid)).tolist():
+        moved = padded[:, *(slice(i, i + size) for i, size in zip(index, grid, strict=True))]
+        expected = (centred * moved).nanmean() / centred.square().mean()
+        torch.testing.assert_close(actual[tuple(index)], expected, **CLOSE)
+
+
+def test_autocorrelation_of_a_known_process():
+    white = torch.randn(40, 65, 65, dtype=torch.float64)
+    # Each entry has a standard error of 1 / √(40 · 65²) ≈ 0.0024; a sum of two neighbours correlates by ½ with the next.
+    assert (diagnostics.autocorrelation(white, 3).flatten().sort().values[:-1].abs() < 0.012).all()
+    moving = diagnostics.autocorrelation(white[:, 1:] + white[:, :-1], 1)
+    expected = torch.tensor([[0, 0.5, 0], [0, 1, 0], [0, 0.5, 0]], dtype=torch.float64)
+    torch.testing.assert_close(moving, expected, rtol=0, atol=0.012)
+
+
+def test_quantiles():
+    normal, data = diagnostics.quantiles(torch.randn(4, 50, 500))
+    # The standard error of the extreme quantiles, at 0.005 and 0.995, is 0.015 for 100,000 values.
+    torch.testing.assert_close(data, normal, rtol=0, atol=0.06)
+    values = torch.randperm(10).float().reshape(2, 5)
+    assert diagnostics.quantiles(values, 10).data.tolist() == list(range(10))
+    assert diagnostics.quantiles(values, 2).data.tolist() == [2, 7]
+    assert diagnostics.quantiles(values, 3).normal[1] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chi_squared_coverage(dtype):
+    q = random_gmrf(batch=(2,), dtype=dtype)
+    levels = (0.0, 0.1, 0.5, 0.9, 1.0)
+    covered = diagnostics.chi_squared_coverage(q.whiten(q.sample((5000,))), levels, len(q.event_shape))
+    expected = torch.tensor(levels, dtype=torch.float64)
+    assert ((covered - expected).abs() <= 5 * (expected * (1 - expected) / 10_000).sqrt()).all()
+    narrow = bg.GMRF(q.loc, bg.StencilCholesky(q.log_diag - 0.1, q.off_diag * math.exp(-0.1), q.stencil))
+    confident = diagnostics.chi_squared_coverage(q.whiten(narrow.sample((5000,))), levels, len(q.event_shape))
+    assert (confident[1:4] < covered[1:4] - 0.05).all()
+
+
+@pytest.mark.parametrize(("name", "grid"), [("5x5", (6, 5)), ("line", (7,)), ("volume", (3, 4, 3))])
+def test_scores_equal_their_definitions(name, grid):
+    q, x = random_gmrf(name, grid, batch=(2,)), torch.randn(3, 1, *grid, dtype=torch.float64)
+    torch.manual_seed(1)
+    energy = diagnostics.energy_score(q, x, num_samples=5)
+    torch.manual_seed(1)
+    variogram = diagnostics.variogram_score(q, x, max_lag=2, order=0.7, num_samples=5)
+    torch.manual_seed(1)
+    draws = q.sample((5,)).flatten(2).movedim(0, 1)  # (batch, 5, n)
+    flat = x.flatten(2)
+    distances = torch.cdist(draws, draws, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / 20
+    to_data = (draws - flat.unsqueeze(2)).norm(dim=-1).mean(-1)
+    torch.testing.assert_close(energy, to_data - distances / 2, **CLOSE)
+
+    sites = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid))
+    lags = sites[:, None] - sites
+    weight = ((lags.abs() <= 2).all(-1) & (lags != 0).any(-1)) / lags.double().norm(dim=-1).clamp(min=1)
+    seen, drawn = ((f[..., :, None] - f[..., None, :]).abs().pow(0.7) for f in (flat, draws))
+    expected = (weight * (seen - drawn.mean(1)).square()).sum((-2, -1)) / 2  # each pair was counted twice
+    torch.testing.assert_close(variogram, expected, **CLOSE)
+
+
+def test_scores_prefer_the_right_model_and_have_gradients():
+    q = bg.GMRF(torch.zeros(8, 8, dtype=torch.float64), smooth_cholesky((8, 8), nugget=1e-2))
+    marginal = -0.5 * q.variance.log()  # of a model with the right variances and no correlation
+    white = bg.GMRF(q.loc, bg.StencilCholesky(marginal, marginal.new_empty(0, 8, 8), bg.Stencil.square(1)))
+    x = q.sample((200,))
+    for score in (diagnostics.energy_score, diagnostics.variogram_score):
+        assert score(q, x).mean() < score(white, x).mean()
+    log_diag = q.log_diag.clone().requires_grad_()
+    scaled = bg.GMRF(q.loc, bg.StencilCholesky(log_diag, q.off_diag, q.stencil))
+    for score in (diagnostics.energy_score, diagnostics.variogram_score):
+        (gradient,) = torch.autograd.grad(score(scaled, x).mean(), log_diag)
+        assert gradient.isfinite().all()
+        assert (gradient != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda q, x: diagnostics.autocorrelation(x, 5), ValueError, r"max_lag is 5, .* the shortest axis of \(6, 5\)"),
+        (
+            lambda q, x: diagnostics.autocorrelation(x, 1, 3),
+            ValueError,
+            r"fields has shape \(6, 5\), expected a grid of 3 axes",
+        ),
+        (lambda q, x: diagnostics.autocorrelation([1.0], 1), TypeError, "fields is a list, expected a torch.Tensor"),
+        (lambda q, x: diagnostics.quantiles(x, 31), ValueError, "num is 31, expected between 1 and the number of values, 30"),
+        (lambda q, x: diagnostics.quantiles(x.long()), TypeError, "values is torch.int64, expected float16"),
+        (lambda q, x: diagnostics.chi_squared_coverage(x, (0.5, 1.1)), ValueError, r"levels is \(0.5, 1.1\)"),
+        (lambda q, x: diagnostics.energy_score(q, x, 1), ValueError, "num_samples is 1, expected at least 2"),
+        (lambda q, x: diagnostics.variogram_score(q, x, 5), ValueError, "max_lag is 5"),
+        (lambda q, x: diagnostics.variogram_score(q, x, order=0), ValueError, "order is 0, expected a positive number"),
+    ],
+)
+def test_bad_arguments(call, error, message):
+    q = random_gmrf()
+    with pytest.raises(error, match=message):
+        call(q, q.sample())

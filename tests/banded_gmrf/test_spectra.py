@@ -1,0 +1,78 @@
+import pytest
+import torch
+
+import banded_gmrf as bg
+from banded_gmrf import spectra
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky
+from tests.dense import random_factor
+
+# Inverting the dense precision loses a multiple of cond(Λ) ≈ 10² roundings of float64 (10⁻¹⁶).
+CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+def random_gmrf(name, grid, batch=(), dtype=torch.float64):
+    return bg.GMRF(torch.zeros(grid, dtype=dtype), random_cholesky(STENCILS[name], grid, batch, dtype))
+
+
+def dense_eigenvalues(q, k):
+    """The k largest eigenvalues of Σ in descending order, (*batch, k)."""
+    L = dense(q.precision_cholesky)
+    return 1 / torch.linalg.eigvalsh(L @ L.mT)[..., :k]
+
+
+@pytest.mark.parametrize(("name", "grid"), [case for case in FACTORS if torch.Size(case[1]).numel() > 1])
+def test_eigenpairs_equal_the_dense_ones(name, grid):
+    q = random_gmrf(name, grid, batch=(2, 1))
+    n = q.event_shape.numel()
+    for k in {1, min(3, n - 1), n - 1}:
+        values, vectors, residuals = q.leading_eigenpairs(k)
+        assert (values.shape, vectors.shape, residuals.shape) == ((2, 1, k), (2, 1, k, *grid), (2, 1, k))
+        torch.testing.assert_close(values, dense_eigenvalues(q, k), **CLOSE)
+        v = vectors.flatten(3)
+        torch.testing.assert_close(v @ v.mT, torch.eye(k, dtype=v.dtype).expand(2, 1, k, k), **CLOSE)
+        torch.testing.assert_close(v @ q.covariance_matrix, values.unsqueeze(-1) * v, **CLOSE)
+        assert (residuals < 1e-10).all()
+        assert torch.equal(q.leading_eigenpairs(k).eigenvectors, vectors)
+
+
+def test_gradients_of_eigenvalues_equal_the_dense_ones():
+    stencil, grid = STENCILS["5x5"], (4, 3)
+    tensors = random_factor(stencil.offsets, grid, batch=(2,))
+    L = bg.StencilCholesky(*(t.requires_grad_() for t in tensors), stencil)
+    q = bg.GMRF(torch.zeros(grid, dtype=torch.float64), L)
+    pairs = q.leading_eigenpairs(4)
+    assert not pairs.eigenvectors.requires_grad
+    cotangent = torch.randn_like(pairs.eigenvalues)
+    actual = torch.autograd.grad(pairs.eigenvalues, tensors, cotangent)
+    expected = torch.autograd.grad(dense_eigenvalues(q, 4), tensors, cotangent)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes(dtype):
+    q = random_gmrf("3x3", (4, 3), (2,), dtype)
+    pairs = q.leading_eigenpairs(5)
+    assert {t.dtype for t in pairs} == {dtype}
+    eps = torch.finfo(dtype).eps  # computed in float64, then rounded
+    torch.testing.assert_close(pairs.eigenvalues.double(), dense_eigenvalues(q, 5), rtol=eps, atol=0)
+
+
+def test_batches_that_are_empty_or_expanded():
+    assert random_gmrf("3x3", (4, 3), (0,)).leading_eigenpairs(2).eigenvectors.shape == (0, 2, 4, 3)
+    q = random_gmrf("3x3", (4, 3))
+    expanded = q.expand((5,)).leading_eigenpairs(2)
+    assert torch.equal(expanded.eigenvalues, q.leading_eigenpairs(2).eigenvalues.expand(5, 2))
+    assert expanded.eigenvectors.shape == (5, 2, 4, 3)
+
+
+def test_a_large_residual_warns(monkeypatch):
+    monkeypatch.setattr(spectra, "_TOLERANCE", 0.0)
+    with pytest.warns(RuntimeWarning, match=r"an eigenpair has a relative residual of .*, above 0.0"):
+        random_gmrf("3x3", (4, 3)).leading_eigenpairs(2)
+
+
+@pytest.mark.parametrize("k", [0, 12])
+def test_bad_k(k):
+    with pytest.raises(ValueError, match=f"k is {k}, expected at least 1 and less than the grid's 12 sites"):
+        random_gmrf("3x3", (4, 3)).leading_eigenpairs(k)
