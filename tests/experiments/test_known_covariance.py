@@ -227,7 +227,7 @@ def test_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
 
 
 def test_other_configuration_is_not_resumed(tmp_path, finished):
-    from experiments.known_covariance.run import start
+    from experiments.results import start
 
     start(config_for("ellipses", "quick", train=256), tmp_path)
     before = (tmp_path / "config.json").read_bytes()
