@@ -52,16 +52,18 @@ def draw_reconstructions(
     """Figures 1 and 7: images, reconstructions, and reconstructions with samples of both residuals from the same noise."""
     noise = _noise(config, len(images), images)
     columns = [Column("image", _gray(images), "gray")]
+    residuals = []
     for name in names:
         diagonal, structured = (likelihoods[shown.name](bases[name].encode(images)) for shown in config.shown(name))
         mean, prefix = structured.mean, f"{name} " if len(names) > 1 else ""
         columns.append(Column(f"{prefix}mean", _gray(mean), "gray"))
-        columns.append(Column(f"{prefix}residual", _gray(images[:, 0] - mean), "residual"))
+        residuals.append(_gray(images[:, 0] - mean))
+        columns.append(Column(f"{prefix}residual", residuals[-1], "residual"))
         for title, q in (("structured", structured), ("diagonal", diagonal)):
             sample = _coloured(q, noise)
             columns.append(Column(f"{prefix}mean +\n{title}", _gray(mean + sample), "gray"))
             columns.append(Column(f"{prefix}{title}\nsample", _gray(sample), "residual"))
-    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
+    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(torch.cat(residuals))})
 
 
 def draw_prior_samples(path: Path, config: Config, likelihoods: dict[str, StructuredLikelihood], device: torch.device) -> None:
@@ -78,7 +80,7 @@ def draw_prior_samples(path: Path, config: Config, likelihoods: dict[str, Struct
         Column("mean +\ndiagonal", _gray(diagonal.mean + _coloured(diagonal, noise)), "gray"),
         Column("structured\nsample", _gray(samples), "residual"),
     ]
-    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns)})
+    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns[-1].images)})
 
 
 def draw_interpolations(
@@ -112,16 +114,17 @@ def draw_variances(
         q = likelihoods[shown.name](base.encode(images))
         if title == "diagonal":
             columns.append(Column("mean", _gray(q.mean), "gray"))
+            residuals = _gray(images[:, 0] - q.mean)
         columns += [
             Column(f"{title}\nst. dev.", _gray(q.stddev), "stddev"),
             Column(f"{title}\nsample", _gray(_coloured(q, noise)), "residual"),
             Column(f"mean +\n{title}", _gray(q.mean + _coloured(q, noise)), "gray"),
         ]
-    reach = max(column.images.quantile(0.99).item() for column in columns if column.scale == "stddev")
+    reach = torch.cat([column.images for column in columns if column.scale == "stddev"]).quantile(0.99).item()
     scales = {
         "gray": _GRAY,
         "stddev": ("standard deviation", "magma", 0.0, reach),
-        "residual": _residual_scale(columns),
+        "residual": _residual_scale(residuals),
     }
     _image_grid(path, columns, scales)
 
@@ -145,8 +148,9 @@ def _gray(images: Tensor) -> Tensor:
     return images.reshape(-1, *images.shape[-2:]).cpu()
 
 
-def _residual_scale(columns: list[Column]) -> tuple[str, str, float, float]:
-    reach = max(column.images.abs().flatten().quantile(0.99).item() for column in columns if column.scale == "residual")
+def _residual_scale(residuals: Tensor) -> tuple[str, str, float, float]:
+    """Colours for residuals as large as these."""
+    reach = residuals.abs().flatten().quantile(0.99).item()
     return ("residual", "RdBu_r", -reach, reach)
 
 
