@@ -72,57 +72,44 @@ _SeedsOption = Annotated[int | None, typer.Option(min=1, help="Networks of each 
 _SeedOption = Annotated[int | None, typer.Option(help="The same seed gives the same numbers.", show_default="the preset's")]
 
 
-@app.command()
-def splines(
-    preset: _PresetOption = Preset.QUICK,
-    out: _OutOption = None,
-    resume: _ResumeOption = False,
-    device: _DeviceOption = None,
-    seed: _SeedOption = None,
-    train: _TrainOption = None,
-    test: _TestOption = None,
-    epochs: _EpochsOption = None,
-    seeds: _SeedsOption = None,
-) -> None:
-    """Recover the known covariance of splines with correlated noise: Table 1, Figures 3 and 4 of the SUPN paper."""
-    _known_covariance("splines", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
-
-
-@app.command()
-def ellipses(
-    preset: _PresetOption = Preset.QUICK,
-    out: _OutOption = None,
-    resume: _ResumeOption = False,
-    device: _DeviceOption = None,
-    seed: _SeedOption = None,
-    train: _TrainOption = None,
-    test: _TestOption = None,
-    epochs: _EpochsOption = None,
-    seeds: _SeedsOption = None,
-) -> None:
-    """Recover the known covariance of images of ellipses: Table 2, Figures 5 and 6 of the SUPN paper."""
-    _known_covariance("ellipses", preset, out, resume, device, seed=seed, train=train, test=test, epochs=epochs, seeds=seeds)
-
-
-def _known_covariance(
-    experiment: str, preset: Preset, out: Path | None, resume: bool, device: str | None, **sizes: int | None
-) -> None:
-    try:
-        from rich.console import Console
-
-        from .known_covariance.presets import config_for
-        from .known_covariance.run import run
-
+def _add_known_covariance(experiment: str, about: str) -> None:
+    @app.command(experiment, help=about)
+    def command(
+        preset: _PresetOption = Preset.QUICK,
+        out: _OutOption = None,
+        resume: _ResumeOption = False,
+        device: _DeviceOption = None,
+        seed: _SeedOption = None,
+        train: _TrainOption = None,
+        test: _TestOption = None,
+        epochs: _EpochsOption = None,
+        seeds: _SeedsOption = None,
+    ) -> None:
+        replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "seeds": seeds}
         try:
-            config = config_for(experiment, preset.value, **sizes)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        where = _device(device)
-        folder = _begin(config, out, resume)
-        _run(folder, lambda: run(config, folder, where, Console()))
-        typer.echo(f"Results: {folder}")
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+            from rich.console import Console
+
+            from .known_covariance.presets import config_for
+            from .known_covariance.run import run
+
+            try:
+                config = config_for(experiment, preset.value, **replaced)
+            except ValueError as error:
+                raise typer.BadParameter(str(error)) from None
+            where = _device(device)
+            folder = _begin(config, out, resume)
+            _run(folder, lambda: run(config, folder, where, Console()))
+            typer.echo(f"Results: {folder}")
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+_add_known_covariance(
+    "splines", "Recover the known covariance of splines with correlated noise: Table 1, Figures 3 and 4 of the SUPN paper."
+)
+_add_known_covariance(
+    "ellipses", "Recover the known covariance of images of ellipses: Table 2, Figures 5 and 6 of the SUPN paper."
+)
 
 
 def _device(name: str | None):
@@ -201,100 +188,71 @@ _HeldOutOption = Annotated[
 _TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
 
-@app.command()
-def faces(
-    preset: _ImagePresetOption = ImagePreset.QUICK,
-    data: _DataOption = None,
-    note: _NoteOption = None,
-    out: _OutOption = None,
-    resume: _ResumeOption = False,
-    device: _DeviceOption = None,
-    workers: _WorkersOption = 0,
-    tensorboard: _TensorboardOption = False,
-    bfloat16: _Bfloat16Option = False,
-    compiled: _CompileOption = False,
-    seed: _SeedOption = None,
-    train: _TrainOption = None,
-    test: _TestOption = None,
-    epochs: _EpochsOption = None,
-    samples: _SamplesOption = None,
-    held_out: _HeldOutOption = None,
-) -> None:
-    """Structured residuals of autoencoders of faces: Table 3, Figures 1 and 7 to 10 of the SUPN paper.
+def _add_image_experiment(experiment: str, about: str) -> None:
+    @app.command(experiment, help=about)
+    def command(
+        preset: _ImagePresetOption = ImagePreset.QUICK,
+        data: _DataOption = None,
+        note: _NoteOption = None,
+        out: _OutOption = None,
+        resume: _ResumeOption = False,
+        device: _DeviceOption = None,
+        workers: _WorkersOption = 0,
+        tensorboard: _TensorboardOption = False,
+        bfloat16: _Bfloat16Option = False,
+        compiled: _CompileOption = False,
+        seed: _SeedOption = None,
+        train: _TrainOption = None,
+        test: _TestOption = None,
+        epochs: _EpochsOption = None,
+        samples: _SamplesOption = None,
+        held_out: _HeldOutOption = None,
+    ) -> None:
+        replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
+        replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
+        try:
+            from dataclasses import replace
 
-    With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...
-    """
-    replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
-    replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
-    _images("faces", preset, data, note, out, resume, device, workers, tensorboard, replaced)
+            from rich.console import Console
+
+            from . import distributed
+            from .datasets import DataError, load_images
+            from .faces.presets import PRESETS, config_for
+            from .faces.run import run
+            from .training import summary_writer
+
+            if tensorboard:
+                try:
+                    summary_writer()
+                except ImportError as error:
+                    raise typer.BadParameter(str(error), param_hint="--tensorboard") from None
+            with distributed.processes(_device(device)) as where:
+                first = distributed.number() == 0
+                console = Console(quiet=not first)
+                try:
+                    images = load_images(data, PRESETS[experiment][preset.value].size, console)
+                except DataError as error:
+                    raise typer.BadParameter(str(error), param_hint="--data") from None
+                if note is not None:
+                    images = replace(images, note=note)
+                try:
+                    config = config_for(experiment, preset.value, images, **replaced)
+                except ValueError as error:
+                    raise typer.BadParameter(str(error)) from None
+                folder = distributed.from_first(_begin(config, out, resume) if first else None)
+                _run(folder, lambda: run(config, images, folder, where, console, workers, tensorboard))
+                if first:
+                    typer.echo(f"Results: {folder}")
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
 
 
-@app.command()
-def cifar10(
-    preset: _ImagePresetOption = ImagePreset.QUICK,
-    data: _DataOption = None,
-    note: _NoteOption = None,
-    out: _OutOption = None,
-    resume: _ResumeOption = False,
-    device: _DeviceOption = None,
-    workers: _WorkersOption = 0,
-    tensorboard: _TensorboardOption = False,
-    bfloat16: _Bfloat16Option = False,
-    compiled: _CompileOption = False,
-    seed: _SeedOption = None,
-    train: _TrainOption = None,
-    test: _TestOption = None,
-    epochs: _EpochsOption = None,
-    samples: _SamplesOption = None,
-    held_out: _HeldOutOption = None,
-) -> None:
-    """The same as faces for gray images of 32 x 32 pixels."""
-    replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
-    replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
-    _images("cifar10", preset, data, note, out, resume, device, workers, tensorboard, replaced)
-
-
-def _images(
-    experiment: str,
-    preset: ImagePreset,
-    data: str | None,
-    note: str | None,
-    out: Path | None,
-    resume: bool,
-    device: str | None,
-    workers: int,
-    tensorboard: bool,
-    replaced: dict[str, int | bool | None],
-) -> None:
-    try:
-        from dataclasses import replace
-
-        from rich.console import Console
-
-        from . import distributed
-        from .datasets import DataError, load_images
-        from .faces.presets import PRESETS, config_for
-        from .faces.run import run
-
-        with distributed.processes(_device(device)) as where:
-            first = distributed.number() == 0
-            console = Console(quiet=not first)
-            try:
-                images = load_images(data, PRESETS[experiment][preset.value].size, console)
-            except DataError as error:
-                raise typer.BadParameter(str(error), param_hint="--data") from None
-            if note is not None:
-                images = replace(images, note=note)
-            try:
-                config = config_for(experiment, preset.value, images, **replaced)
-            except ValueError as error:
-                raise typer.BadParameter(str(error)) from None
-            folder = distributed.from_first(_begin(config, out, resume) if first else None)
-            _run(folder, lambda: run(config, images, folder, where, console, workers, tensorboard))
-            if first:
-                typer.echo(f"Results: {folder}")
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+_add_image_experiment(
+    "faces",
+    "Structured residuals of autoencoders of faces: Table 3, Figures 1 and 7 to 10 of the SUPN paper. "
+    "With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...",
+)
+_add_image_experiment("cifar10", "The same as faces for gray images of 32 x 32 pixels.")
 
 
 @app.command()

@@ -5,7 +5,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,19 @@ def with_replacement(count: int, batch_size: int, generator: torch.Generator) ->
 def warmup_cosine(peak: float, steps: int) -> Callable[[int], float]:
     """The learning rate of each step: a linear rise over the first tenth, then a cosine to 0."""
     return lambda step: peak * min((step + 1) / math.ceil(steps / 10), 0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+def summary_writer() -> type:
+    """The class of TensorBoard's writers.
+
+    Raises:
+        ImportError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("logs for TensorBoard need it: pip install tensorboard") from error
+    return SummaryWriter
 
 
 def fit(
@@ -135,11 +148,11 @@ def fit(
         _ExamplesPerSecond(),
         TimeRemainingColumn(elapsed_when_finished=True),
     )
-    with ExitStack() as stack:
-        progress = stack.enter_context(Progress(*columns, console=console))
-        writer = (
-            stack.enter_context(_summary_writer(log, len(losses))) if log is not None and not distributed.number() else None
-        )
+    logs = nullcontext()
+    if log is not None and distributed.number() == 0:
+        # Forgets what an interrupted run had logged after its last state.
+        logs = summary_writer()(log, purge_step=len(losses))
+    with Progress(*columns, console=console) as progress, logs as writer:
         task = progress.add_task(title, total=steps, completed=len(losses), loss=float("nan"), batch=0)
         for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
             examples = len(batch[0]) * distributed.count()
@@ -163,7 +176,7 @@ def fit(
                 writer.add_scalar("learning rate", learning_rate(step), step + 1)
                 writer.add_scalar("examples per second", examples * (progress.tasks[task].speed or 0), step + 1)
             due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
-            if state is not None and due and not distributed.number():
+            if state is not None and due and distributed.number() == 0:
                 _save(state, model, optimizer, losses)
                 saved = time.monotonic()
     model.eval()
@@ -202,15 +215,6 @@ class _ExamplesPerSecond(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f}/s")
-
-
-def _summary_writer(folder: Path, step: int):
-    """TensorBoard's writer, which forgets what an interrupted run had logged after ``step``."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("logs for TensorBoard need it: pip install tensorboard") from error
-    return SummaryWriter(folder, purge_step=step)
 
 
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from .. import distributed
 from ..datasets import ImageData
 
 # The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
@@ -184,12 +185,15 @@ def config_for(experiment: str, preset: str, data: ImageData, epochs: int | None
     """A preset for a data set, with some fields replaced where not None: ``epochs`` those of all networks.
 
     Raises:
-        ValueError: a share outside [0, 1), or fewer training images than a batch has.
+        ValueError: a share outside [0, 1), fewer training images than a batch has, or a batch that the number of processes
+            does not divide.
     """
     config = PRESETS[experiment][preset]
     if epochs is not None:
         replaced |= {"base_epochs": epochs, "covariance_epochs": epochs}
     config = replace(config, **{key: value for key, value in replaced.items() if value is not None})
+    if config.batch_size % distributed.count():
+        raise ValueError(f"batch_size is {config.batch_size}, expected a multiple of {distributed.count()}, the processes")
     if not 0 <= config.held_out < 1:
         raise ValueError(f"held_out is {config.held_out}, expected a share of at least 0 and below 1")
     train, test = (
