@@ -97,7 +97,7 @@ def _add_known_covariance(experiment: str, about: str) -> None:
             except ValueError as error:
                 raise typer.BadParameter(str(error)) from None
             where = _device(device)
-            folder = _begin(config, out, resume)
+            folder = _begin(config, out, resume, where)
             _run(folder, lambda: run(config, folder, where, Console()))
             typer.echo(f"Results: {folder}")
         except KeyboardInterrupt:
@@ -118,13 +118,15 @@ def _device(name: str | None):
 
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError(f"{name} is not a CPU or CUDA device")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise typer.BadParameter(str(error), param_hint="--device") from None
     return device
 
 
-def _begin(config, out: Path | None, resume: bool) -> Path:
+def _begin(config, out: Path | None, resume: bool, device) -> Path:
     """The folder of a run that begins, or goes on if it can."""
     from .results import check_resumable, new_results_folder, start
 
@@ -132,21 +134,23 @@ def _begin(config, out: Path | None, resume: bool) -> Path:
         raise typer.BadParameter("--resume needs the folder of the run to go on with", param_hint="--out")
     try:
         if resume:
-            check_resumable(config, out)
+            check_resumable(config, out, device)
             return out
         folder = new_results_folder(config.experiment, out)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--out") from None
-    start(config, folder)
+    start(config, folder, device)
     return folder
 
 
 def _run(folder: Path, run: Callable[[], object]) -> None:
     """Run; when interrupted say how to go on."""
+    import shlex
+
     try:
         run()
     except KeyboardInterrupt:
-        typer.echo(f"Interrupted: the same command with --out {folder} --resume goes on from there", err=True)
+        typer.echo(f"Interrupted: the same command with --out {shlex.quote(str(folder))} --resume goes on from there", err=True)
         raise typer.Exit(130) from None
 
 
@@ -239,7 +243,7 @@ def _add_image_experiment(experiment: str, about: str) -> None:
                     config = config_for(experiment, preset.value, images, **replaced)
                 except ValueError as error:
                     raise typer.BadParameter(str(error)) from None
-                folder = distributed.from_first(_begin(config, out, resume) if first else None)
+                folder = distributed.from_first(_begin(config, out, resume, where) if first else None)
                 _run(folder, lambda: run(config, images, folder, where, console, workers, tensorboard))
                 if first:
                     typer.echo(f"Results: {folder}")
@@ -253,6 +257,17 @@ _add_image_experiment(
     "With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...",
 )
 _add_image_experiment("cifar10", "The same as faces for gray images of 32 x 32 pixels.")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="The results of a finished run of splines or ellipses.")]) -> None:
+    """Write the table and the figures of a finished run again, from its numbers and networks."""
+    from .known_covariance.run import report
+
+    try:
+        report(folder)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from None
 
 
 @app.command()

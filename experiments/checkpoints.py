@@ -1,7 +1,6 @@
 """Checkpoints of several networks in one safetensors file, written whole or not at all."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import safetensors.torch
 from torch import nn
 
 import supn_models
+
+from .results import written_whole
 
 _SEPARATOR = "/"
 
@@ -29,9 +30,8 @@ def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str,
     }
     specs = {name: {"class": type(network).__name__, "config": network.config} for name, network in networks.items()}
     metadata = {"networks": json.dumps(specs), "about": json.dumps(about)}
-    partial = path.with_name(path.name + ".partial")
-    safetensors.torch.save_file(tensors, partial, metadata)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        safetensors.torch.save_file(tensors, partial, metadata)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]]:

@@ -57,8 +57,14 @@ def image_grid(
             ax.set_ylabel(label)
         for name, (label, *_) in scales.items():
             members = [i for i, column in enumerate(columns) if column.scale == name]
+            # The ends are chosen by whoever calls: there may be values beyond them.
             bar = fig.colorbar(
-                shown[name], ax=axes[:, members].ravel().tolist(), location="bottom", aspect=14 * len(members), pad=0.03
+                shown[name],
+                extend="both",
+                ax=axes[:, members].ravel().tolist(),
+                location="bottom",
+                aspect=14 * len(members),
+                pad=0.03,
             )
             bar.set_label(label)
         fig.savefig(path)

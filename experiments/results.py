@@ -6,7 +6,8 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,30 +36,47 @@ def new_results_folder(experiment: str, out: Path | None) -> Path:
     folder = out or Path("results") / f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} already exists and is not an empty folder; nothing was changed there")
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be made: {error.strerror}") from None
     return folder
 
 
-def start(config: Config, folder: Path) -> None:
-    """Note in the empty ``folder`` what is about to be run there."""
-    write_json(folder / CONFIG, config.as_dict())
-    (folder / STATES).mkdir()
+def start(config: Config, folder: Path, device: torch.device) -> None:
+    """Note in the empty ``folder`` what is about to be run there, on what kind of device."""
+    write_json(folder / CONFIG, {**config.as_dict(), "device": device.type})
 
 
-def check_resumable(config: Config, folder: Path) -> None:
-    """Raise ValueError unless ``folder`` holds an unfinished run of ``config``."""
-    if not (folder / CONFIG).is_file():
+def check_resumable(config: Config, folder: Path, device: torch.device) -> None:
+    """Raise ValueError unless ``folder`` holds an unfinished run of ``config`` on the same kind of device."""
+    path = folder / CONFIG
+    if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG}: no run of this experiment was begun there")
     if (folder / RESULTS).exists():
         raise ValueError(f"the run in {folder} is finished; nothing was changed there")
-    begun = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    asked = json.loads(json.dumps(config.as_dict()))
-    differing = [key for key in asked if begun.get(key) != asked[key]]
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        begun = None
+    if not isinstance(begun, dict):
+        raise ValueError(f"{path} is not the configuration of a run; nothing was changed there")
+    asked = json.loads(json.dumps({**config.as_dict(), "device": device.type}))
+    differing = [f"{name} is {there!r} there, {here!r} here" for name, there, here in _differences("", begun, asked)]
     if differing:
-        raise ValueError(
-            f"the run in {folder} has another configuration: "
-            + "; ".join(f"{key} is {begun.get(key)!r} there, {asked[key]!r} here" for key in differing)
-        )
+        raise ValueError(f"the run in {folder} has another configuration: " + "; ".join(differing[:4]))
+
+
+def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The places, such as models[0].epochs, at which two values of JSON differ."""
+    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
+        for key in here:
+            yield from _differences(f"{name}.{key}" if name else key, there[key], here[key])
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        for index, pair in enumerate(zip(there, here, strict=True)):
+            yield from _differences(f"{name}[{index}]", *pair)
+    elif there != here:
+        yield name or "it", there, here
 
 
 def environment() -> dict[str, Any]:
@@ -77,9 +95,18 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write to, which then replaces it in one step: ``path`` is never there in part."""
+    partial = path.with_name(path.name + ".partial")
+    yield partial
+    os.replace(partial, path)
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Write ``value`` as indented JSON, whole or not at all."""
+    with written_whole(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -1,7 +1,6 @@
 """Seeds and the training loop that the experiments share."""
 
 import math
-import os
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed
+from .results import written_whole
 
 _SECONDS_BETWEEN_STATES = 30
 _STEPS_BETWEEN_LOGS = 20
@@ -153,7 +153,7 @@ def fit(
         # Forgets what an interrupted run had logged after its last state.
         logs = summary_writer()(log, purge_step=len(losses))
     with Progress(*columns, console=console) as progress, logs as writer:
-        task = progress.add_task(title, total=steps, completed=len(losses), loss=float("nan"), batch=0)
+        task = progress.add_task(title, total=steps, completed=len(losses), loss=_recent_mean(losses), batch=0)
         for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
             examples = len(batch[0]) * distributed.count()
             if prepare is not None:
@@ -169,8 +169,7 @@ def fit(
                 group["lr"] = learning_rate(step)
             optimizer.step()
             losses.append((distributed.sum_over_processes(value.detach()) / distributed.count()).item())
-            recent = losses[-20:]
-            progress.update(task, advance=1, loss=sum(recent) / len(recent), batch=examples)
+            progress.update(task, advance=1, loss=_recent_mean(losses), batch=examples)
             if writer is not None and (step + 1) % _STEPS_BETWEEN_LOGS == 0:
                 writer.add_scalar("loss", losses[-1], step + 1)
                 writer.add_scalar("learning rate", learning_rate(step), step + 1)
@@ -217,6 +216,11 @@ class _ExamplesPerSecond(ProgressColumn):
         return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f}/s")
 
 
+def _recent_mean(losses: list[float]) -> float:
+    recent = losses[-20:]
+    return sum(recent) / len(recent) if recent else math.nan
+
+
 def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
     contents: dict[str, Any] = {
         "model": model.state_dict(),
@@ -224,13 +228,15 @@ def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses
         "losses": torch.tensor(losses, dtype=torch.float64),
         "random": torch.get_rng_state(),
     }
-    partial = path.with_name(path.name + ".partial")
-    torch.save(contents, partial)
-    os.replace(partial, path)
+    with written_whole(path) as partial:
+        torch.save(contents, partial)
 
 
 def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
-    contents = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} is not the state of a training; without this file it begins anew") from error
     model.load_state_dict(contents["model"])
     optimizer.load_state_dict(contents["optimizer"])
     torch.set_rng_state(contents["random"])

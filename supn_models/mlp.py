@@ -56,8 +56,11 @@ class CovarianceMLP(nn.Module):
         check_positive_int("in_features", in_features)
         check_stencil(stencil)
         check_stddev("initial_stddev", initial_stddev)
-        for units in hidden:
-            check_positive_int("hidden", units)
+        for name, sizes in (("grid", grid), ("hidden", hidden)):
+            if not isinstance(sizes, Sequence):
+                raise ValueError(f"{name} is {sizes!r}, expected a sequence of integers")
+            for size in sizes:
+                check_positive_int(name, size)
         if bottleneck is not None:
             check_positive_int("bottleneck", bottleneck)
         self.config: dict[str, Any] = {
@@ -77,7 +80,7 @@ class CovarianceMLP(nn.Module):
         self.register_buffer("_rows", row, persistent=False)
         widths = (in_features, *hidden)
         self.layers = nn.Sequential(*(_layer(*pair) for pair in itertools.pairwise(widths)))
-        self.bottleneck = _layer(widths[-1], bottleneck) if bottleneck else nn.Identity()
+        self.bottleneck = _layer(widths[-1], bottleneck) if bottleneck and len(row) else nn.Identity()
         self.to_log_ratio = _zero_linear(widths[-1], math.prod(grid))
         self.to_entries = _zero_linear(bottleneck or widths[-1], len(row)) if len(row) else None
 
@@ -94,7 +97,8 @@ class CovarianceMLP(nn.Module):
         log_diag = soft_bound(self.to_log_ratio(hidden), MAX_LOG_RATIO) - math.log(self.initial_stddev)
         existing = hidden[:, :0] if self.to_entries is None else self.to_entries(self.bottleneck(hidden))
         if self.standardise:
-            existing = existing * log_diag.exp()[:, self._rows]
+            # Not by an index in brackets: the sums of its backward pass depend on the number of threads, and on chance.
+            existing = existing * log_diag.exp().index_select(1, self._rows)
         off_diag = existing.new_zeros(len(x), len(self.stencil) * math.prod(self.grid)).index_copy(1, self._entries, existing)
         return bg.StencilCholesky(
             log_diag.unflatten(1, self.grid), off_diag.unflatten(1, (len(self.stencil), *self.grid)), self.stencil

@@ -51,6 +51,8 @@ def run(
         tensorboard: write logs into a folder of that name.
     """
     begin = time.perf_counter()
+    (folder / STATES).mkdir(exist_ok=True)
+    distributed.barrier()
     resumed = any((folder / STATES).iterdir())
     console.print(data.summary())
     base_images, covariance_images = images_for_training(config, data, device, workers)
@@ -114,9 +116,9 @@ def run(
         save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
         report = markdown_report(config, results)
         (folder / "results.md").write_text(report, encoding="utf-8")
+        shutil.rmtree(folder / STATES)
         # Last: a folder with this file is a finished run.
         write_json(folder / RESULTS, results)
-        shutil.rmtree(folder / STATES)
         console.print(Markdown(report))
     distributed.barrier()
     return results

@@ -25,7 +25,7 @@ def draw(config: Config, networks: dict[str, CovarianceMLP], test: Examples, row
 
     Args:
         config: the run's.
-        networks: on the CPU; those of the first seeds are shown.
+        networks: on the CPU; those of the first seeds are shown, of images only the diagonal ones and those with f = 5.
         test: the first few signals are shown.
         rows: what `report.summarise` gives.
         folder: where to.

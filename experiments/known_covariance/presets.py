@@ -1,5 +1,7 @@
 """What a run of the synthetic experiments depends on: sizes, networks and schedules, by preset."""
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -37,14 +39,17 @@ class Model:
     seeds: int
     batch_size: int = 256
 
-    def learning_rate_at(self, steps: int):
+    def learning_rate_at(self, steps: int) -> Callable[[int], float]:
         """The learning rate as a function of the step."""
         return warmup_cosine(self.learning_rate, steps) if self.schedule == "cosine" else lambda step: self.learning_rate
 
 
 @dataclass(frozen=True)
 class Config:
-    """All that the numbers of a run depend on, besides the machine and the versions of the libraries."""
+    """All that the numbers of a run depend on, besides the machine and the versions of the libraries.
+
+    The first model is the diagonal one, from which the others' gains are measured.
+    """
 
     experiment: str
     preset: str
@@ -61,12 +66,25 @@ class Config:
         """As values that JSON can hold."""
         return {**asdict(self), "signals": asdict(self.signals)}
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """What `as_dict` was made of.
+
+        Raises:
+            ValueError: the signals had other scalars then.
+        """
+        values = dict(values)
+        scalars = values.pop("signals")
+        models = tuple(Model(**{**model, "hidden": tuple(model["hidden"])}) for model in values.pop("models"))
+        config = cls(**values, models=models)
+        if asdict(config.signals) != scalars:
+            raise ValueError(f"signals is {scalars}, expected {asdict(config.signals)}")
+        return config
+
 
 def layout(stencil: str | int, grid: tuple[int, ...]) -> tuple[bg.Stencil, tuple[int, ...]]:
     """The stencil of a `Model` and the grid of its factor: of a dense one the sites in raster order, on one axis."""
-    n = 1
-    for size in grid:
-        n *= size
+    n = math.prod(grid)
     if stencil == "dense":
         return bg.Stencil.box((n - 1,)), (n,)
     if stencil == "diagonal":

@@ -1,5 +1,6 @@
 """Train the networks of a synthetic experiment, compare what they predict with the truth, and write tables and figures."""
 
+import json
 import math
 import shutil
 import time
@@ -14,7 +15,7 @@ from torch import Tensor
 import banded_gmrf as bg
 from supn_models import CovarianceMLP
 
-from ..checkpoints import save_checkpoint
+from ..checkpoints import load_checkpoint, save_checkpoint
 from ..figures import loss_figure
 from ..results import RESULTS, STATES, device_name, environment, write_json
 from ..training import ShuffledEpochs, derived_seed, fit
@@ -32,6 +33,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     Training goes on from what is in ``folder``: after `start` from the beginning, after an interruption from a recent state.
     """
     begin = time.perf_counter()
+    (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
     train, test = (examples(config, purpose, device) for purpose in ("train", "test"))
     console.print(f"{config.experiment}: {config.train} signals to train on, {config.test} to test on, on {device}")
@@ -60,7 +62,8 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         "seconds": {"training": round(trained - begin, 1), "all": 0.0},
     }
     console.print("figures ...")
-    networks = {name: network.cpu() for name, network in networks.items()}
+    for network in networks.values():
+        network.cpu()
     figures.draw(config, networks, test, rows, folder)
     per_curve = max(1, min(len(curve) for curve in losses.values()) // 100)
     first = {model.name: losses[f"{model.name}, seed 0"] for model in config.models}
@@ -69,11 +72,28 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     results["seconds"]["all"] = round(time.perf_counter() - begin, 1)
     report = markdown_report(config, results)
     (folder / "results.md").write_text(report, encoding="utf-8")
+    shutil.rmtree(folder / STATES)
     # Last: a folder with this file is a finished run.
     write_json(folder / RESULTS, results)
-    shutil.rmtree(folder / STATES)
     console.print(Markdown(report))
     return results
+
+
+def report(folder: Path) -> None:
+    """Write the table and the figures of a finished run again, but for the curves of its training.
+
+    Raises:
+        ValueError: ``folder`` holds no finished run of these experiments.
+    """
+    try:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        config = Config.from_dict(results["config"])
+        networks, _ = load_checkpoint(folder / CHECKPOINT)
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder} holds no finished run of splines or ellipses: {error}") from error
+    test = examples(config, "test", torch.device("cpu"))
+    figures.draw(config, networks, test, results["rows"], folder)
+    (folder / "results.md").write_text(markdown_report(config, results), encoding="utf-8")
 
 
 def examples(config: Config, purpose: str, device: torch.device) -> Examples:

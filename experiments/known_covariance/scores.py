@@ -1,5 +1,6 @@
 """How far predicted covariances are from the true ones."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -53,12 +54,14 @@ def score(signals: Signals, examples: Examples, predict: Callable[[Tensor, Tenso
         factor = predict(means, covariance).double()
         residual = (x - means).double().flatten(1)
         predicted = MultivariateNormal(torch.zeros_like(residual), torch.cholesky_inverse(factor))
+        whitened = (factor.mT @ residual[..., None])[..., 0]
+        log_det = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         parts.append(
             (
-                -predicted.log_prob(residual),
+                0.5 * (whitened.square().sum(-1) + residual.shape[1] * math.log(2 * math.pi)) - log_det,
                 kl_divergence(predicted, MultivariateNormal(torch.zeros_like(residual), covariance)),
                 torch.linalg.matrix_norm(predicted.covariance_matrix - covariance),
-                (factor.mT @ residual[..., None]).reshape(x.shape),
+                whitened.reshape(x.shape),
             )
         )
     return Scores(*(torch.cat(values) for values in zip(*parts, strict=True)))

@@ -92,7 +92,7 @@ class Splines(Signals):
 
     def mean(self, latents: Tensor) -> Tensor:
         # A spline is linear in its knots' values.
-        knots = torch.linspace(0, 1, self.num_latents)
+        knots = torch.linspace(0, 1, self.num_latents, dtype=torch.float64)
         basis = scipy.interpolate.CubicSpline(knots, torch.eye(self.num_latents), bc_type="natural")
         return latents @ torch.as_tensor(basis(torch.linspace(0, 1, *self.grid)), dtype=latents.dtype).mT.to(latents.device)
 
@@ -106,9 +106,10 @@ class Splines(Signals):
 
 @dataclass(frozen=True)
 class Ellipses(Signals):
-    """A bright ellipse, soft at its edge by half a pixel, on 16 x 16 pixels; the noise draws lines along its major axis.
+    """A bright ellipse on 16 x 16 pixels; the noise draws lines along its major axis.
 
-    Its correlation is a Matérn function with ν = 5/2, six times as long along the major axis as across, plus white noise.
+    Its edge is soft, by half a pixel on the minor axis and in proportion to the distance from the centre elsewhere. The
+    noise's correlation is a Matérn function with ν = 5/2, six times as long along the major axis as across, plus white noise.
 
     Args:
         length: correlation length across the lines, in pixels.
@@ -135,7 +136,7 @@ class Ellipses(Signals):
         major, minor, angle, row, column = latents.T[..., None, None]
         places = [torch.arange(n, dtype=latents.dtype, device=latents.device) - (n - 1) / 2 for n in self.grid]
         along, across = _turn(places[0][:, None] - row, places[1] - column, angle)
-        # Distance from the edge in units of the minor semi-axis, exact on the axes.
+        # The distance beyond the edge as a part of the edge's own: in pixels on the minor axis, times the minor semi-axis.
         outside = torch.hypot(along / major, across / minor) - 1
         return torch.sigmoid(-outside * minor / self.edge)
 

@@ -67,6 +67,24 @@ def test_gradients_reach_every_parameter():
     assert all(parameter.grad is not None for parameter in network.parameters())
 
 
+def test_gradients_are_the_same_bits_each_time():
+    """On three threads, among which the batch does not divide evenly."""
+    network = CovarianceMLP(50, (50,), bg.Stencil.box((49,)))
+    torch.nn.init.normal_(network.to_entries.weight, std=0.1)
+    x, weights = torch.randn(256, 50), torch.randn(256, 50, 50)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        gradients = []
+        for _ in range(6):
+            network.zero_grad()
+            (network(x).to_dense() * weights).sum().backward()
+            gradients.append(network.to_log_ratio.weight.grad.clone())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
+
+
 def test_config_builds_the_same_network():
     network = random_network((4, 3), bg.Stencil.square(3), bottleneck=2, standardise=False)
     same = CovarianceMLP.from_config(network.config).double().eval()
@@ -83,6 +101,8 @@ def test_config_builds_the_same_network():
         ({"hidden": (3, -1)}, "hidden is -1"),
         ({"bottleneck": 0}, "bottleneck is 0"),
         ({"initial_stddev": 0.0}, "initial_stddev is 0.0"),
+        ({"hidden": 100}, "hidden is 100, expected a sequence"),
+        ({"grid": 5}, "grid is 5, expected a sequence"),
         ({"grid": (4,)}, "grid is"),
         ({"stencil": 3}, "stencil is a int"),
     ],
