@@ -153,7 +153,7 @@ def coverage_figure(path: Path, levels: Sequence[float], curves: dict[str, Seque
         curves: for each model the share of signals below each quantile.
     """
     with mpl.rc_context(_STYLE):
-        fig = Figure(figsize=(4.6, 3.2), layout="constrained")
+        fig = Figure(figsize=(6.0, 3.4), layout="constrained")
         ax = fig.subplots()
         ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="ideal")
         for name, shares in curves.items():
