@@ -34,7 +34,7 @@ def draw(config: Config, networks: dict[str, CovarianceMLP], test: Examples, row
     factors = {"truth": factor_of_truth(config.signals.covariance(latents))}
     for model in config.models:
         if model.stencil in ("diagonal", 5) or len(config.signals.grid) == 1:
-            factors[model.name] = networks[f"{model.name}, seed 0"](means).to_dense().double()
+            factors[model.name] = networks[model.network_name(0)](means).to_dense().double()
     noise = torch.randn(
         (_SAMPLES, *means.flatten(1).shape), generator=seeded_generator(config.seed, "figures"), dtype=torch.float64
     )

@@ -39,6 +39,10 @@ class Model:
     seeds: int
     batch_size: int = 256
 
+    def network_name(self, seed: int) -> str:
+        """What the network with this seed is called in checkpoints and progress bars."""
+        return f"{self.name}, seed {seed}"
+
     def learning_rate_at(self, steps: int) -> Callable[[int], float]:
         """The learning rate as a function of the step."""
         return warmup_cosine(self.learning_rate, steps) if self.schedule == "cosine" else lambda step: self.learning_rate

@@ -40,18 +40,18 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     initial_stddev = (train.x - train.means).square().mean().sqrt().item()
     networks: dict[str, CovarianceMLP] = {}
     losses: dict[str, list[float]] = {}
-    for model in config.models:
+    for number, model in enumerate(config.models):
         for seed in range(model.seeds):
-            name = f"{model.name}, seed {seed}"
+            name = model.network_name(seed)
             networks[name] = build(config, model, seed, initial_stddev).to(device)
-            state = folder / STATES / f"{config.models.index(model)}-{seed}.pt"
+            state = folder / STATES / f"{number}-{seed}.pt"
             losses[name] = train_network(config, model, seed, networks[name], train, state, console)
     trained = time.perf_counter()
 
     console.print("comparing with the truth ...")
     scores = compare(config, networks, test)
     rows = summarise(config, scores)
-    results = {
+    results: dict[str, Any] = {
         "definition": "nll is -log p(x) in nats, ½ and constant included; kl is KL(N(0, Σ̂) ‖ N(0, Σ)) in nats; norm is "
         "‖Σ̂ - Σ‖, Frobenius: means over test signals and seeds, and standard errors over test signals of the means over seeds",
         "rows": rows,
@@ -59,23 +59,22 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         **environment(),
         "device": device_name(device),
         "resumed": resumed,
-        "seconds": {"training": round(trained - begin, 1), "all": 0.0},
     }
     console.print("figures ...")
     for network in networks.values():
         network.cpu()
     figures.draw(config, networks, test, rows, folder)
     per_curve = max(1, min(len(curve) for curve in losses.values()) // 100)
-    first = {model.name: losses[f"{model.name}, seed 0"] for model in config.models}
+    first = {model.name: losses[model.network_name(0)] for model in config.models}
     loss_figure(folder / "training.png", [("nats per site", first)], smooth=per_curve)
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
-    results["seconds"]["all"] = round(time.perf_counter() - begin, 1)
-    report = markdown_report(config, results)
-    (folder / "results.md").write_text(report, encoding="utf-8")
+    results["seconds"] = {"training": round(trained - begin, 1), "all": round(time.perf_counter() - begin, 1)}
+    table = markdown_report(config, results)
+    (folder / "results.md").write_text(table, encoding="utf-8")
     shutil.rmtree(folder / STATES)
     # Last: a folder with this file is a finished run.
     write_json(folder / RESULTS, results)
-    console.print(Markdown(report))
+    console.print(Markdown(table))
     return results
 
 
@@ -131,7 +130,7 @@ def train_network(
         steps=steps,
         rows=rows,
         learning_rate=model.learning_rate_at(steps),
-        title=f"{model.name}, seed {seed}",
+        title=model.network_name(seed),
         console=console,
         state=state,
     )
@@ -158,5 +157,5 @@ def compare(config: Config, networks: dict[str, CovarianceMLP], test: Examples) 
     for stencil in dict.fromkeys(model.stencil for model in config.models if model.stencil != "dense"):
         scores[floor_name(stencil)] = [floor(stencil)]
     for model in config.models:
-        scores[model.name] = [of_network(networks[f"{model.name}, seed {seed}"]) for seed in range(model.seeds)]
+        scores[model.name] = [of_network(networks[model.network_name(seed)]) for seed in range(model.seeds)]
     return scores
