@@ -38,6 +38,8 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         dist.init_process_group("gloo")
     try:
         yield device
+        # All leave together: processes that left while others still worked have ended with an abort.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
