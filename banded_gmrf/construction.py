@@ -25,7 +25,7 @@ from torch.nn.functional import pad
 from gmrf_kernels.ops import accumulate_dtype, check_tensor
 
 from .precisions import StencilPrecision
-from .stencil import Stencil, check_stencil
+from .stencil import Stencil, check_stencil, flat_index
 
 if TYPE_CHECKING:
     from .cholesky import StencilCholesky
@@ -239,11 +239,3 @@ def as_factor(columns: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:
     """Columns (*batch, n, K) as ``log_diag`` (*batch, *grid) and ``off_diag`` (*batch, K-1, *grid)."""
     by_offset = columns.mT.unflatten(-1, grid).movedim(-len(grid) - 1, 0)
     return by_offset[-1], by_offset[:-1].movedim(0, -len(grid) - 1)
-
-
-def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:
-    """The raster numbers of indices (..., ndim) in a box of these sizes."""
-    flat = index[..., 0]
-    for axis, size in enumerate(sizes[1:], start=1):
-        flat = flat * size + index[..., axis]
-    return flat

@@ -15,8 +15,8 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.ops import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
-from .construction import CovarianceFunction, as_factor, flat_index, nearest_columns, neighbourhoods, optimal_columns
-from .stencil import Stencil, check_stencil
+from .construction import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
+from .stencil import Stencil, check_stencil, flat_index
 
 _CHUNK_ELEMENTS = 2**24
 

@@ -1,7 +1,6 @@
 """Stencils: which neighbours a site's column of the Cholesky factor reaches."""
 
 import itertools
-import math
 import operator
 from collections.abc import Iterable, Sequence
 
@@ -109,11 +108,10 @@ class Stencil:
         Returns:
             k, row and column, int64 (m,); sites are numbered in raster order, the entries sorted by k, then by column.
         """
-        k, *site = self.mask(grid, device).nonzero(as_tuple=True)
-        strides = [math.prod(grid[axis + 1 :]) for axis in range(self._ndim)]
-        column = sum(stride * index for stride, index in zip(strides, site, strict=True))
-        reach = [sum(stride * step for stride, step in zip(strides, offset, strict=True)) for offset in self._offsets]
-        return k, column + torch.tensor(reach, dtype=torch.int64, device=device)[k], column
+        existing = self.mask(grid, device).nonzero()
+        k, sites = existing[:, 0], existing[:, 1:]
+        offsets = torch.tensor(self._offsets, dtype=torch.int64, device=device).reshape(-1, self._ndim)
+        return k, flat_index(sites + offsets[k], grid), flat_index(sites, grid)
 
     @property
     def slopes(self) -> tuple[int, ...]:
@@ -141,6 +139,14 @@ class Stencil:
 
     def __repr__(self) -> str:
         return f"Stencil({list(self._offsets)}, ndim={self._ndim})"
+
+
+def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:
+    """The raster numbers of indices (..., ndim) in a box of these sizes."""
+    flat = index[..., 0]
+    for axis, size in enumerate(sizes[1:], start=1):
+        flat = flat * size + index[..., axis]
+    return flat
 
 
 def check_stencil(stencil: Stencil, name: str = "stencil") -> None:

@@ -12,6 +12,8 @@ import supn_models
 
 from .results import written_whole
 
+# The file of a run that holds all its networks.
+CHECKPOINT = "checkpoint.safetensors"
 _SEPARATOR = "/"
 
 

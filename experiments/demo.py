@@ -18,20 +18,17 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 from supn_models import ConvAutoencoder, CovarianceNetwork
 
 from . import photographs
-from .checkpoints import save_checkpoint
+from .checkpoints import CHECKPOINT, save_checkpoint
 from .figures import Column, correlation_figure, image_grid, loss_figure
-from .results import environment, markdown_table, write_json
+from .results import environment, markdown_table, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
 from .whiteness import lag_one_autocorrelation
-
-CHECKPOINT = "checkpoint.safetensors"
 
 CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
 
@@ -151,10 +148,7 @@ def _run(config: DemoConfig, folder: Path, console: Console, networks: dict[str,
         **environment(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_json(folder / "results.json", results)
-    report = markdown_report(results)
-    (folder / "results.md").write_text(report, encoding="utf-8")
-    console.print(Markdown(report))
+    write_results(folder, results, markdown_report(results), console)
     return results
 
 

@@ -19,7 +19,6 @@ from typing import Any
 import PIL.Image
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 from scipy.sparse.linalg import spsolve_triangular
 from torch import Tensor
 
@@ -27,7 +26,7 @@ import banded_gmrf as bg
 
 from . import photographs
 from .figures import Column, image_grid
-from .results import environment, markdown_table, write_json
+from .results import environment, markdown_table, write_results
 from .training import seeded_generator
 
 TEXTURES = ("grass", "brick")
@@ -87,10 +86,7 @@ def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]
         **environment(),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_json(folder / "results.json", results)
-    report = markdown_report(results)
-    (folder / "results.md").write_text(report, encoding="utf-8")
-    console.print(Markdown(report))
+    write_results(folder, results, markdown_report(results), console)
     return results
 
 

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.console import Console
+from rich.markdown import Markdown
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -107,6 +110,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with written_whole(path) as partial:
         partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_results(folder: Path, results: dict[str, Any], report: str, console: Console) -> None:
+    """End a run: write results.md and, last, results.json, without which the run is not finished; show the report."""
+    (folder / "results.md").write_text(report, encoding="utf-8")
+    if (folder / STATES).exists():
+        shutil.rmtree(folder / STATES)
+    write_json(folder / RESULTS, results)
+    console.print(Markdown(report))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

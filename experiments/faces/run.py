@@ -1,21 +1,19 @@
 """Train base models and covariance networks, score them on test images, and write tables and figures."""
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 
 from supn_models import ConvAutoencoder, ConvVAE, StructuredLikelihood
 
 from .. import distributed
-from ..checkpoints import save_checkpoint
+from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
 from ..figures import loss_figure
-from ..results import RESULTS, STATES, device_name, environment, write_json
+from ..results import STATES, device_name, environment, write_results
 from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import build_base, build_covariance, residual_stddev, train_base, train_covariance
@@ -23,7 +21,6 @@ from .presets import BETAS, Config
 from .report import markdown_report, summarise
 from .scores import score
 
-CHECKPOINT = "checkpoint.safetensors"
 _LOGS = "tensorboard"
 
 
@@ -114,12 +111,7 @@ def run(
         draw_losses(folder / "training.png", losses)
         networks = {**bases, **{name: likelihood.covariance for name, likelihood in likelihoods.items()}}
         save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
-        report = markdown_report(config, results)
-        (folder / "results.md").write_text(report, encoding="utf-8")
-        shutil.rmtree(folder / STATES)
-        # Last: a folder with this file is a finished run.
-        write_json(folder / RESULTS, results)
-        console.print(Markdown(report))
+        write_results(folder, results, markdown_report(config, results), console)
     distributed.barrier()
     return results
 

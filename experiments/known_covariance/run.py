@@ -2,29 +2,25 @@
 
 import json
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markdown import Markdown
 from torch import Tensor
 
 import banded_gmrf as bg
 from supn_models import CovarianceMLP
 
-from ..checkpoints import load_checkpoint, save_checkpoint
+from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from ..figures import loss_figure
-from ..results import RESULTS, STATES, device_name, environment, write_json
+from ..results import RESULTS, STATES, device_name, environment, write_results
 from ..training import ShuffledEpochs, derived_seed, fit
 from . import figures
 from .presets import Config, Model, layout
 from .report import floor_name, markdown_report, summarise
 from .scores import Examples, Scores, factor_of_truth, score
-
-CHECKPOINT = "checkpoint.safetensors"
 
 
 def run(config: Config, folder: Path, device: torch.device, console: Console) -> dict[str, Any]:
@@ -69,12 +65,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     loss_figure(folder / "training.png", [("nats per site", first)], smooth=per_curve)
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
     results["seconds"] = {"training": round(trained - begin, 1), "all": round(time.perf_counter() - begin, 1)}
-    table = markdown_report(config, results)
-    (folder / "results.md").write_text(table, encoding="utf-8")
-    shutil.rmtree(folder / STATES)
-    # Last: a folder with this file is a finished run.
-    write_json(folder / RESULTS, results)
-    console.print(Markdown(table))
+    write_results(folder, results, markdown_report(config, results), console)
     return results
 
 
