@@ -1,10 +1,10 @@
 """What a GMRF says about a field of which some sites are known, exactly or with noise.
 
-Let W be the precision of the noise of each observation y = x + noise (0 where there is none), and *free* the sites that are
-not known exactly. The free sites given all observations are a GMRF again, with the precision Λ_ff + W, and a mean and samples
-from one linear system each: for x and z drawn from the prior and from N(0, I), x corrected by
+Let W = M Mᵀ be the precision of the noise of the observations y = x + noise (0 where there are none), and *free* the sites
+that are not known exactly. The free sites given all observations are a GMRF again, with the precision Λ_ff + W, and a mean
+and samples from one linear system each: for x and z drawn from the prior and from N(0, I), x corrected by
 
-    (Λ_ff + W) d = W (y - x) + W^½ z - Λ_fo (x_o - values)
+    (Λ_ff + W) d = W (y - x) + M z - Λ_fo (x_o - values)
 
 is a draw from the posterior, and the prior's mean with z = 0 becomes the posterior's (Papandreou & Yuille, Gaussian sampling by
 local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005).
@@ -25,6 +25,7 @@ from gmrf_kernels.ops import broadcast_batch, check_device, check_vector
 
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .marginals import exact_is_affordable
+from .noise import CorrelatedNoise, IndependentNoise
 from .strips import block_coefficients, block_rows, radius, scan, strip
 
 
@@ -39,32 +40,37 @@ class ConditionalGMRF:
         prior: a `GMRF`.
         known: bool (*batch, *grid), the sites that are known exactly.
         values: (*batch, *grid), the observations; ignored where there is none, NaN included.
-        noise_precision: (*batch, *grid) or any shape that broadcasts to it, 0 where there is no noisy observation.
+        noise: that of the observations which are not exact.
         tolerance: the solver stops at this residual relative to the right-hand side (Euclidean norms).
         max_iterations: of the solver, which then warns.
     """
 
     def __init__(
-        self, prior, known: Tensor, values: Tensor, noise_precision: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000
+        self,
+        prior,
+        known: Tensor,
+        values: Tensor,
+        noise: IndependentNoise | CorrelatedNoise,
+        tolerance: float = 1e-6,
+        max_iterations: int = 1000,
     ):
         grid = prior.event_shape
         self.batch_shape = torch.broadcast_shapes(
-            prior.batch_shape, *(t.shape[: max(0, t.ndim - len(grid))] for t in (known, values, noise_precision))
+            prior.batch_shape, noise.batch_shape, *(t.shape[: t.ndim - len(grid)] for t in (known, values))
         )
         self.event_shape = grid
         self._prior = prior.expand(self.batch_shape)
         self._tolerance, self._max_iterations = tolerance, max_iterations
         factor = prior._factor
         self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
-        self._known = known
-        self._weight = noise_precision.double().masked_fill(known, 0)
-        self._noisy = self._weight > 0
-        self._values = values.double().where(known | self._noisy, 0)
+        self._known, self._noise = known, noise
+        values = values.double()
+        self._values = values.where(known, noise.observed(values))
 
     @property
     def mean(self) -> Tensor:
         """(*batch, *grid)."""
-        return self._correct(self._prior.mean, torch.zeros((), dtype=torch.float64, device=self._values.device))
+        return self._correct(self._prior.mean, self._values.new_zeros(self.event_shape))
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable; one solve for all."""
@@ -86,42 +92,37 @@ class ConditionalGMRF:
         Raises:
             ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and a stencil that reaches r rows.
         """
-        if not exact_is_affordable(self._factor, radius(self._factor.stencil)):
+        if not exact_is_affordable(self._factor, max(radius(self._factor.stencil), self._noise.reach)):
             raise ValueError(f"log_evidence needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(self.event_shape)} exceeds")
-        axes = tuple(range(-len(self.event_shape), 0))
         with torch.no_grad():
             mean = self.mean.double()  # where the derivative by x is 0
         mean = self._values.where(self._known, mean)
-        log_weight = self._weight.where(self._noisy, 1).log() - math.log(2 * math.pi)
-        misfit = 0.5 * (log_weight - self._weight * (self._values - mean).square()).where(self._noisy, 0)
-        free = (~self._known).double() * math.log(2 * math.pi)
         residual, factor = mean - self._prior.loc.double(), self._factor
         log_prior = -negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
-        sites = (misfit + 0.5 * free).expand(*self.batch_shape, *self.event_shape)
-        return log_prior + sites.sum(axes) - 0.5 * self._logdet()
+        log_likelihood = self._noise.log_prob(self._values - mean)
+        free = (~self._known).double().flatten(-len(self.event_shape)).sum(-1)
+        return log_prior + log_likelihood + 0.5 * (free * math.log(2 * math.pi) - self._logdet())
 
     def _logdet(self) -> Tensor:
         """log |Λ_ff + W|, by elimination of one block of rows after the other: Λ_ff is the sum of L_f L_fᵀ over its columns."""
         rows, ndim = self.event_shape[0], len(self.event_shape)
-        known, weight = (t.expand(*t.shape[: max(0, t.ndim - ndim)], *self.event_shape) for t in (self._known, self._weight))
-        free = (~known).flatten(-ndim).double()
-        diagonal = weight.where(~known, 1).flatten(-ndim)
-        row = free.shape[-1] // rows
+        known = self._known.flatten(-ndim).double()
+        row = known.shape[-1] // rows
 
-        def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        def step(window: Tensor, block: tuple[int, int], coefficients: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
             own = slice(block[0] * row, block[1] * row)
             columns = strip(coefficients, self._factor.stencil, rows - block[0])
             height, width = columns.shape[-2:]
-            columns = columns * free[..., own.start : own.start + height, None]
-            grown = torch.nn.functional.pad(window, (0, height - window.shape[-1]) * 2)
-            added = torch.nn.functional.pad(diagonal[..., own], (0, height - width))
-            total = grown + columns @ columns.mT + torch.diag_embed(added)
+            columns = columns * (1 - known[..., own.start : own.start + height, None])
+            parts = window, columns @ columns.mT, torch.diag_embed(known[..., own]), self._noise.gram(noise, rows - block[0])
+            size = max(part.shape[-1] for part in parts)
+            total = sum(torch.nn.functional.pad(part, (0, size - part.shape[-1]) * 2) for part in parts)
             P = torch.linalg.cholesky(total[..., :width, :width])
             Q = torch.linalg.solve_triangular(P, total[..., :width, width:], upper=False)
             return total[..., width:, width:] - Q.mT @ Q, 2 * P.diagonal(dim1=-2, dim2=-1).log().sum(-1)
 
-        blocks = list(zip(block_rows(self.event_shape), block_coefficients(self._factor), strict=True))
-        return sum(scan(step, self._weight.new_zeros(0, 0), blocks))
+        blocks = list(zip(block_rows(self.event_shape), block_coefficients(self._factor), self._noise.blocks(), strict=True))
+        return sum(scan(step, known.new_zeros(0, 0), blocks))
 
     def __repr__(self) -> str:
         return f"ConditionalGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
@@ -129,9 +130,8 @@ class ConditionalGMRF:
     def _correct(self, x: Tensor, z: Tensor) -> Tensor:
         """``x`` given the observations, with z for their noise: (*sample, *batch, *grid)."""
         dtype, x = x.dtype, x.double()
-        start = self._values.where(self._known, x)
-        noise = self._weight.where(self._noisy, 1).sqrt().where(self._noisy, 0) * z  # √ has no finite derivative at 0
-        rhs = self._weight * (self._values - x) + noise - self._precision(start - x)
+        start, noise = self._values.where(self._known, x), self._noise
+        rhs = noise.precision(self._values - noise.loc - x) + noise.root(z) - self._precision(start - x)
         return (start + self._solve(rhs.masked_fill(self._known, 0))).to(dtype)
 
     def _precision(self, x: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class ConditionalGMRF:
     def _operator(self, x: Tensor) -> Tensor:
         """Λ_ff + W on the free sites, the identity on the others."""
         free = x.masked_fill(self._known, 0)
-        return (self._precision(free) + self._weight * free).where(~self._known, x)
+        return (self._precision(free) + self._noise.precision(free)).where(~self._known, x)
 
     def _preconditioner(self) -> StencilCholesky:
         """The prior's factor on the free sites, its diagonal enlarged so that that of Λ_ff + W is met exactly.
@@ -151,7 +151,7 @@ class ConditionalGMRF:
         exists = factor.stencil.mask(factor.grid, device=factor.device)
         squares = factor._off_diag.where(exists, 0).square()
         owed = gmrf_kernels.matvec(factor.diag.square(), squares, known, factor.stencil.offsets, factor.stencil.ndim)
-        diag = (factor.diag.square() + self._weight + owed).sqrt()
+        diag = (factor.diag.square() + self._noise.diagonal + owed).sqrt()
         _, both_free = gmrf_kernels.outer(1 - known, 1 - known, factor.stencil.offsets, factor.stencil.ndim)
         off_diag = factor._off_diag.where(both_free > 0, 0)
         return StencilCholesky(diag.log().masked_fill(self._known, 0), off_diag, factor.stencil)
@@ -255,23 +255,34 @@ def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {', '.join(map(str, grid))})")
     check_device("mask", mask, "values", values)
     broadcast_batch("mask", mask.shape[: mask.ndim - len(grid)], "the distribution", prior.batch_shape)
-    return ConditionalGMRF(prior, mask, values, values.new_zeros(()), **solver)
+    return ConditionalGMRF(prior, mask, values, IndependentNoise(values.new_zeros((), dtype=torch.float64), grid), **solver)
 
 
-def posterior(prior, observation: Tensor, noise_variance: Tensor | float, **solver) -> ConditionalGMRF:
+def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None, noise, **solver) -> ConditionalGMRF:
     """See `GMRF.posterior`."""
     _check_observations(prior, "observation", observation)
+    if (noise_variance is None) == (noise is None):
+        raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
+    grid = prior.event_shape
+    if noise is not None:
+        if noise.event_shape != grid:
+            raise ValueError(f"noise is on the grid {tuple(noise.event_shape)}, the distribution on {tuple(grid)}")
+        check_device("noise", noise.loc, "observation", observation)
+        broadcast_batch("noise", noise.batch_shape, "the distribution", prior.batch_shape)
+        known = torch.zeros(grid, dtype=torch.bool, device=observation.device)
+        return ConditionalGMRF(prior, known, observation, CorrelatedNoise(noise.loc, noise.precision_cholesky), **solver)
     variance = torch.as_tensor(noise_variance, dtype=observation.dtype, device=observation.device)
-    shape = (*prior.batch_shape, *prior.event_shape)
+    shape = (*prior.batch_shape, *grid)
     try:
         torch.broadcast_shapes(variance.shape, shape)
     except RuntimeError:
         raise ValueError(f"noise_variance has shape {tuple(variance.shape)}, which does not broadcast with {shape}") from None
     if not (variance >= 0).all():
         raise ValueError("noise_variance has negative or NaN entries, expected at least 0")
-    variance = variance.expand(torch.broadcast_shapes(variance.shape, prior.event_shape))
+    variance = variance.expand(torch.broadcast_shapes(variance.shape, grid))
     known = variance == 0
-    return ConditionalGMRF(prior, known, observation, 1 / variance.double().masked_fill(known, 1), **solver)
+    weight = (1 / variance.double().masked_fill(known, 1)).masked_fill(known, 0)
+    return ConditionalGMRF(prior, known, observation, IndependentNoise(weight, grid), **solver)
 
 
 def _check_observations(prior, name: str, values: Tensor) -> None:

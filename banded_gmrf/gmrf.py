@@ -276,26 +276,35 @@ class GMRF(Distribution):
         return conditioning.condition(self, mask, values, tolerance=tolerance, max_iterations=max_iterations)
 
     def posterior(
-        self, observation: Tensor, noise_variance: Tensor | float, tolerance: float = 1e-6, max_iterations: int = 1000
+        self,
+        observation: Tensor,
+        noise_variance: Tensor | float | None = None,
+        noise: "GMRF | None" = None,
+        tolerance: float = 1e-6,
+        max_iterations: int = 1000,
     ) -> ConditionalGMRF:
-        """The distribution given observation = x + noise, the noise independent from site to site: for denoising.
+        """The distribution given observation = x + noise: for denoising.
 
-        Its mean is the Wiener filter, loc + (Λ + N⁻¹)⁻¹ N⁻¹ (observation - loc) with the noise variances N.
+        Its mean is the Wiener filter, loc + (Λ + W)⁻¹ W (observation - loc) with the precision W of the noise.
 
         Args:
             observation: (*batch, *grid), broadcast against the distribution's batch.
-            noise_variance: a number, or a tensor that broadcasts to (*batch, *grid), in squared units of the field; infinite
-                where nothing is observed, 0 where the observation is exact.
+            noise_variance: of noise that is independent from site to site: a number, or a tensor that broadcasts to
+                (*batch, *grid), in squared units of the field; infinite where nothing is observed, 0 where the observation is
+                exact.
+            noise: instead of that, the distribution of correlated noise, on the same grid.
             tolerance, max_iterations: as for `condition`.
 
         Returns:
             A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``.
 
         Raises:
-            TypeError: ``observation`` has another dtype than the distribution.
+            TypeError: ``observation`` has another dtype than the distribution; neither ``noise_variance`` nor ``noise``, or both.
             ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
         """
-        return conditioning.posterior(self, observation, noise_variance, tolerance=tolerance, max_iterations=max_iterations)
+        return conditioning.posterior(
+            self, observation, noise_variance, noise, tolerance=tolerance, max_iterations=max_iterations
+        )
 
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""

@@ -50,6 +50,47 @@ def test_means_equal_the_dense_ones(name, grid):
     torch.testing.assert_close(q.condition(mask, y.masked_fill(~mask, torch.nan), **PRECISE).mean, expected, **CLOSE)
 
 
+# The noise reaches one row further than the prior, or one less.
+@pytest.mark.parametrize("block_sites", [1, 32])
+@pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
+def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, block_sites, monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    grid = (5, 3)
+    tensors, means = [], []
+    for name, batch in ((stencil, (2, 1)), (noise_stencil, (3,))):
+        tensors += [t.requires_grad_() for t in random_factor(STENCILS[name].offsets, grid, batch)]
+        means.append(torch.randn(*batch, *grid, dtype=torch.float64, requires_grad=True))
+    y = torch.randn(grid, dtype=torch.float64, requires_grad=True)
+    q = bg.GMRF(means[0], bg.StencilCholesky(*tensors[:2], STENCILS[stencil]))
+    noise = bg.GMRF(means[1], bg.StencilCholesky(*tensors[2:], STENCILS[noise_stencil]))
+    posterior = q.posterior(y, noise=noise, **PRECISE)
+    prior_precision, noise_precision = (L @ L.mT for L in (dense(of.precision_cholesky) for of in (q, noise)))
+    precision = prior_precision + noise_precision
+    gain = torch.linalg.solve(precision, (noise_precision @ (y - noise.loc - q.loc).flatten(-2).unsqueeze(-1)))
+    total = torch.linalg.inv(prior_precision) + torch.linalg.inv(noise_precision)
+    seen = MultivariateNormal((q.loc + noise.loc).flatten(-2), total, validate_args=False)
+    everything = [*tensors, *means, y]
+    for actual, expected in (
+        (posterior.mean, q.loc + gain.unflatten(-2, grid).squeeze(-1)),
+        (posterior.log_evidence, seen.log_prob(y.flatten())),
+    ):
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        cotangent = torch.randn_like(actual)
+        gradients = [torch.autograd.grad(value, everything, cotangent, retain_graph=True) for value in (actual, expected)]
+        for a, e in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, e, **CLOSE)
+
+
+def test_samples_given_correlated_noise_have_the_dense_covariance():
+    count, grid = 20_000, (3, 2)
+    q, noise = (random_gmrf(name, grid) for name in ("3x3", "5x5"))
+    x = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE).sample((count,)).flatten(1)
+    covariance = torch.linalg.inv(q.precision_matrix + noise.precision_matrix)
+    variance = covariance.diagonal()
+    # Five standard errors of a sample covariance.
+    assert ((x.T.cov() - covariance).abs() <= 5 * ((variance[:, None] * variance + covariance.square()) / count).sqrt()).all()
+
+
 @pytest.mark.parametrize("name", ["5x5", "volume", "line with a gap"])
 def test_samples_have_the_dense_mean_and_covariance(name):
     count = 20_000
@@ -261,3 +302,21 @@ def test_bad_conditions(mask, values, error, message):
 def test_bad_posteriors(observation, noise_variance, error, message):
     with pytest.raises(error, match=message):
         random_gmrf("3x3", (4, 3), (2,), torch.float32).posterior(observation, noise_variance)
+
+
+@pytest.mark.parametrize(
+    ("noise", "error", "message"),
+    [
+        ({}, TypeError, "posterior takes either noise_variance or noise, got neither"),
+        ({"noise_variance": 1.0, "noise": (4, 3)}, TypeError, "posterior takes either noise_variance or noise, got both"),
+        ({"noise": (3, 4)}, ValueError, r"noise is on the grid \(3, 4\), the distribution on \(4, 3\)"),
+        ({"noise": (5, 4, 3)}, ValueError, r"noise has batch shape \(5,\), .* with \(2,\)"),
+    ],
+)
+def test_bad_noise(noise, error, message):
+    q = random_gmrf("3x3", (4, 3), (2,), torch.float32)
+    if "noise" in noise:
+        *batch, height, width = noise["noise"]
+        noise = {**noise, "noise": random_gmrf("3x3", (height, width), batch, torch.float32)}
+    with pytest.raises(error, match=message):
+        q.posterior(torch.zeros(4, 3), **noise)

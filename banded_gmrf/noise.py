@@ -1,0 +1,99 @@
+"""Gaussian noise of observations, independent from site to site or correlated: what `conditioning` asks of it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .cholesky import StencilCholesky, negative_log_likelihood
+from .marginals import precision_diagonal
+from .strips import block_coefficients, block_rows, radius, strip
+
+
+class IndependentNoise:
+    """Noise with the precision W = diag(weight).
+
+    Args:
+        weight: float64 (*batch, *grid) or any shape that broadcasts to it, 0 where there is no observation.
+        grid: the grid.
+    """
+
+    reach = 0
+
+    def __init__(self, weight: Tensor, grid: torch.Size):
+        self.diagonal, self._grid = weight, grid
+        self._noisy = weight > 0
+        self.batch_shape = weight.shape[: max(0, weight.ndim - len(grid))]
+        self.loc = weight.new_zeros(())
+
+    def observed(self, values: Tensor) -> Tensor:
+        """``values`` where they are observed, 0 elsewhere."""
+        return values.where(self._noisy, 0)
+
+    def precision(self, x: Tensor) -> Tensor:
+        """W x."""
+        return self.diagonal * x
+
+    def root(self, z: Tensor) -> Tensor:
+        """M z with M Mᵀ = W."""
+        return self.diagonal.where(self._noisy, 1).sqrt().where(self._noisy, 0) * z  # √ has no finite derivative at 0
+
+    def log_prob(self, noise: Tensor) -> Tensor:
+        """The log density of the noise at the observed sites, (*batch) in nats."""
+        log_weight = self.diagonal.where(self._noisy, 1).log() - math.log(2 * math.pi)
+        sites = 0.5 * (log_weight - self.diagonal * noise.square()).where(self._noisy, 0)
+        return sites.expand(*sites.shape[: max(0, sites.ndim - len(self._grid))], *self._grid).flatten(-len(self._grid)).sum(-1)
+
+    def blocks(self) -> list[Tensor]:
+        """What `gram` needs of each block of rows."""
+        weight = self.diagonal.expand(*self.batch_shape, *self._grid)
+        return [weight[(..., slice(*rows), *[slice(None)] * (len(self._grid) - 1))] for rows in block_rows(self._grid)]
+
+    def gram(self, block: Tensor, rows_left: int) -> Tensor:
+        """What a block adds to W: (*batch, h, h) for its sites and those of rows after it, ``rows_left`` at most."""
+        return torch.diag_embed(block.flatten(-len(self._grid)))
+
+
+class CorrelatedNoise:
+    """Noise that is a GMRF itself, with the precision W = M Mᵀ; every site is observed.
+
+    Args:
+        loc: its mean, (*batch, *grid).
+        factor: M.
+    """
+
+    def __init__(self, loc: Tensor, factor: StencilCholesky):
+        self.loc = loc.double()
+        self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
+        self.batch_shape = torch.broadcast_shapes(factor.batch_shape, loc.shape[: loc.ndim - len(factor.grid)])
+        self.reach = radius(factor.stencil)
+
+    @property
+    def diagonal(self) -> Tensor:
+        """That of W."""
+        return precision_diagonal(self._factor)
+
+    def observed(self, values: Tensor) -> Tensor:
+        """All of them."""
+        return values
+
+    def precision(self, x: Tensor) -> Tensor:
+        """W x."""
+        return self._factor.matvec(self._factor.matvec(x, transpose=True))
+
+    def root(self, z: Tensor) -> Tensor:
+        """M z."""
+        return self._factor.matvec(z)
+
+    def log_prob(self, noise: Tensor) -> Tensor:
+        """Its log density, (*batch) in nats."""
+        return -negative_log_likelihood(noise - self.loc, self._factor.log_diag, self._factor.off_diag, self._factor.stencil)
+
+    def blocks(self) -> tuple[Tensor, ...]:
+        """What `gram` needs of each block of rows."""
+        return block_coefficients(self._factor)
+
+    def gram(self, block: Tensor, rows_left: int) -> Tensor:
+        """What a block adds to W: (*batch, h, h) for its sites and those of rows after it, ``rows_left`` at most."""
+        columns = strip(block, self._factor.stencil, rows_left)
+        return columns @ columns.mT
