@@ -299,7 +299,7 @@ class GMRF(Distribution):
             A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``.
 
         Raises:
-            TypeError: ``observation`` has another dtype than the distribution; neither ``noise_variance`` nor ``noise``, or both.
+            TypeError: ``observation`` has another dtype than the distribution, or not exactly one noise is given.
             ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
         """
         return conditioning.posterior(
