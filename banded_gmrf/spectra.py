@@ -1,5 +1,11 @@
-"""The leading eigenpairs of a GMRF's covariance, from solves with L alone."""
+"""The spectrum of a GMRF's covariance, without its matrix: leading eigenpairs, counts of eigenvalues, spectral projections.
 
+Eigenpairs come from solves with L. How many eigenvalues of Λ lie below a threshold is the number of negative pivots of Λ minus
+the threshold (Sylvester's law of inertia), by elimination of one block of rows after the other. Where many eigenvectors serve
+only to project on them, a polynomial of Λ does that without any of them.
+"""
+
+import math
 import warnings
 from typing import NamedTuple
 
@@ -9,8 +15,11 @@ from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
 from .cholesky import StencilCholesky
+from .strips import block_coefficients, block_rows, scan, strip
 
 _TOLERANCE = 1e-6
+_MAX_COUNTS = 100
+_SAME_EIGENVALUE = 1e-12  # apart, relatively
 
 
 class Eigenpairs(NamedTuple):
@@ -66,3 +75,104 @@ def _leading_eigenvectors(factor: StencilCholesky, k: int) -> Tensor:
     values, vectors = eigsh(LinearOperator((n, n), matvec=covariance, dtype=np.float64), k, which="LA", v0=start)
     descending = np.argsort(-values)
     return torch.from_numpy(vectors[:, descending].T.copy()).reshape(k, *factor.grid)
+
+
+def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) -> Tensor:
+    """See `GMRF.project_on_leading`; x is (*sample, *batch, *grid), (*batch) the factor's, both of one dtype."""
+    n = factor.grid.numel()
+    if not 1 <= k < n:
+        raise ValueError(f"k is {k}, expected at least 1 and less than the grid's {n} sites")
+    if degree < 1:
+        raise ValueError(f"degree is {degree}, expected at least 1")
+    with torch.no_grad():
+        factor = factor.expand(factor.batch_shape)
+        factor = StencilCholesky(factor.log_diag, factor.off_diag, factor.stencil)
+        bound, cut = _largest_eigenvalue_bound(factor), _cut_after(factor, k)
+        ones = [1] * len(factor.grid)
+        scale, angle = ((2 / bound).reshape(*bound.shape, *ones), (2 * cut / bound - 1).clamp(-1, 1).arccos())
+        angle = angle.reshape(*bound.shape, *ones)
+
+    def shifted(v: Tensor) -> Tensor:
+        """Λ, its spectrum moved into [-1, 1]."""
+        return scale.to(v.dtype) * factor.matvec(factor.matvec(v, transpose=True)) - v
+
+    # Chebyshev's series, in θ = arccos λ, of a step at the cut convolved with a Gaussian: it falls to 10⁻³ at the last term.
+    width = math.sqrt(math.log(1e3)) / degree
+    previous, current = x, shifted(x)
+    total = (1 - angle / math.pi).to(x.dtype) * x
+    for j in range(1, degree + 1):
+        weight = -2 / (math.pi * j) * math.exp(-((width * j) ** 2)) * (j * angle).sin()
+        total = total + weight.to(x.dtype) * current
+        previous, current = current, 2 * shifted(current) - previous
+    return total
+
+
+@torch.no_grad()
+def count_eigenvalues_below(factor: StencilCholesky, threshold: Tensor) -> Tensor:
+    """How many eigenvalues of Λ are below ``threshold``, (*batch) like the result, of int64; counted in float64."""
+    rows = factor.grid[0]
+    factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
+    shift = threshold.double().unsqueeze(-1)
+
+    def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
+        columns = strip(coefficients, factor.stencil, rows - block[0])
+        height, width = columns.shape[-2:]
+        total = columns @ columns.mT + torch.nn.functional.pad(window, (0, height - window.shape[-1]) * 2)
+        total[..., :width, :width].diagonal(dim1=-2, dim2=-1).sub_(shift)
+        ld, pivots = torch.linalg.ldl_factor(total[..., :width, :width])
+        # A pivot of two sites has one negative eigenvalue, and is marked by negative numbers at both (Bunch & Kaufman 1977).
+        paired = pivots < 0
+        negative = (ld.diagonal(dim1=-2, dim2=-1) < 0) & ~paired
+        coupling = total[..., :width, width:]
+        remaining = total[..., width:, width:] - coupling.mT @ torch.linalg.ldl_solve(ld, pivots, coupling)
+        return remaining, negative.sum(-1) + paired.sum(-1) // 2
+
+    blocks = list(zip(block_rows(factor.grid), block_coefficients(factor), strict=True))
+    return sum(scan(step, shift.new_zeros(*factor.batch_shape, 0, 0), blocks))
+
+
+def _largest_eigenvalue_bound(factor: StencilCholesky) -> Tensor:
+    """At least the largest eigenvalue of Λ, (*batch) in float64: the largest row sum of |L| |L|ᵀ."""
+    exists = factor.stencil.mask(factor.grid, device=factor.device)
+    magnitudes = StencilCholesky(factor.log_diag, factor.off_diag.where(exists, 0).abs(), factor.stencil)
+    sums = magnitudes.matvec(magnitudes.matvec(torch.ones_like(magnitudes.diag), transpose=True))
+    return sums.flatten(-len(factor.grid)).amax(-1).double()
+
+
+def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
+    """A value that exactly k eigenvalues of Λ are below, (*batch) in float64; where the k-th and the next are one, that one.
+
+    By the secant method, within the interval that is left, on log λ against the logit of the share of eigenvalues below λ,
+    which is nearly a line for smooth fields; from about the eigenvalues' geometric mean, which log |L| tells.
+    """
+    n, batch = factor.grid.numel(), factor.batch_shape
+
+    def logit(count: Tensor) -> Tensor:
+        share = (count.double() + 0.5) / (n + 1)
+        return (share / (1 - share)).log()
+
+    log_diag = factor.log_diag.reshape(-1, *factor.grid)
+    off_diag = factor.off_diag.reshape(len(log_diag), len(factor.stencil), *factor.grid)
+    # Not quite the mean: an eigenvalue itself, as where all are one, has no pivots.
+    point = 2 * log_diag.double().flatten(1).mean(1) + 1e-3
+    low, high = torch.full_like(point, -math.inf), torch.full_like(point, math.inf)
+    slope, last_point, last_error = torch.ones_like(point), point.clone(), torch.zeros_like(point)
+    active = torch.arange(len(point), device=point.device)
+    for _ in range(_MAX_COUNTS):
+        if not len(active):
+            break
+        part = StencilCholesky(log_diag[active], off_diag[active], factor.stencil)
+        here = point[active]
+        count = count_eigenvalues_below(part, here.exp())
+        error = logit(count) - logit(torch.tensor(k))
+        low[active] = here.where(count <= k, low[active])
+        high[active] = here.where(count >= k, high[active])
+        secant = (error - last_error[active]) / (here - last_point[active])
+        slope[active] = secant.where(secant.isfinite() & (secant > 0), slope[active])
+        last_point[active], last_error[active] = here, error
+        guess = here - error / slope[active]
+        inside = (guess > low[active]) & (guess < high[active])
+        middle = 0.5 * (low[active] + high[active])
+        point[active] = guess.where(inside | (count == k), middle.where(middle.isfinite(), here - error.sign()))
+        active = active[(count != k) & (high[active] - low[active] > _SAME_EIGENVALUE)]
+    return point.exp().reshape(batch)

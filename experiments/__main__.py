@@ -192,6 +192,16 @@ _HeldOutOption = Annotated[
 _TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
 
+def _load_images(data: str | None, size: int, note: str | None, console):
+    """The data set, with another note if one is given."""
+    from dataclasses import replace
+
+    from .datasets import load_images
+
+    images = load_images(data, size, console)
+    return images if note is None else replace(images, note=note)
+
+
 def _add_image_experiment(experiment: str, about: str) -> None:
     @app.command(experiment, help=about)
     def command(
@@ -215,12 +225,10 @@ def _add_image_experiment(experiment: str, about: str) -> None:
         replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
         replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
         try:
-            from dataclasses import replace
-
             from rich.console import Console
 
             from . import distributed
-            from .datasets import DataError, load_images
+            from .datasets import DataError
             from .faces.presets import PRESETS, config_for
             from .faces.run import run
             from .training import summary_writer
@@ -234,11 +242,9 @@ def _add_image_experiment(experiment: str, about: str) -> None:
                 first = distributed.number() == 0
                 console = Console(quiet=not first)
                 try:
-                    images = load_images(data, PRESETS[experiment][preset.value].size, console)
+                    images = _load_images(data, PRESETS[experiment][preset.value].size, note, console)
                 except DataError as error:
                     raise typer.BadParameter(str(error), param_hint="--data") from None
-                if note is not None:
-                    images = replace(images, note=note)
                 try:
                     config = config_for(experiment, preset.value, images, **replaced)
                 except ValueError as error:
@@ -257,6 +263,54 @@ _add_image_experiment(
     "With N GPUs, or N processes: torchrun --nproc-per-node N -m experiments faces ...",
 )
 _add_image_experiment("cifar10", "The same as faces for gray images of 32 x 32 pixels.")
+
+
+@app.command()
+def denoising(
+    faces: Annotated[
+        Path | None,
+        typer.Option(help="Results of a finished run of faces, for the VAE and its covariances.", show_default="train them"),
+    ] = None,
+    preset: _ImagePresetOption = ImagePreset.QUICK,
+    data: _DataOption = None,
+    note: _NoteOption = None,
+    out: _OutOption = None,
+    resume: _ResumeOption = False,
+    device: _DeviceOption = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Test images.", show_default="2000")] = None,
+) -> None:
+    """Denoise and inpaint faces with a structured covariance: Table 4 and Figure 11 of the SUPN paper.
+
+    The images must be those that the run of faces had. The preset is that of networks which are to be trained.
+    """
+    try:
+        from rich.console import Console
+
+        from .datasets import DataError
+        from .denoising.presets import config_for, trained_faces
+        from .denoising.run import run
+        from .faces.presets import PRESETS
+
+        console = Console()
+        try:
+            trained = None if faces is None else trained_faces(faces)
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--faces") from None
+        size = PRESETS["faces"][preset.value].size if trained is None else trained.size
+        try:
+            found = _load_images(data, size, note, console)
+        except DataError as error:
+            raise typer.BadParameter(str(error), param_hint="--data") from None
+        try:
+            config = config_for(found, preset.value, trained, images)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        where = _device(device)
+        folder = _begin(config, out, resume, where)
+        _run(folder, lambda: run(config, found, faces, folder, where, console))
+        typer.echo(f"Results: {folder}")
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
 
 
 @app.command()

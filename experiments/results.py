@@ -1,6 +1,7 @@
 """The folder in which an experiment leaves its results, and from which an interrupted one goes on."""
 
 import datetime
+import itertools
 import json
 import os
 import platform
@@ -80,6 +81,23 @@ def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, A
             yield from _differences(f"{name}[{index}]", *pair)
     elif there != here:
         yield name or "it", there, here
+
+
+def finished_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a finished run.
+
+    Raises:
+        ValueError: no finished run in ``folder``.
+    """
+    try:
+        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{folder} holds no finished run: {error}") from None
+
+
+def numbered_states(folder: Path) -> Iterator[Path]:
+    """Files for the states of one training after the other, in the order in which they are always trained."""
+    return (folder / STATES / f"{number}.pt" for number in itertools.count())
 
 
 def environment() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Train the base models, and the covariance networks of their residuals."""
 
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +16,52 @@ from ..training import ShuffledEpochs, derived_seed, fit, warmup_cosine
 from .images import Images
 from .presets import BETAS, Config, Covariance
 
+# The order in which convolutions are fastest on CPUs, and on GPUs in bfloat16.
+MEMORY_FORMAT = torch.channels_last
 _IMAGES_FOR_SCALE = 512
+
+# The options of `training.fit` for the network of a name.
+Options = Callable[[str], dict[str, Any]]
+
+
+@dataclass
+class Networks:
+    """The networks of a run, and the losses of every step of their trainings, by name."""
+
+    bases: dict[str, ConvAutoencoder] = field(default_factory=dict)
+    likelihoods: dict[str, StructuredLikelihood] = field(default_factory=dict)
+    base_losses: dict[str, list[float]] = field(default_factory=dict)
+    covariance_losses: dict[str, list[float]] = field(default_factory=dict)
+
+    def all(self) -> dict[str, nn.Module]:
+        """Base models and covariance networks, for a checkpoint."""
+        return {**self.bases, **{name: likelihood.covariance for name, likelihood in self.likelihoods.items()}}
+
+
+def train_all(
+    config: Config, base_images: Images, covariance_images: Images, device: torch.device, options: Options
+) -> Networks:
+    """Train all base models of a run, then freeze them and train the covariance networks.
+
+    Args:
+        config: the run's.
+        base_images, covariance_images: `images.images_for_training`.
+        device: where to.
+        options: of each training.
+    """
+    networks = Networks()
+    for name in config.bases:
+        base = networks.bases[name] = build_base(config, name).to(device, memory_format=MEMORY_FORMAT)
+        networks.base_losses[name] = train_base(config, name, base, base_images, **options(name))
+        base.requires_grad_(False)
+    for covariance in config.covariances:
+        base, name = networks.bases[covariance.base], covariance.name
+        network = build_covariance(config, covariance, residual_stddev(base, covariance_images))
+        likelihood = StructuredLikelihood(base, network.to(device, memory_format=MEMORY_FORMAT))
+        networks.likelihoods[name] = likelihood
+        networks.covariance_losses[name] = train_covariance(config, covariance, likelihood, covariance_images, **options(name))
+        network.requires_grad_(False)
+    return networks
 
 
 def build_base(config: Config, name: str) -> ConvAutoencoder:
@@ -37,16 +84,17 @@ def train_base(config: Config, name: str, network: ConvAutoencoder, images: Imag
         options: state, console, workers, log: of `training.fit`.
     """
     beta = BETAS[name]
+    epochs = config.base_epochs
     if beta is None:
-        return _fit(config, network, lambda x: (x - network(x)).square().mean(), images, name, config.base_epochs, **options)
+        return fit_on_images(config, network, lambda x: (x - network(x)).square().mean(), images, name, epochs, **options)
     pixels = config.size**2
-    return _fit(
+    return fit_on_images(
         config,
         network,
         lambda x, noise: network.loss(x, beta, noise).mean() / pixels,
         images,
         name,
-        config.base_epochs,
+        epochs,
         prepare=lambda x: (x, _own_noise(config).to(x)),
         **options,
     )
@@ -114,11 +162,32 @@ def train_covariance(
         nats = bg.negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
         return nats.mean() / factor.grid.numel()
 
-    epochs = config.covariance_epochs
-    return _fit(config, likelihood.covariance, nats_per_pixel, images, covariance.name, epochs, prepare=prepare, **options)
+    return fit_on_images(
+        config,
+        likelihood.covariance,
+        nats_per_pixel,
+        images,
+        covariance.name,
+        config.covariance_epochs,
+        prepare=prepare,
+        **options,
+    )
 
 
-def _fit(config: Config, network: nn.Module, loss, images: Images, name: str, epochs: int, **options: Any) -> list[float]:
+def fit_on_images(
+    config: Config, network: nn.Module, loss, images: Images, name: str, epochs: int, **options: Any
+) -> list[float]:
+    """Minimise ``loss`` over the parameters of a network on batches of images; return the loss of every step.
+
+    Args:
+        config: the run's.
+        network: what is trained, in place.
+        loss: of what ``prepare`` makes of a batch, or of the batch.
+        images: for training.
+        name: sets the order of the images and what is drawn apart from those of other trainings; shown as the title.
+        epochs: passes over the images.
+        options: state, console, workers, log, prepare: of `training.fit`.
+    """
     count = len(images[0]) if isinstance(images, tuple) else len(images)
     rows = ShuffledEpochs(count, config.batch_size, derived_seed(config.seed, f"{name} order"))
     steps = epochs * rows.steps_per_epoch

@@ -106,6 +106,12 @@ class Config:
         """As values that JSON can hold."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Config":
+        """From `as_dict`, also by way of JSON."""
+        covariances = tuple(Covariance(**covariance) for covariance in values["covariances"])
+        return cls(**{**values, "covariances": covariances, "channels": tuple(values["channels"])})
+
 
 def _networks(base: str, sizes: Sequence[int], sources: Sequence[str] = ("z",)) -> tuple[Covariance, ...]:
     """From z with stencils of all sizes, the largest one from all sources."""

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from supn_models import ConvAutoencoder, ConvVAE, StructuredLikelihood
+from supn_models import ConvVAE
 
 from .. import distributed
 from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
 from ..figures import loss_figure
-from ..results import STATES, device_name, environment, write_results
+from ..results import STATES, device_name, environment, numbered_states, write_results
 from . import figures
 from .images import images_for_testing, images_for_training
-from .networks import build_base, build_covariance, residual_stddev, train_base, train_covariance
+from .networks import Networks, residual_stddev, train_all
 from .presets import BETAS, Config
 from .report import markdown_report, summarise
 from .scores import score
@@ -53,29 +53,14 @@ def run(
     resumed = any((folder / STATES).iterdir())
     console.print(data.summary())
     base_images, covariance_images = images_for_training(config, data, device, workers)
-    bases: dict[str, ConvAutoencoder] = {}
-    likelihoods: dict[str, StructuredLikelihood] = {}
-    losses: dict[str, dict[str, list[float]]] = {"base models": {}, "covariance networks": {}}
+    states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
-        number = sum(map(len, losses.values()))
         log = folder / _LOGS / name if tensorboard else None
-        return {"state": folder / STATES / f"{number}.pt", "console": console, "workers": workers, "log": log}
+        return {"state": next(states), "console": console, "workers": workers, "log": log}
 
-    # Channels last: the order in which convolutions are fastest on CPUs, and on GPUs in bfloat16.
-    placed = {"device": device, "memory_format": torch.channels_last}
-    for name in config.bases:
-        network = bases[name] = build_base(config, name).to(**placed)
-        losses["base models"][name] = train_base(config, name, network, base_images, **options(name))
-        network.requires_grad_(False)
-    for covariance in config.covariances:
-        base = bases[covariance.base]
-        network = build_covariance(config, covariance, residual_stddev(base, covariance_images)).to(**placed)
-        likelihood = likelihoods[covariance.name] = StructuredLikelihood(base, network)
-        losses["covariance networks"][covariance.name] = train_covariance(
-            config, covariance, likelihood, covariance_images, **options(covariance.name)
-        )
-        network.requires_grad_(False)
+    networks = train_all(config, base_images, covariance_images, device, options)
+    bases, likelihoods = networks.bases, networks.likelihoods
     trained = time.perf_counter()
 
     console.print("scores of test images ...")
@@ -108,24 +93,24 @@ def run(
     if distributed.number() == 0:
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)
-        draw_losses(folder / "training.png", losses)
-        networks = {**bases, **{name: likelihood.covariance for name, likelihood in likelihoods.items()}}
-        save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
+        draw_losses(folder / "training.png", networks)
+        save_checkpoint(folder / CHECKPOINT, networks.all(), {"config": config.as_dict()})
         write_results(folder, results, markdown_report(config, results), console)
     distributed.barrier()
     return results
 
 
-def draw_losses(path: Path, losses: dict[str, dict[str, list[float]]]) -> None:
+def draw_losses(path: Path, networks: Networks) -> None:
     """Training curves of autoencoders, of variational ones, and of the covariance networks of each base model."""
-    base, covariance = losses.values()
+    base = networks.base_losses
     panels = {
         "mean squared error": {name: curve for name, curve in base.items() if BETAS[name] is None},
         "nats per pixel with β KL": {name: curve for name, curve in base.items() if BETAS[name] is not None},
     }
     for owner in base:
+        of_owner = {name: curve for name, curve in networks.covariance_losses.items() if name.startswith(f"{owner}, ")}
         panels[f"nats per pixel given z, {owner}"] = {
-            name.removeprefix(f"{owner}, "): curve for name, curve in covariance.items() if name.startswith(f"{owner}, ")
+            name.removeprefix(f"{owner}, "): curve for name, curve in of_owner.items()
         }
     shortest = min(len(curve) for curves in panels.values() for curve in curves.values())
     loss_figure(path, [panel for panel in panels.items() if panel[1]], smooth=max(1, shortest // 100))

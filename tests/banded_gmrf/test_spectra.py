@@ -76,3 +76,69 @@ def test_a_large_residual_warns(monkeypatch):
 def test_bad_k(k):
     with pytest.raises(ValueError, match=f"k is {k}, expected at least 1 and less than the grid's 12 sites"):
         random_gmrf("3x3", (4, 3)).leading_eigenpairs(k)
+
+
+@pytest.mark.parametrize("block_sites", [1, 32])
+@pytest.mark.parametrize(("name", "grid"), FACTORS)
+def test_counts_of_eigenvalues_equal_the_dense_ones(name, grid, block_sites, monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    q = random_gmrf(name, grid, batch=(2, 1))
+    eigenvalues = torch.linalg.eigvalsh(q.precision_matrix)
+    n = eigenvalues.shape[-1]
+    for k in {0, n // 3, n - 1}:
+        threshold = 0.5 * (eigenvalues[..., k] + eigenvalues[..., k - 1] if k else eigenvalues[..., 0])
+        assert torch.equal(spectra.count_eigenvalues_below(q.precision_cholesky, threshold), torch.full((2, 1), k))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "grid"), [case for case in FACTORS if torch.Size(case[1]).numel() > 1])
+def test_projections_weigh_eigenvectors_by_one_and_zero(name, grid, dtype):
+    q = random_gmrf(name, grid, batch=(2,), dtype=dtype)
+    n, degree = q.event_shape.numel(), 100
+    L = dense(q.precision_cholesky)
+    eigenvalues, vectors = torch.linalg.eigh(L @ L.mT)
+    units = torch.eye(n, dtype=dtype).reshape(n, 1, *grid)
+    for k in {1, n // 2, n - 1}:
+        projected = q.project_on_leading(units, k, degree)
+        assert projected.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)
+        weights = vectors.mT @ projected.double().flatten(2).movedim(0, -1) @ vectors
+        weight = weights.diagonal(dim1=-2, dim2=-1)
+        # The series ends where its terms have fallen to 10⁻³; in float32 rounding is less than that.
+        torch.testing.assert_close(weights - torch.diag_embed(weight), torch.zeros_like(weights), rtol=0, atol=2e-3)
+        assert ((weight > -2e-3) & (weight < 1 + 2e-3)).all()
+        angle = (1 - 2 * eigenvalues / spectra._largest_eigenvalue_bound(q.precision_cholesky)[:, None]).arccos()
+        assert ((weight - 1).abs()[angle < angle[:, k - 1 : k] - 12 / degree] < 2e-3).all()
+        assert (weight.abs()[angle > angle[:, k : k + 1] + 12 / degree] < 2e-3).all()
+
+
+def test_projections_have_gradients_in_what_is_projected():
+    q = random_gmrf("5x5", (4, 3))
+    x, cotangent = torch.randn(2, 4, 3, dtype=torch.float64, requires_grad=True), torch.randn(2, 4, 3, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(q.project_on_leading(x, 4, degree=50), x, cotangent)
+    # A symmetric operator; sums of 50 products in another order.
+    torch.testing.assert_close(gradient, q.project_on_leading(cotangent, 4, degree=50), **CLOSE)
+
+
+def test_projections_of_batches_that_are_empty_or_expanded():
+    assert random_gmrf("3x3", (4, 3), (0,)).project_on_leading(torch.zeros(4, 3).double(), 2, degree=3).shape == (0, 4, 3)
+    q, x = random_gmrf("3x3", (4, 3)), torch.randn(5, 4, 3, dtype=torch.float64)
+    torch.testing.assert_close(q.expand((5,)).project_on_leading(x, 2), q.project_on_leading(x, 2), **CLOSE)
+
+
+def test_eigenvalues_that_are_all_one_have_a_cut():
+    factor = bg.StencilCholesky(torch.zeros(4, 3), torch.zeros(len(STENCILS["3x3"]), 4, 3), STENCILS["3x3"])
+    projected = bg.GMRF(torch.zeros(4, 3), factor).project_on_leading(torch.ones(4, 3), 5)
+    assert projected.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("x", "k", "degree", "message"),
+    [
+        (torch.zeros(3, 4), 2, 9, r"x has shape \(3, 4\), expected \(..., 4, 3\)"),
+        (torch.zeros(4, 3), 12, 9, "k is 12, expected at least 1 and less than the grid's 12 sites"),
+        (torch.zeros(4, 3), 2, 0, "degree is 0, expected at least 1"),
+    ],
+)
+def test_bad_projections(x, k, degree, message):
+    with pytest.raises(ValueError, match=message):
+        random_gmrf("3x3", (4, 3), dtype=torch.float32).project_on_leading(x, k, degree)

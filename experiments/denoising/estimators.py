@@ -1,0 +1,73 @@
+"""Estimates of images from noisy ones."""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from supn_models import ConvAutoencoder, StructuredLikelihood
+
+from .noise import Sampler
+from .presets import Config
+
+DENOISER, VAE, PROJECTION = "denoising autoencoder", "VAE", "projection"
+DIAGONAL_POSTERIOR, POSTERIOR, SECOND_POSTERIOR = "posterior mean, diagonal", "posterior mean", "posterior mean, encoded again"
+BM3D = "BM3D"
+
+# Images (count, 1, height, width) to estimates of them.
+Estimator = Callable[[Tensor], dict[str, Tensor]]
+
+
+def estimator(
+    config: Config,
+    denoiser: ConvAutoencoder,
+    diagonal: StructuredLikelihood,
+    structured: StructuredLikelihood,
+    sampler: Sampler,
+) -> Estimator:
+    """All estimates but BM3D's, by name.
+
+    Args:
+        config: the run's.
+        denoiser: an autoencoder trained with this noise.
+        diagonal, structured: the VAE, which never saw noise, with both covariance networks.
+        sampler: the noise.
+    """
+    vae = structured.autoencoder
+
+    @torch.no_grad()
+    def estimates(noisy: Tensor) -> dict[str, Tensor]:
+        code, y = vae.encode(noisy), noisy[:, 0]
+        q = structured(code)
+        leading = q.project_on_leading(y - q.mean, config.eigenvectors, config.degree)
+        first = sampler.posterior_mean(q, y)
+        found = {
+            DENOISER: denoiser(noisy)[:, 0],
+            VAE: q.mean,
+            PROJECTION: q.mean + leading,
+            DIAGONAL_POSTERIOR: sampler.posterior_mean(diagonal(code), y),
+            POSTERIOR: first,
+            SECOND_POSTERIOR: sampler.posterior_mean(structured(vae.encode(first[:, None])), y),
+        }
+        return {name: image[:, None] for name, image in found.items()}
+
+    return estimates
+
+
+def bm3d_estimates(noisy: Tensor, sampler: Sampler) -> Tensor:
+    """Block matching and 3-D filtering, which knows the noise's spectral density, of images (count, 1, height, width).
+
+    Source: Mäkinen, Azzari and Foi, Collaborative filtering of correlated noise, IEEE Transactions on Image Processing 2020.
+
+    Raises:
+        ImportError: the package bm3d is not installed.
+    """
+    from bm3d import bm3d
+
+    noise = sampler.noise
+    # Black 0 and white 1, for which its thresholds are made.
+    spectrum = noise.spectral_density(noisy.shape[-1]) / 4 if noise.correlation_length else noise.stddev / 2
+    images = (noisy[:, 0].double().cpu().numpy() + 1) / 2
+    found = np.stack([bm3d(image, spectrum) for image in images])
+    return 2 * torch.from_numpy(found)[:, None].to(noisy) - 1

@@ -1,0 +1,204 @@
+"""Denoising and inpainting of tiny images, end to end, and the parts of it against dense algebra."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import banded_gmrf as bg
+from experiments.__main__ import app
+from experiments.checkpoints import CHECKPOINT, load_checkpoint
+from experiments.denoising import inpainting, run
+from experiments.denoising.estimators import BM3D, DENOISER, POSTERIOR, PROJECTION, bm3d_estimates
+from experiments.denoising.noise import Noise, Sampler
+from experiments.denoising.presets import DIAGONAL, STRUCTURED, Config
+from experiments.denoising.report import table_rows
+from experiments.faces import figures
+from experiments.faces.presets import PRESETS
+from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood
+from tests.experiments.tiny_faces import PRESET, arrays
+
+TINY = replace(PRESET, covariances=(DIAGONAL, STRUCTURED), train=16)
+
+
+@pytest.fixture(autouse=True)
+def tiny_preset(monkeypatch):
+    monkeypatch.setitem(PRESETS["faces"], "quick", TINY)
+    # It takes images of at least 8 x 8 pixels and a second for each.
+    monkeypatch.setattr(run, "bm3d_estimates", lambda noisy, sampler: noisy)
+
+
+@pytest.fixture(scope="module")
+def npz(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "blocks.npz"
+    train, test = arrays()
+    np.savez(path, train=train, test=test)
+    return path
+
+
+def denoise(npz, folder, *options):
+    return CliRunner().invoke(app, ["denoising", "--data", str(npz), "--images", "3", "--out", str(folder), *options])
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def finished(npz, tmp_path):
+    outcome = denoise(npz, tmp_path / "finished")
+    assert outcome.exit_code == 0, outcome.output
+    return tmp_path / "finished"
+
+
+def test_results_are_complete_and_an_interrupted_run_resumes_to_them(npz, finished, tmp_path, monkeypatch):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "results.json",
+        "results.md",
+        "training.png",
+        "figure11.png",
+        "noises.png",
+        "inpainting.png",
+        CHECKPOINT,
+    }
+    results = read(finished)
+    assert len(results["denoising"]) == len(Config(TINY, given=False).noises)
+    for rows in results["denoising"].values():
+        assert rows[DENOISER]["ratio"] == 1
+        assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == 3
+    assert len(results["inpainting"]) == 3
+    networks, _ = load_checkpoint(finished / CHECKPOINT)
+    assert set(networks) == set(results["denoising"])
+
+    def interrupt(noisy, sampler):
+        if sampler.noise.level == 50:
+            raise KeyboardInterrupt
+        return noisy
+
+    monkeypatch.setattr(run, "bm3d_estimates", interrupt)
+    outcome = denoise(npz, tmp_path / "again")
+    assert outcome.exit_code == 130
+    assert "--resume" in outcome.stderr
+    monkeypatch.setattr(run, "bm3d_estimates", lambda noisy, sampler: noisy)
+    outcome = denoise(npz, tmp_path / "again", "--resume")
+    assert outcome.exit_code == 0, outcome.output
+    again = read(tmp_path / "again")
+    assert (again["denoising"], again["inpainting"]) == (results["denoising"], results["inpainting"])
+
+
+def test_networks_of_a_finished_run_are_used(npz, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "draw", lambda *args: None)
+    faces = tmp_path / "faces"
+    outcome = CliRunner().invoke(app, ["faces", "--data", str(npz), "--test", "2", "--out", str(faces)])
+    assert outcome.exit_code == 0, outcome.output
+
+    def no_bm3d(noisy, sampler):
+        raise ImportError
+
+    monkeypatch.setattr(run, "bm3d_estimates", no_bm3d)
+    outcome = denoise(npz, tmp_path / "with faces", "--faces", str(faces))
+    assert outcome.exit_code == 0, outcome.output
+    assert "pip install bm3d" in outcome.output
+    # The same seeds train the same networks here and there.
+    for name, rows in read(finished)["denoising"].items():
+        found = read(tmp_path / "with faces")["denoising"][name]
+        assert BM3D not in found
+        assert found[POSTERIOR] == rows[POSTERIOR]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda results: results["config"].update(data="others"), "trained on others, the data is blocks"),
+        (lambda results: results["config"].update(experiment="splines"), "holds a run of splines, expected one of faces"),
+        (lambda results: results["config"].update(covariances=[]), "has no covariance network VAE, diagonal from z and no VAE"),
+        (lambda results: results.pop("config"), "holds no finished run"),
+    ],
+)
+def test_runs_that_do_not_fit_are_refused(npz, tmp_path, change, message):
+    results = {"config": replace(TINY, data="blocks").as_dict()}
+    change(results)
+    (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    outcome = denoise(npz, tmp_path / "new", "--faces", str(tmp_path))
+    assert outcome.exit_code == 2
+    assert message in " ".join(outcome.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_correlated_noise_has_its_covariance():
+    noise, size = Noise(25, correlation_length=2), 9
+    q = noise.distribution(size, torch.device("cpu"))
+    covariance = q.covariance_matrix.double()
+    site = torch.cartesian_prod(torch.arange(size), torch.arange(size)).double()
+    expected = noise.stddev**2 * (-torch.cdist(site, site) / 2).exp()
+    # An exponential covariance is not that of a 7 x 7 stencil exactly.
+    torch.testing.assert_close(covariance, expected, rtol=0, atol=0.02 * noise.stddev**2)
+    # White noise is the limit of no correlation, and has the same power at all frequencies.
+    spectrum = Noise(25, correlation_length=1e-3).spectral_density(size)
+    np.testing.assert_allclose(spectrum, size**2 * noise.stddev**2, rtol=1e-10)
+
+
+@pytest.mark.parametrize("noise", [Noise(25), Noise(25, correlation_length=2)])
+def test_posterior_means_equal_dense_wiener_filters(noise):
+    size = 6
+    sampler = Sampler(noise, size, torch.device("cpu"))
+    stencil = bg.Stencil.square(3)
+    factor = bg.StencilCholesky(0.3 * torch.randn(2, size, size) + 1, 0.3 * torch.randn(2, len(stencil), size, size), stencil)
+    q = bg.GMRF(torch.randn(2, size, size), factor)
+    y = q.sample() + sampler(torch.randn(2, size, size))
+    prior = q.covariance_matrix.double()
+    noise_covariance = noise.stddev**2 * torch.eye(size**2, dtype=torch.float64)
+    if noise.correlation_length:
+        noise_covariance = sampler.distribution.covariance_matrix.double()
+    gain = prior @ torch.linalg.inv(prior + noise_covariance)
+    expected = q.loc.double() + (gain @ (y - q.loc).double().flatten(1)[..., None]).reshape(2, size, size)
+    # Conjugate gradients end at a relative residual of 10⁻⁶; the result is rounded to float32.
+    torch.testing.assert_close(sampler.posterior_mean(q, y).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_table_of_known_errors():
+    images = torch.zeros(4, 1, 16, 16)
+    rows = table_rows(images, {DENOISER: images + 0.2, BM3D: images[:2] + 0.1})
+    # 0.2 in [-1, 1] is 0.1 between black and white.
+    assert rows[DENOISER]["mse"] == pytest.approx(0.01, rel=1e-5)
+    assert rows[DENOISER]["psnr"] == pytest.approx(20, rel=1e-5)
+    assert rows[BM3D]["ratio"] == pytest.approx(0.25, rel=1e-5)
+    assert rows[BM3D]["images"] == 2
+    perfect = table_rows(torch.rand(2, 1, 16, 16), {DENOISER: torch.zeros(2, 1, 16, 16)})
+    assert perfect[DENOISER]["ssim"] < 0.5
+
+
+@pytest.mark.parametrize("noise", [Noise(25), Noise(25, correlation_length=2)])
+def test_bm3d_removes_noise(noise):
+    pytest.importorskip("bm3d")
+    clean = torch.linspace(-0.8, 0.8, 32).expand(2, 1, 32, 32)
+    noisy = clean + Sampler(noise, 32, torch.device("cpu"))(torch.randn(2, 1, 32, 32))
+    found = bm3d_estimates(noisy, Sampler(noise, 32, torch.device("cpu")))
+    assert found.shape == noisy.shape
+    assert (found - clean).square().mean() < 0.5 * (noisy - clean).square().mean()
+
+
+def test_inpainting_conditions_on_the_known_pixels():
+    torch.manual_seed(0)
+    vae = ConvVAE((8, 8), latent_size=3, channels=(4, 8)).eval()
+    covariance = LatentCovarianceNetwork((8, 8), 3, bg.Stencil.square(3), decoder_channels=(4, 8), channels=4).eval()
+    likelihood = StructuredLikelihood(vae, covariance).requires_grad_(False)
+    config = replace(Config(TINY, given=False), inpainted=5, rounds=1)
+    images, average = torch.randn(5, 1, 8, 8), torch.randn(8, 8)
+    for known in inpainting.masks(config).values():
+        known = known.expand(5, 8, 8)
+        found = inpainting.inpaint(config, likelihood, average, images, known)
+        for completed in (found.vae, found.mean, *found.samples):
+            assert torch.equal(completed[known], images[:, 0][known])
+        filled = images[:, 0].where(known, average)
+        q = likelihood(vae.encode(filled[:, None]))
+        precision, site = q.precision_matrix[0].double(), known[0].flatten()
+        residual = (images[0, 0] - q.loc[0]).double().flatten()
+        shift = torch.linalg.solve(precision[~site][:, ~site], -precision[~site][:, site] @ residual[site])
+        expected = q.loc[0].double().flatten()[~site] + shift
+        torch.testing.assert_close(found.mean[0].double().flatten()[~site], expected, rtol=1e-4, atol=1e-4)
+        assert set(inpainting.scores(images, known, average, found)) > {"VAE", "conditional mean", "coverage"}
