@@ -15,6 +15,7 @@ works on dense blocks of rows.
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +28,13 @@ from .cholesky import StencilCholesky, negative_log_likelihood
 from .marginals import exact_is_affordable
 from .noise import CorrelatedNoise, IndependentNoise
 from .strips import block_coefficients, block_rows, radius, scan, strip
+
+
+class Convergence(NamedTuple):
+    """How a solve ended: ``iterations``, and the largest ``residual`` of its systems relative to their right-hand sides."""
+
+    iterations: int
+    residual: float
 
 
 class ConditionalGMRF:
@@ -43,7 +51,12 @@ class ConditionalGMRF:
         noise: that of the observations which are not exact.
         tolerance: the solver stops at this residual relative to the right-hand side (Euclidean norms).
         max_iterations: of the solver, which then warns.
+
+    Attributes:
+        convergence: that of the last solve, for `mean`, `rsample` or a backward pass; None before the first.
     """
+
+    convergence: Convergence | None = None
 
     def __init__(
         self,
@@ -160,7 +173,7 @@ class ConditionalGMRF:
         @torch.no_grad()
         def solve(b: Tensor) -> Tensor:
             M = self._preconditioner()
-            x, iterations, residual = conjugate_gradients(
+            x, self.convergence = conjugate_gradients(
                 self._operator,
                 b,
                 lambda r: M.solve(M.solve(r), transpose=True),
@@ -168,10 +181,10 @@ class ConditionalGMRF:
                 self._tolerance,
                 self._max_iterations,
             )
-            if not residual <= self._tolerance:
+            if not self.convergence.residual <= self._tolerance:
                 warnings.warn(
-                    f"conjugate gradients stopped after {iterations} iterations at a relative residual of "
-                    f"{residual:.1e}, above the tolerance of {self._tolerance:.1e}",
+                    f"conjugate gradients stopped after {self.convergence.iterations} iterations at a relative residual of "
+                    f"{self.convergence.residual:.1e}, above the tolerance of {self._tolerance:.1e}",
                     RuntimeWarning,
                     stacklevel=2,
                 )
@@ -204,7 +217,7 @@ def conjugate_gradients(
     ndim: int,
     tolerance: float,
     max_iterations: int,
-) -> tuple[Tensor, int, float]:
+) -> tuple[Tensor, Convergence]:
     """Solve many symmetric positive definite systems A x = b at once, from x = 0.
 
     Args:
@@ -215,7 +228,7 @@ def conjugate_gradients(
         max_iterations: the most products with A, one more for the residual not counted.
 
     Returns:
-        x, the number of iterations, and the largest relative residual, computed from x itself.
+        x, and its convergence, the residual computed from x itself.
     """
     axes = tuple(range(-ndim, 0))
 
@@ -242,7 +255,7 @@ def conjugate_gradients(
     error = b - operator(x)
     norm = dot(b, b)
     relative = (dot(error, error) / norm).where(norm != 0, 0).sqrt()
-    return x, iterations, float(relative.max()) if relative.numel() else 0.0
+    return x, Convergence(iterations, float(relative.max()) if relative.numel() else 0.0)
 
 
 def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:

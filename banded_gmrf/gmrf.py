@@ -290,7 +290,7 @@ class GMRF(Distribution):
             max_iterations: of the solver; if they do not suffice, it warns with the residual (RuntimeWarning).
 
         Returns:
-            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid.
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid, and the solver's ``convergence``.
 
         Raises:
             TypeError: ``mask`` is not of bools, or ``values`` has another dtype than the distribution.
@@ -319,7 +319,7 @@ class GMRF(Distribution):
             tolerance, max_iterations: as for `condition`.
 
         Returns:
-            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``.
+            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``, and the solver's ``convergence``.
 
         Raises:
             TypeError: ``observation`` has another dtype than the distribution, or not exactly one noise is given.

@@ -1,4 +1,4 @@
-"""``python -m bench``: measure a preset, or what the options say; ``python -m bench compare A.json B.json``."""
+"""``python -m bench``: measure a preset, or what the options say. ``compare`` two such runs; ``toolbox``; ``training-step``."""
 
 import datetime
 import sys
@@ -51,9 +51,6 @@ def main(
         return
     try:
         # Imported here: torch takes seconds, and processes for trials import this file too.
-        import torch
-        from rich.console import Console
-
         from . import run
         from .presets import PRESETS, override, plan
         from .quality import load_photographs, scikit_image_photographs
@@ -77,15 +74,12 @@ def main(
             run.check_device(device)
             works = plan([override(sweep, given) for sweep in chosen.sweeps], device)
             photographs = scikit_image_photographs() if data is None else load_photographs(data)
-            folder = run.new_folder(out or Path("results") / f"bench-{preset}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+            folder = _new_folder(preset, out)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        if threads is not None:
-            torch.set_num_threads(threads)
+        _set_threads(threads)
         limits = Limits(chosen.seconds if seconds is None else seconds, memory_limit * GIB, time_limit)
-        results = run.run(
-            works, limits, device, preset, photographs, folder, Console(width=None if sys.stdout.isatty() else 140)
-        )
+        results = run.run(works, limits, device, preset, photographs, folder, _console())
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     typer.echo(f"Results: {folder}")
@@ -100,8 +94,6 @@ def compare(
     threshold: Annotated[float, typer.Option(min=0.0, help="What counts as a change, as a fraction of the time.")] = 0.1,
 ) -> None:
     """Show what got slower from one run to another; the exit status is 1 if anything did."""
-    from rich.console import Console
-
     from .compare import comparison_table, differences, faster_rows, lost_rows, slower_rows
     from .report import case_text, read_results
 
@@ -109,7 +101,7 @@ def compare(
         first, second = read_results(before), read_results(after)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
-    console = Console()
+    console = _console()
     for sentence in differences(first, second):
         console.print(sentence)
     slower, faster = slower_rows(first, second, threshold), faster_rows(first, second, threshold)
@@ -122,6 +114,101 @@ def compare(
     console.print(f"{len(slower)} slower, {len(faster)} faster, {len(lost)} failed.")
     if slower or lost:
         raise typer.Exit(1)
+
+
+Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch and the library.")]
+Out = Annotated[
+    Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/bench-COMMAND-DATE-TIME]")
+]
+
+
+@app.command("toolbox")
+def measure_toolbox(
+    device: Device = "cpu",
+    threads: Threads = None,
+    factors: Annotated[
+        Path | None,
+        typer.Option(
+            help="An .npz file with factors of a trained network: log_diag (B, H, W), off_diag (B, K-1, H, W), stencil_size f, "
+            "and, to be observed in place of a sample of each, residual (B, H, W), gray levels in [-1, 1]. They are log_diag "
+            "and off_diag of the StencilCholesky that a network of supn_models predicts for B images.  [default: a factor "
+            "fitted to photographs of scikit-image]"
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For which each tool is timed after its first call.")] = 2.0,
+    memory_limit: Annotated[float, typer.Option(min=0.0, help="GiB that one tool may use, on a CPU.")] = 16.0,
+    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds that one tool may take, on a CPU.")] = 3600.0,
+    out: Out = None,
+) -> None:
+    """What do marginals, conditioning, divergences, spectra and estimation cost?"""
+    try:
+        from . import toolbox
+        from .fields import load_fields, photograph_residuals
+        from .rows import GIB, Limits
+        from .run import check_device
+
+        _set_threads(threads)
+        try:
+            check_device(device)
+            fields = photograph_residuals() if factors is None else load_fields(factors)
+            folder = _new_folder("toolbox", out)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        limits = Limits(seconds, memory_limit * GIB, time_limit)
+        results = toolbox.run(fields, toolbox.Sizes(), limits, device, folder, _console())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo(f"Results: {folder}")
+    if results["interrupted"]:
+        raise typer.Exit(130)
+
+
+@app.command("training-step")
+def profile_training_step(
+    device: Device = "cpu",
+    threads: Threads = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the network with torch.compile.")] = False,
+    bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the network under autocast to bfloat16.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps to time, and to profile.")] = 10,
+    out: Out = None,
+) -> None:
+    """What share of training a covariance network do the library's operators take?"""
+    try:
+        from . import training_step
+        from .run import check_device
+
+        _set_threads(threads)
+        try:
+            check_device(device)
+            folder = _new_folder("training-step", out)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+        setting = training_step.Setting(batch=batch, compiled=compiled, bfloat16=bfloat16)
+        training_step.run(setting, steps, device, folder, _console())
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    typer.echo(f"Results: {folder}")
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _new_folder(name: str, out: Path | None) -> Path:
+    from .run import new_folder
+
+    return new_folder(out or Path("results") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
+
+
+def _console():
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 if __name__ == "__main__":

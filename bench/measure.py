@@ -55,11 +55,14 @@ def take_turns(
             for name, function in functions.items()
         }
     else:
-        measured = _turns_on_cpu(functions, seconds, least, most)
+        measured = turns_by_the_clock(functions, seconds, least, most)
     return {name: Timing.of(times) for name, times in measured.items()}
 
 
-def _turns_on_cpu(functions, seconds, least, most):
+def turns_by_the_clock(
+    functions: dict[Any, Callable[[], object]], seconds: float, least: int, most: int
+) -> dict[Any, list[float]]:
+    """The seconds of each turn, as `take_turns` says for a CPU."""
     measured = {name: [] for name in functions}
     remaining = dict(functions)
     while remaining:
@@ -116,7 +119,7 @@ def _context():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     # torch imports its compiler, which takes seconds, at the first call of a registered operator.
-    context.set_forkserver_preload(["torch._dynamo", "bench.implementations"])
+    context.set_forkserver_preload(["torch._dynamo", "bench.toolbox"])
     return context
 
 

@@ -122,7 +122,7 @@ def markdown_report(results: Results, plots: Sequence[str]) -> str:
         results: as in results.json.
         plots: names of the plots that stand beside it.
     """
-    parts = [f"# Speed of banded-gmrf: {results['preset']}\n\n{_about(results)}"]
+    parts = [f"# Speed of banded-gmrf: {results['preset']}\n\n{about(results)}"]
     if stencils := _stencil_table(results):
         parts.append(f"## Which stencil?\n\n{stencils}")
     parts += [f"![{_PLOTS[name]}]({name})\n\n*{_PLOTS[name]}.*\n" for name in plots]
@@ -144,7 +144,7 @@ _PLOTS = {
 }
 
 
-def _about(results: Results) -> str:
+def about(results: Results) -> str:
     versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
     interrupted = "**Interrupted: not everything was measured.**\n\n" if results["interrupted"] else ""
     return (
@@ -174,7 +174,7 @@ def _stencil_table(results: Results) -> str | None:
             line += _quality_cells(score) if score else ["", ""]
         lines.append(line)
     text = f"{case['batch']} images of {' × '.join(map(str, case['grid']))} pixels, on the {results['backend']} backend:\n\n"
-    text += _table(header, lines)
+    text += markdown_table(header, lines)
     text += "\nPeak memory is the largest of these operations'.\n"
     if scores:
         quality = results["quality"]
@@ -203,7 +203,7 @@ def _peer_table(results: Results) -> str | None:
             about = [f"{row['stencil']}, {case_text(row)}", OPERATIONS[row["operation"]].title, peer["title"]]
             lines.append([*about, _milliseconds(row), _milliseconds(peer), f"{ratio:.3g}", conversion])
     header = ["case", "operation", "peer", "banded-gmrf, ms", "peer, ms", "times as long", "conversion, ms"]
-    return _table(header, lines, text_columns=3) if lines else None
+    return markdown_table(header, lines, text_columns=3) if lines else None
 
 
 def _row_table(results: Results) -> str:
@@ -211,7 +211,7 @@ def _row_table(results: Results) -> str:
     for row in _by_case(measured(results["rows"])):
         about = [f"{row['stencil']}, {case_text(row)}", str(row["num_coefficients"]), row["operation"], row["title"]]
         lines.append([*about, *(figure(row) for figure in _FIGURES.values())])
-    return _table(["stencil, images", "K", "operation", "by", *_FIGURES], lines, text_columns=4)
+    return markdown_table(["stencil, images", "K", "operation", "by", *_FIGURES], lines, text_columns=4)
 
 
 def _not_measured(results: Results) -> str | None:
@@ -274,6 +274,6 @@ _FIGURES = {
 _SHOWN = ("ms", "GB/s", "of copy", "ns/pixel", "peak MiB", "× library")
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
     rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
     return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))

@@ -36,8 +36,7 @@ def run(
     """
     start = time.perf_counter()
     rows, quality, interrupted = {}, None, False
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console, transient=True) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=len(works) + 1)
         try:
             for work in works:
@@ -61,6 +60,12 @@ def run(
     (folder / "report.md").write_text(report.markdown_report(results, plots.draw(folder, results)), encoding="utf-8")
     console.print(report.terminal_table(results))
     return results
+
+
+def progress_bar(console: Console) -> Progress:
+    """How much is done, in what time, and what is being done; it vanishes at the end."""
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    return Progress(*columns, console=console, transient=True)
 
 
 def new_folder(folder: Path) -> Path:

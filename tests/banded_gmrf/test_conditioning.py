@@ -263,11 +263,26 @@ def test_smooth_fields_converge(dtype):
         q.condition(mask, x, max_iterations=100).sample()
 
 
+def test_convergence_is_that_of_the_last_solve():
+    q = random_gmrf("3x3", (6, 5))
+    posterior = q.posterior(torch.randn(6, 5, dtype=torch.float64), 1.0)
+    assert posterior.convergence is None
+    assert posterior.rsample().isfinite().all()
+    assert posterior.convergence.iterations > 0
+    assert posterior.convergence.residual <= 1e-6
+    everything = q.condition(torch.ones(6, 5, dtype=torch.bool), q.loc)
+    assert torch.equal(everything.mean, q.loc)
+    assert everything.convergence == (0, 0.0)
+
+
 def test_a_solver_that_does_not_converge_warns_with_its_residual():
     q = bg.GMRF(torch.zeros(20, 20, dtype=torch.float64), smooth_cholesky((20, 20)))
     x = q.sample()
+    posterior = q.posterior(x, 0.01 * x.var(), max_iterations=2)
     with pytest.warns(RuntimeWarning, match=r"stopped after 2 iterations at a relative residual of \d.\de-0\d, above"):
-        q.posterior(x, 0.01 * x.var(), max_iterations=2).mean  # noqa: B018
+        posterior.mean  # noqa: B018
+    assert posterior.convergence.iterations == 2
+    assert posterior.convergence.residual > 1e-6
     x[3, 4] = torch.nan
     with pytest.warns(RuntimeWarning, match=r"stopped after 0 iterations at a relative residual of nan, above"):
         q.posterior(x, 1.0).mean  # noqa: B018
