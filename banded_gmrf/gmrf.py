@@ -261,9 +261,10 @@ class GMRF(Distribution):
         """x projected on the k leading eigenvectors of Σ, without computing them: `leading_eigenpairs` takes longer.
 
         A polynomial of Λ is applied to x that is 1 on the k smallest eigenvalues of Λ and 0 on the others, up to 10⁻³, but for
-        those near the cut. The cut lies between the k-th and the next, by counts of the eigenvalues below a threshold, in
-        float64. Around it the weights fall from 0.999 to 0.001 within ±12 / degree on the scale of arccos(1 - 2 λ / b), b the
-        largest row sum of |L| |L|ᵀ, which bounds the eigenvalues. Differentiable in x.
+        those near the cut. The cut lies between the k-th and the next, by counts of the eigenvalues below a threshold, which
+        see what differs by more than rounding of the largest one. Around the cut the weights fall from 0.999 to 0.001 within
+        ±12 / degree on the scale of arccos(1 - 2 λ / b), b the largest row sum of |L| |L|ᵀ, which bounds the eigenvalues.
+        Differentiable in x.
 
         Args:
             x: (*sample, *batch, *grid); a residual, from which ``loc`` was taken.

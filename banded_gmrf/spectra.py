@@ -14,6 +14,8 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
+from gmrf_kernels.ops import accumulate_dtype
+
 from .cholesky import StencilCholesky
 from .strips import block_coefficients, block_rows, scan, strip
 
@@ -109,10 +111,13 @@ def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) 
 
 @torch.no_grad()
 def count_eigenvalues_below(factor: StencilCholesky, threshold: Tensor) -> Tensor:
-    """How many eigenvalues of Λ are below ``threshold``, (*batch) like the result, of int64; counted in float64."""
+    """How many eigenvalues of Λ are below ``threshold``, (*batch) like the result, of int64.
+
+    Counted in the dtype of the factor, float32 for float16 and bfloat16: eigenvalues that differ from the threshold by no more
+    than rounding of the largest one may be counted wrongly.
+    """
     rows = factor.grid[0]
-    factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
-    shift = threshold.double().unsqueeze(-1)
+    shift = threshold.to(accumulate_dtype(factor.dtype)).unsqueeze(-1)
 
     def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
         columns = strip(coefficients, factor.stencil, rows - block[0])
