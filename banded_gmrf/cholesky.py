@@ -114,8 +114,8 @@ class StencilCholesky:
 
         The exact factor fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster
         order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and a few n (r W)²
-        operations. For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. Its solves compile code for every
-        offset, which takes many minutes for so many; `to_scipy` and SciPy's ``spsolve_triangular`` do without.
+        operations. For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. On CPUs its operations loop over
+        the offsets; the kernels for GPUs have code for each of them, and compile accordingly long.
 
         With a stencil, the factor `nearest` to the exact one, which takes about as long again.
 

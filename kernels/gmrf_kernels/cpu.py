@@ -1,7 +1,7 @@
-"""CPU backend: Numba kernels specialised per stencil, with threads over images or rows.
+"""CPU backend: Numba kernels with threads over images or rows, specialised to the stencil unless it has many offsets.
 
-`cpu_source` writes the source of a kernel and says what it does; here it is compiled, kept on disk, and called. Shapes are
-those of `reference`.
+`cpu_source`, or `cpu_loops` for many offsets, writes the source of a kernel and says what it does; here it is compiled, kept
+on disk, and called. Shapes are those of `reference`.
 
 Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or in ``banded_gmrf`` in the user's cache directory; where that cannot be
 written, each process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own
@@ -24,7 +24,7 @@ import numba
 import torch
 from torch import Tensor
 
-from . import cpu_source, simd
+from . import cpu_loops, cpu_source, simd
 from .memory import empty
 from .stencils import Offsets
 from .threads import run_in_threads
@@ -37,6 +37,9 @@ _BAND_ROWS = 16
 
 # Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
 _BAND_COEFFICIENTS = 2**17
+
+# Stencils of more offsets are looped over: the time to compile grows faster than their number.
+_MOST_UNROLLED_OFFSETS = 64
 
 # Larger gradients would not stay in the caches of the last level until they are read.
 _STREAMING_BYTES = 2**26
@@ -51,8 +54,8 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpos
     """L x, or Lᵀx with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, x = _prepare(diag, off_diag, x)
     y = empty(x.shape, x.dtype)
-    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=transpose, log=log)
-    _run_bands(kernel, [*_addresses(diag, off_diag, x), y.data_ptr()], x, len(offsets))
+    kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=transpose, log=log)
+    _run_bands(kernel, [*stencil, *_addresses(diag, off_diag, x), y.data_ptr()], x, len(offsets))
     return y
 
 
@@ -62,12 +65,16 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     x = empty(b.shape, b.dtype)
     images = b.shape[0] * b.shape[1]
     threads = min(_num_threads(off_diag.numel() * b.shape[0]), images)
-    chains = 2 if images >= 2 * threads else 1
-    kernel = _kernel(cpu_source.solve, offsets, _name(off_diag), transpose=transpose, log=log, chains=chains)
-    scratch_size = cpu_source.solve_scratch(offsets, _name(off_diag), chains, b.shape[-1])
+    if _unrolled(offsets):
+        in_step = 2 if images >= 2 * threads else 1
+        options, scratch_size = {"chains": in_step}, cpu_source.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
+    else:
+        in_step = min(b.shape[0], -(-images // threads))
+        options, scratch_size = {}, cpu_loops.solve_scratch()
+    kernel, stencil = _kernel("solve", offsets, _name(off_diag), transpose=transpose, log=log, **options)
     scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
-    arguments = [*_addresses(diag, off_diag, b), x.data_ptr(), scratch.data_ptr()]
-    _run(kernel, arguments, b, items=images, threads=threads, multiple=chains)
+    arguments = [*stencil, *_addresses(diag, off_diag, b), x.data_ptr(), scratch.data_ptr()]
+    _run(kernel, arguments, b, items=images, threads=threads, multiple=in_step)
     return x
 
 
@@ -83,8 +90,8 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     samples, batch, *grid = residual.shape
     rows = math.prod(grid[:-1])
     row_sums = torch.empty((samples, batch, rows), dtype=torch.float64)
-    kernel = _kernel(cpu_source.matvec, offsets, _name(off_diag), transpose=True, log=True, likelihood=True)
-    arguments = [*_addresses(log_diag, off_diag, residual), y.data_ptr(), row_sums.data_ptr()]
+    kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=True, log=True, likelihood=True)
+    arguments = [*stencil, *_addresses(log_diag, off_diag, residual), y.data_ptr(), row_sums.data_ptr()]
     _run_bands(kernel, arguments, residual, len(offsets))
     # NumPy adds in an order that does not depend on the number of threads.
     value = torch.from_numpy(row_sums.numpy().sum(-1) + 0.5 * math.prod(grid) * math.log(2 * math.pi))
@@ -106,11 +113,11 @@ def _outer(
     batch, *grid = a.shape[1:]
     diag = empty((batch, *grid), a.dtype)
     off_diag = empty((batch, len(offsets), *grid), dtype)
-    arguments = [a.data_ptr(), *a.stride()[:2], b.data_ptr(), *b.stride()[:2], scale.data_ptr()]
+    streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
+    kernel, stencil = _kernel("outer", offsets, _name(off_diag), streaming=streaming)
+    arguments = [*stencil, a.data_ptr(), *a.stride()[:2], b.data_ptr(), *b.stride()[:2], scale.data_ptr()]
     arguments += [0, 0] if log_diag is None else [log_diag.data_ptr(), log_diag.stride(0)]
     arguments += [diag.data_ptr(), off_diag.data_ptr()]
-    streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
-    kernel = _kernel(cpu_source.outer, offsets, _name(off_diag), streaming=streaming)
     _run_bands(kernel, arguments, a, len(offsets))
     return diag, off_diag
 
@@ -181,15 +188,29 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _kernel(write: Callable[..., str], offsets: Offsets, dtype: str, **options) -> Callable:
+def _unrolled(offsets: Offsets) -> bool:
+    return len(offsets) <= _MOST_UNROLLED_OFFSETS
+
+
+def _kernel(operation: str, offsets: Offsets, dtype: str, **options) -> tuple[Callable, list[int]]:
+    """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
     with _compile_lock:
-        return _compiled(write, offsets, dtype, tuple(options.items()))
+        if _unrolled(offsets):
+            return _compiled(getattr(cpu_source, operation), dtype, (("offsets", offsets), *options.items())), []
+        stencil = [_table(offsets).data_ptr(), len(offsets)]
+        return _compiled(getattr(cpu_loops, operation), dtype, tuple(options.items())), stencil
 
 
 @functools.cache
-def _compiled(write: Callable[..., str], offsets: Offsets, dtype: str, options: tuple) -> Callable:
+def _table(offsets: Offsets) -> Tensor:
+    """The table of `cpu_loops`, kept because kernels get its address only."""
+    return torch.tensor(cpu_loops.table(offsets), dtype=torch.int64)
+
+
+@functools.cache
+def _compiled(write: Callable[..., str], dtype: str, options: tuple) -> Callable:
     """The kernel with this source, from the disk cache or compiled now."""
-    source = write(offsets, dtype, cache=True, **dict(options))
+    source = write(dtype=dtype, cache=True, **dict(options))
     # Numba checks the source file, not the intrinsics that it calls.
     digest = hashlib.sha256((source + Path(simd.__file__).read_text() + numba.__version__).encode()).hexdigest()[:24]
     path = _cache_directory() / f"{write.__name__}_{digest}.py"
@@ -198,7 +219,7 @@ def _compiled(write: Callable[..., str], offsets: Offsets, dtype: str, options: 
         return _execute(source, path)
     except (OSError, RuntimeError) as error:
         warnings.warn(f"compiled kernels are not kept: {path.parent} cannot be written ({error})", stacklevel=2)
-        return _execute(write(offsets, dtype, cache=False, **dict(options)), path)
+        return _execute(write(dtype=dtype, cache=False, **dict(options)), path)
 
 
 def _cache_directory() -> Path:

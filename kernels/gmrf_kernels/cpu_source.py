@@ -1,5 +1,7 @@
 """Python source of the CPU kernels, specialised to a stencil: every offset is a literal in straight-line vector code.
 
+`cpu_loops` has those for stencils of many offsets, and shares what does not depend on how the offsets are written.
+
 A kernel walks the rows (lines along the last grid axis) of images on a grid (depth, height, width), in blocks of ``lanes``
 sites. A pass over a row folds the terms that read one or a few rows of neighbours into the row's result: with more of them at
 once the planes of coefficients, a power of two apart in large images, would drive each other out of the caches. Each row of
@@ -48,6 +50,10 @@ def kernel(data):
 '''
 
 
+# Plane and line of row r.
+PLACE = "p = r // height\nh = r - p * height\n"
+
+
 class _Terms:
     """The stencil's terms as seen from the site that a gather computes, grouped by the row that they read.
 
@@ -84,7 +90,7 @@ class _Terms:
 
     def ends(self, groups: list[int]) -> str:
         """Per row r: the number of sites in each group's row, 0 where it lies off the grid."""
-        code = "p = r // height\nh = r - p * height\n"
+        code = PLACE
         for g in groups:
             plane, line, _ = self.groups[g]
             code += f"end{g} = width if 0 <= p + {plane} < depth and 0 <= h + {line} < height else 0\n"
@@ -92,7 +98,7 @@ class _Terms:
 
     def coefficient(self, g: int, k: int, column: int, masked: bool) -> str:
         source = "w" if self.transpose else f"w + shift{g} + {column}"
-        return _load("load_c", "c_row", f"{k} * off_k + {source}", masked, _mask(g, column))
+        return load("load_c", "c_row", f"{k} * off_k + {source}", masked, _mask(g, column))
 
     def neighbour(self, g: int, column: int, row: str, masked: bool) -> str:
         """The values ``column`` sites away in the group's row; the nearer ones are put together from aligned vectors."""
@@ -102,7 +108,7 @@ class _Terms:
             return f"window(here{g}, after{g}, {column})"
         if -self.step < column < 0:
             return f"window(before{g}, here{g}, {self.step + column})"
-        return _load("load", row, f"w + shift{g} + {column}", masked, _mask(g, column))
+        return load("load", row, f"w + shift{g} + {column}", masked, _mask(g, column))
 
     def load_block(self, g: int, row: str, start: str) -> str:
         """The aligned vector at ``start`` of the group's row, 0 beyond its ends."""
@@ -137,39 +143,52 @@ class _Terms:
         """A loop over the blocks of a row; ``body(masked)`` is the code of a block that meets the groups' terms."""
         columns = [0, *(column for g in groups for _, column in self.groups[g][2])]
         exists = "".join(f" and end{g} != 0" for g in groups if g not in self.own_row)
+        interior = f"{-min(columns)} <= w and w + {self.step} + {max(columns)} <= width{exists}"
         masks = "".join(
             f"{_mask(g, column)} = between(w, {max(0, -column)}, end{g} - {max(0, column)})\n"
             for g in groups
             for _, column in self.groups[g][2]
         )
-        return (
-            f"for w in range(0, width, {self.step}):\n"
-            + indent(advance, " " * 4)
-            + f"    if {-min(columns)} <= w and w + {self.step} + {max(columns)} <= width{exists}:\n"
-            + indent(body(False), " " * 8)
-            + "    else:\n"
-            + indent("inside = between(w, 0, width)\n" + masks + body(True), " " * 8)
-        )
+        return row_blocks(self.step, "0", "width", body, interior, masks, advance)
 
 
 def _mask(g: int, column: int) -> str:
     return f"mask{g}_{'m' if column < 0 else 'p'}{abs(column)}"
 
 
-def _load(load: str, row: str, index: str, masked: bool, mask: str = "inside") -> str:
-    return f"{load}_masked({row}, {index}, {mask})" if masked else f"{load}({row}, {index})"
+def row_blocks(
+    step: int, begin: str, end: str, body: Callable, interior: str | None = None, masks: str = "", advance: str = ""
+) -> str:
+    """A loop over the blocks of a row that hold sites from ``begin`` to ``end``.
+
+    ``body(masked)`` is the code of a block: without masks where ``interior`` holds, by default in blocks of such sites only,
+    else after ``masks`` has set the masks that it uses beside ``inside``, that of the sites from ``begin`` to ``end``.
+    ``advance`` comes first in every block.
+    """
+    return (
+        f"for w in range({begin} // {step} * {step}, {end}, {step}):\n"
+        + indent(advance, " " * 4)
+        + f"    if {interior or f'{begin} <= w and w + {step} <= {end}'}:\n"
+        + indent(body(False), " " * 8)
+        + "    else:\n"
+        + indent(f"inside = between(w, {begin}, {end})\n" + masks + body(True), " " * 8)
+    )
 
 
-def _store(store: str, row: str, index: str, value: str, masked: bool) -> str:
-    return f"{store}_masked({row}, {index}, {value}, inside)\n" if masked else f"{store}({row}, {index}, {value})\n"
+def load(name: str, row: str, index: str, masked: bool, mask: str = "inside") -> str:
+    return f"{name}_masked({row}, {index}, {mask})" if masked else f"{name}({row}, {index})"
 
 
-def _diagonal(masked: bool, log: bool) -> str:
-    value = _load("load", "d_row", "w", masked)
+def store(name: str, row: str, index: str, value: str, masked: bool) -> str:
+    return f"{name}_masked({row}, {index}, {value}, inside)\n" if masked else f"{name}({row}, {index}, {value})\n"
+
+
+def diagonal_value(masked: bool, log: bool) -> str:
+    value = load("load", "d_row", "w", masked)
     return f"exponential({value})" if log else value
 
 
-def _kernel(dtype: str, cache: bool, arguments: str, setup: str, body: str) -> str:
+def kernel_source(dtype: str, cache: bool, arguments: str, setup: str, body: str) -> str:
     """The kernel's source: ``setup`` runs once a thread, ``body`` once for each span of items from ``start`` to ``stop``."""
     names = [*arguments.split(", "), "samples", "batch", "depth", "height", "width"]
     code = "".join(f"{name} = load_int(data, {_FIRST_ARGUMENT + i})\n" for i, name in enumerate(names))
@@ -179,18 +198,24 @@ def _kernel(dtype: str, cache: bool, arguments: str, setup: str, body: str) -> s
     return _HEADER.format(dtype=dtype, cache=cache) + indent(code, " " * 4)
 
 
-def _bytes(dtype: str) -> tuple[int, int]:
+def element_bytes(dtype: str) -> tuple[int, int]:
     """Sizes of an element of the vectors and of the coefficients."""
     return (8 if dtype == "float64" else 4), ELEMENT_BYTES[dtype]
 
 
-# An item is a band of rows of one image. A band takes its passes one after the other, so that each reads its planes of
-# coefficients in long runs.
-_BAND = """\
-b = item // bands
-first_row = (item - b * bands) * band
-last_row = min(first_row + band, rows)
-"""
+def band_kernel(dtype: str, cache: bool, arguments: str, setup: str, body: str) -> str:
+    """The source of a kernel whose items are bands of rows of one image; ``body`` is the code of a band.
+
+    A band takes its passes one after the other, so that each reads its planes of coefficients in long runs.
+    """
+    rows = "b = item // bands\nfirst_row = (item - b * bands) * band\nlast_row = min(first_row + band, rows)\n"
+    loop = "for item in range(start, stop):\n" + indent(rows + body, " " * 4)
+    return kernel_source(dtype, cache, arguments + ", band, bands", setup, loop)
+
+
+def band_rows(body: str) -> str:
+    """A loop over the rows of a band."""
+    return "for r in range(first_row, last_row):\n" + indent(body, " " * 4)
 
 
 def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False) -> str:
@@ -198,7 +223,7 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
 
     With ``likelihood``, each row's Σ (½ y² - log_diag) is stored, too, (samples, batch, rows).
     """
-    vector, coefficient = _bytes(dtype)
+    vector, coefficient = element_bytes(dtype)
     terms = _Terms(offsets, dtype, transpose)
     passes = terms.passes(list(range(len(terms.groups))))
 
@@ -207,13 +232,13 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
 
         def begin(masked):
             if number > 0:
-                return f"a = {_load('load', 'y_row', 'w', masked)}\n"
-            return f"a = multiply({_diagonal(masked, log)}, {_load('load', 'x_row', 'w', masked)})\n"
+                return f"a = {load('load', 'y_row', 'w', masked)}\n"
+            return f"a = multiply({diagonal_value(masked, log)}, {load('load', 'x_row', 'w', masked)})\n"
 
         def finish(masked):
-            code = _store("store", "y_row", "w", "a", masked)
+            code = store("store", "y_row", "w", "a", masked)
             if sums:  # lanes beyond the row's end are 0
-                code += f"sums = add_square(sums, a)\nsums = subtract_twice(sums, {_load('load', 'd_row', 'w', masked)})\n"
+                code += f"sums = add_square(sums, a)\nsums = subtract_twice(sums, {load('load', 'd_row', 'w', masked)})\n"
             return code
 
         code = (
@@ -225,12 +250,11 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
         code += "sums = no_sums()\n" if sums else ""
         code += terms.fold(passes[number], "x_row", "add_product", begin, finish)
         code += "store_double(row_sums, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
-        return "for r in range(first_row, last_row):\n" + indent(code, " " * 4)
+        return band_rows(code)
 
     per_sample = "".join(row_pass(number) for number in range(len(passes)))
-    per_item = _BAND + "for s in range(samples):\n" + indent(per_sample, " " * 4)
-    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y, " + ("row_sums, " if likelihood else "") + "band, bands"
-    return _kernel(dtype, cache, arguments, terms.setup(), "for item in range(start, stop):\n" + indent(per_item, " " * 4))
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", row_sums" if likelihood else "")
+    return band_kernel(dtype, cache, arguments, terms.setup(), "for s in range(samples):\n" + indent(per_sample, " " * 4))
 
 
 def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, chains: int) -> str:
@@ -240,7 +264,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool,
     diagonal. What is left is a short recursion along the row, whose pace is the latency of one multiply-add: several images
     in step hide it. A row in which such a quotient leaves the dtype's normal range is done again, with a division a site.
     """
-    vector, coefficient = _bytes(dtype)
+    vector, coefficient = element_bytes(dtype)
     terms = _Terms(offsets, dtype, transpose)
     own = [(g, k, column) for g in terms.own_row for k, column in terms.groups[g][2]]
     far = [column for _, _, column in own if abs(column) > _REGISTERS]
@@ -270,13 +294,13 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool,
     def gather(c):
         def begin_with(number):
             row, name = ("b_row", "w") if number == 0 else (f"s{c}", f"{rest} * padded + w")
-            return lambda masked: f"a = {_load('load', row, name, masked and number == 0)}\n"
+            return lambda masked: f"a = {load('load', row, name, masked and number == 0)}\n"
 
         def keep(masked):
             return f"store(s{c}, {rest} * padded + w, a)\n"
 
         def divide(masked):
-            code = keep(masked) + f"d = {_diagonal(masked, log)}\n"
+            code = keep(masked) + f"d = {diagonal_value(masked, log)}\n"
             for m, value in enumerate(["a", *(terms.coefficient(*term, masked) for term in own)]):
                 code += f"value = {value}\nquotient = divide(value, d)\nstore(s{c}, {m} * padded + w, quotient)\n"
                 unsafe = "not_finite(quotient)" if m == 0 else "not_normal(quotient, value)"
@@ -317,7 +341,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool,
 
     def again(c):
         def undivided(masked):
-            code = f"store(s{c}, {diagonal} * padded + w, {_diagonal(masked, log)})\n"
+            code = f"store(s{c}, {diagonal} * padded + w, {diagonal_value(masked, log)})\n"
             for m, (g, k, column) in enumerate(own):
                 code += f"store(s{c}, {m + 1} * padded + w, {terms.coefficient(g, k, column, masked)})\n"
             return code
@@ -344,7 +368,7 @@ def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool,
         + "    for j in range(rows):\n"
         + indent(per_row, " " * 8)
     )
-    return _kernel(dtype, cache, "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch", setup, body)
+    return kernel_source(dtype, cache, "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch", setup, body)
 
 
 def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int) -> int:
@@ -361,63 +385,72 @@ def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
     Σ_s scale_s (a_s b_s exp(log_diag) - 1). ``streaming`` writes the off-diagonals past the caches; their rows must then begin
     at multiples of 64 bytes.
     """
-    vector, coefficient = _bytes(dtype)
     terms = _Terms(offsets, dtype, transpose=True)
-
-    def sample_loop(code):
-        return (
-            "for s in range(samples):\n"
-            f"    a_row = a + (s * a_s + b * a_b + r * width) * {vector}\n"
-            f"    b_row = right + (s * right_s + b * right_b + r * width) * {vector}\n"
-            "    weight = splat(load_scalar(scale, s * batch + b))\n" + indent(code, " " * 4)
-        )
-
-    def diagonal(masked):
-        right = f"t = multiply(weight, {_load('load', 'b_row', 'w', masked)})\n"
-        product = f"diagonal = add_product(diagonal, {_load('load', 'a_row', 'w', masked)}, t)\n"
-        return (
-            "diagonal = zeros()\n"
-            + sample_loop(right + product)
-            + "if log_diag != 0:\n"
-            + f"    diagonal = subtract(multiply(diagonal, {_diagonal(masked, log=True)}), weights)\n"
-            + _store("store", "g_row", "w", "diagonal", masked)
-        )
 
     def off_diagonals(g):
         group = terms.groups[g][2]
 
         def block(masked):
             code = "".join(f"t{k} = zeros()\n" for k, _ in group)
-            products = f"t = multiply(weight, {_load('load', 'b_row', 'w', masked)})\n"
+            products = f"t = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
             products += f"before{g} = {terms.load_block(g, 'a_row', f'(w - {terms.step})')}\n"
             products += f"here{g} = {terms.load_block(g, 'a_row', 'w')}\n"
             products += f"after{g} = {terms.load_block(g, 'a_row', f'(w + {terms.step})')}\n"
             for k, column in group:
                 products += f"t{k} = add_product(t{k}, {terms.neighbour(g, column, 'a_row', masked)}, t)\n"
-            code += sample_loop(products)
+            code += weighted_samples(dtype, products)
             for k, column in group:
                 value = f"keep(t{k}, {_mask(g, column)})" if masked else f"t{k}"
-                store = "store_c_streaming" if streaming and not masked else "store_c"
-                code += _store(store, "c_row", f"{k} * n + w", value, masked)
+                code += store_off_diagonal(f"{k} * n + w", value, masked, streaming)
             return code
 
-        return terms.ends([g]) + terms.blocks([g], block)
+        c_row = f"c_row = off + (b * {len(offsets)} * n + r * width) * {element_bytes(dtype)[1]}\n"
+        return band_rows(c_row + terms.ends([g]) + terms.blocks([g], block))
 
-    def rows(code):
-        row = (
-            f"g_row = diag + (b * n + r * width) * {vector}\n"
-            f"c_row = off + (b * {len(offsets)} * n + r * width) * {coefficient}\n"
-            f"d_row = log_diag + (b * log_diag_b + r * width) * {vector}\n"
-        )
-        return "for r in range(first_row, last_row):\n" + indent(row + code, " " * 4)
+    code = "".join(off_diagonals(g) for g in range(len(terms.groups)))
+    return outer_source(dtype, cache, "", terms.setup(), code)
 
-    per_item = (
-        _BAND
-        + "weights = zeros()\n"
-        + "for s in range(samples):\n"
-        + "    weights = add_product(weights, splat(load_scalar(scale, s * batch + b)), ones())\n"
-        + rows(terms.blocks([], diagonal))
-        + "".join(rows(off_diagonals(g)) for g in range(len(terms.groups)))
+
+def weighted_samples(dtype: str, body: str) -> str:
+    """Of an outer product: a loop over the samples, with the rows of both vectors and the sample's weight."""
+    vector, _ = element_bytes(dtype)
+    return (
+        "for s in range(samples):\n"
+        f"    a_row = a + (s * a_s + b * a_b + r * width) * {vector}\n"
+        f"    b_row = right + (s * right_s + b * right_b + r * width) * {vector}\n"
+        "    weight = splat(load_scalar(scale, s * batch + b))\n" + indent(body, " " * 4)
     )
-    arguments = "a, a_s, a_b, right, right_s, right_b, scale, log_diag, log_diag_b, diag, off, band, bands"
-    return _kernel(dtype, cache, arguments, terms.setup(), "for item in range(start, stop):\n" + indent(per_item, " " * 4))
+
+
+def store_off_diagonal(index: str, value: str, masked: bool, streaming: bool) -> str:
+    return store("store_c_streaming" if streaming and not masked else "store_c", "c_row", index, value, masked)
+
+
+def outer_source(dtype: str, cache: bool, stencil: str, setup: str, off_diagonals: str) -> str:
+    """The source of `outer` around ``off_diagonals``, that of a band; ``stencil`` names arguments before all others."""
+    vector, _ = element_bytes(dtype)
+
+    def diagonal(masked):
+        products = f"product = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
+        products += f"diagonal = add_product(diagonal, {load('load', 'a_row', 'w', masked)}, product)\n"
+        return (
+            "diagonal = zeros()\n"
+            + weighted_samples(dtype, products)
+            + "if log_diag != 0:\n"
+            + f"    diagonal = subtract(multiply(diagonal, {diagonal_value(masked, log=True)}), weights)\n"
+            + store("store", "g_row", "w", "diagonal", masked)
+        )
+
+    rows = (
+        f"g_row = diag + (b * n + r * width) * {vector}\n"
+        f"d_row = log_diag + (b * log_diag_b + r * width) * {vector}\n" + row_blocks(lanes(dtype), "0", "width", diagonal)
+    )
+    body = (
+        "weights = zeros()\n"
+        "for s in range(samples):\n"
+        "    weights = add_product(weights, splat(load_scalar(scale, s * batch + b)), ones())\n"
+        + band_rows(rows)
+        + off_diagonals
+    )
+    arguments = "a, a_s, a_b, right, right_s, right_b, scale, log_diag, log_diag_b, diag, off"
+    return band_kernel(dtype, cache, stencil + arguments, setup, body)

@@ -3,8 +3,10 @@
 Also what tests compare with them, and the same values in other strides.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -186,6 +188,47 @@ def assert_same(actual, expected):
         assert a.shape == e.shape
         assert a.dtype == e.dtype
         assert torch.equal(a, e)
+
+
+def backward_error(diag, off_diag, x, b, offsets, transpose):
+    """max_i of (|b - A x| / |A||x|)_i, A = L or Lᵀ, in rational numbers: it has no rounding of its own."""
+    grid = x.shape
+    diag, off_diag, x, b = (t.cpu().double().numpy() for t in (diag, off_diag, x, b))
+
+    def rational(array, index):
+        return Fraction(float(array[index]))
+
+    rest, size = {}, {}
+    for site in itertools.product(*map(range, grid)):
+        product = rational(diag, site) * rational(x, site)
+        rest[site], size[site] = rational(b, site) - product, abs(product)
+    for k, here, there in neighbours(offsets, grid):
+        row, column = (here, there) if transpose else (there, here)
+        product = rational(off_diag, (k, *here)) * rational(x, column)
+        rest[row] -= product
+        size[row] += abs(product)
+    return float(max(abs(rest[site]) / size[site] for site in rest))
+
+
+def assert_small_backward_error(
+    offsets: Offsets, grid: Sequence[int], dtype: torch.dtype, transpose: bool, device: str = "cpu"
+):
+    """A solve is backward stable whatever the condition.
+
+    Diagonals spread over five orders of magnitude, off-diagonals that exceed most of them: solutions that grow by tens.
+    """
+    vector_dtype = accumulate_dtype(dtype)
+    diag = (3 * torch.randn(2, *grid, dtype=torch.float64)).exp().to(device, vector_dtype)
+    off_diag = (2 * torch.randn(2, len(offsets), *grid, dtype=torch.float64)).to(device, dtype)
+    # Small right-hand sides leave float32 more room to grow in.
+    b = (1e-10 * torch.randn(2, 2, *grid, dtype=torch.float64)).to(device, vector_dtype)
+    flat = [component for offset in offsets for component in offset]
+    x = torch.ops.gmrf_kernels.solve(diag, off_diag, b, flat, transpose, False)
+    assert x.isfinite().all()
+    assert x.abs().max() > 1e10 * x.abs().min()
+    limit = (len(offsets) + 3) * torch.finfo(vector_dtype).eps  # K + 2, with K - 1 offsets
+    for s, i in itertools.product(range(2), repeat=2):
+        assert backward_error(diag[i], off_diag[i], x[s, i], b[s, i], offsets, transpose) <= limit
 
 
 def strided(tensor):

@@ -16,8 +16,24 @@ from pathlib import Path
 import pytest
 import torch
 
+import banded_gmrf as bg
 from gmrf_kernels import cpu, memory, threads
-from tests.gmrf_kernels.operators import OFFSETS, OPERATORS, arguments, call, tensors
+from tests.cases import GRIDS
+from tests.gmrf_kernels.operators import (
+    NDIM,
+    OFFSETS,
+    OPERATORS,
+    SMALL,
+    WIDE,
+    arguments,
+    assert_dense,
+    assert_same_when_expanded,
+    assert_small_backward_error,
+    call,
+    sliced,
+    tensors,
+    with_tensors,
+)
 
 # Seconds after which a process or thread that should be done in one is taken to hang.
 HANGS = 30
@@ -36,6 +52,19 @@ def keep_the_number_of_threads():
 def nothing_compiled(monkeypatch):
     """As in a new process: kernels come from the disk cache or are compiled."""
     monkeypatch.setattr(cpu, "_compiled", functools.cache(cpu._compiled.__wrapped__))
+
+
+@pytest.fixture
+def looped(monkeypatch):
+    """Every stencil has too many offsets to be unrolled."""
+    monkeypatch.setattr(cpu, "_MOST_UNROLLED_OFFSETS", -1)
+
+
+@pytest.fixture(params=["unrolled", "looped"])
+def either_kernel(request):
+    """Both the kernels specialised to a stencil and those for many offsets."""
+    if request.param == "looped":
+        request.getfixturevalue("looped")
 
 
 def large(name, dtype=torch.float64, samples=2):
@@ -118,6 +147,10 @@ def test_where_the_cache_lies(monkeypatch, tmp_path):
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_same_bits_for_any_number_of_threads(name, dtype):
+    assert_same_bits_for_any_number_of_threads(name, dtype)
+
+
+def assert_same_bits_for_any_number_of_threads(name, dtype):
     args = large(name, dtype)
     torch.set_num_threads(1)
     expected = call(name, args)
@@ -271,7 +304,7 @@ def test_data_loader_workers():
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_results_of_threads_are_written_everywhere(name, monkeypatch):
+def test_results_of_threads_are_written_everywhere(name, either_kernel, monkeypatch):
     args = large(name)
     expected = call(name, args)
     monkeypatch.setattr(cpu, "empty", lambda shape, dtype: torch.full(tuple(shape), torch.nan, dtype=dtype))
@@ -281,7 +314,7 @@ def test_results_of_threads_are_written_everywhere(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["outer", "nll_factor_grad"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_written_past_the_caches_are_the_same(name, dtype, monkeypatch):
+def test_gradients_written_past_the_caches_are_the_same(name, dtype, either_kernel, monkeypatch):
     args = arguments(name, OFFSETS["5x5"], (5, 64), dtype=dtype)
     expected = call(name, args)
     monkeypatch.setattr(cpu, "_STREAMING_BYTES", 0)
@@ -289,7 +322,7 @@ def test_gradients_written_past_the_caches_are_the_same(name, dtype, monkeypatch
 
 
 @pytest.mark.parametrize("name", OPERATORS)
-def test_neither_arguments_nor_memory_around_results_are_written(name, monkeypatch):
+def test_neither_arguments_nor_memory_around_results_are_written(name, either_kernel, monkeypatch):
     args = arguments(name, OFFSETS["5x5"], (3, 37), nan_outside=False)
     before = [t.clone() for t in tensors(args)]
     rooms = []
@@ -306,6 +339,68 @@ def test_neither_arguments_nor_memory_around_results_are_written(name, monkeypat
         assert (room[:128] == 7).all()
         assert (room[-128:] == 7).all()
     assert_same_bits(tensors(args), before)
+
+
+# --- stencils of many offsets ---
+
+# Longer than the blocks of a row in which a solve takes it; more rows than a band has.
+MANY = {
+    "line": (tuple((o,) for o in range(1, 70)), (150,)),
+    "patch": (bg.Stencil.square(13).offsets, (18, 7)),
+    "box": (bg.Stencil.box((2, 2, 3)).offsets, (3, 4, 9)),
+}
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("stencil", MANY)
+def test_stencils_of_many_offsets_equal_dense_linear_algebra(name, stencil, poisoned_memory):
+    offsets, grid = MANY[stencil]
+    assert not cpu._unrolled(offsets)
+    for samples, batch in [(1, 1), (3, 2)]:
+        assert_dense(name, offsets, grid, samples, batch)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("stencil", OFFSETS)
+def test_looped_kernels_equal_dense_linear_algebra(name, stencil, looped, poisoned_memory):
+    ndim = NDIM[stencil]
+    for grid in (*GRIDS[ndim], WIDE[ndim]):
+        assert_dense(name, OFFSETS[stencil], grid)
+
+
+@pytest.mark.parametrize("name", ["nll", "solve", "outer"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_looped_kernels_in_other_dtypes(name, dtype, looped):
+    for stencil in ("far line", "3x3", "volume"):
+        assert_dense(name, OFFSETS[stencil], WIDE[NDIM[stencil]], dtype=dtype)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize(("stencil", "grid"), [("far line", (70,)), ("5x5", (6, 40)), ("volume", (3, 4, 30))])
+def test_backward_error_of_a_looped_solve(transpose, stencil, grid, looped):
+    assert_small_backward_error(OFFSETS[stencil], grid, torch.float64, transpose)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_looped_kernels_take_any_strides_of_samples_and_images(name, looped):
+    for stencil, grid in SMALL:
+        args = arguments(name, OFFSETS[stencil], grid)
+        assert_same_bits(call(name, with_tensors(args, [sliced(t) for t in tensors(args)])), call(name, args))
+    args = arguments(name, OFFSETS["5x5"], (3, 5), samples=4, batch=3, nan_outside=False)
+    for axis in (0, 1):
+        assert_same_when_expanded(name, args, axis)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_the_same_bits_of_looped_kernels_for_any_number_of_threads(name, looped):
+    assert_same_bits_for_any_number_of_threads(name, torch.float64)
+
+
+def test_one_looped_kernel_serves_all_stencils(looped):
+    call("solve", arguments("solve", OFFSETS["far line"], (7,)))
+    compiled = cpu._compiled.cache_info().currsize
+    call("solve", arguments("solve", OFFSETS["volume"], (2, 2, 3)))
+    assert cpu._compiled.cache_info().currsize == compiled
 
 
 # --- memory ---

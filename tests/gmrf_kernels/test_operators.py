@@ -3,15 +3,13 @@
 import itertools
 import math
 import shutil
-from fractions import Fraction
 
 import pytest
 import torch
 from torch.distributions import Distribution
 
 import gmrf_kernels
-from gmrf_kernels.ops import accumulate_dtype
-from tests.dense import exists, neighbours, random_factor
+from tests.dense import exists, random_factor
 from tests.gmrf_kernels.operators import (
     CASES,
     HALF,
@@ -23,6 +21,8 @@ from tests.gmrf_kernels.operators import (
     assert_close,
     assert_same,
     assert_same_when_expanded,
+    assert_small_backward_error,
+    backward_error,
     call,
     dense,
     operator,
@@ -410,26 +410,6 @@ def test_the_exponential_of_the_diagonal_is_accurate_far_from_zero(dtype, device
     torch.testing.assert_close(whitened[0].cpu(), log_diag.double().exp().to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
 
 
-def _backward_error(diag, off_diag, x, b, offsets, transpose):
-    """max_i of (|b - A x| / |A||x|)_i, A = L or Lᵀ, in rational numbers: it has no rounding of its own."""
-    grid = x.shape
-    diag, off_diag, x, b = (t.cpu().double().numpy() for t in (diag, off_diag, x, b))
-
-    def rational(array, index):
-        return Fraction(float(array[index]))
-
-    rest, size = {}, {}
-    for site in itertools.product(*map(range, grid)):
-        product = rational(diag, site) * rational(x, site)
-        rest[site], size[site] = rational(b, site) - product, abs(product)
-    for k, here, there in neighbours(offsets, grid):
-        row, column = (here, there) if transpose else (there, here)
-        product = rational(off_diag, (k, *here)) * rational(x, column)
-        rest[row] -= product
-        size[row] += abs(product)
-    return float(max(abs(rest[site]) / size[site] for site in rest))
-
-
 @pytest.mark.parametrize("transpose", [False, True])
 @pytest.mark.parametrize(
     ("dtype", "stencil", "grid"),
@@ -442,20 +422,7 @@ def _backward_error(diag, off_diag, x, b, offsets, transpose):
     ids=named,
 )
 def test_backward_error_of_a_solve_whatever_the_condition(transpose, dtype, stencil, grid, device):
-    """Diagonals spread over five orders of magnitude, off-diagonals that exceed most of them: solutions that grow by tens."""
-    offsets = OFFSETS[stencil]
-    vector_dtype = accumulate_dtype(dtype)
-    diag = (3 * torch.randn(2, *grid, dtype=torch.float64)).exp().to(device, vector_dtype)
-    off_diag = (2 * torch.randn(2, len(offsets), *grid, dtype=torch.float64)).to(device, dtype)
-    # Small right-hand sides leave float32 more room to grow in.
-    b = (1e-10 * torch.randn(2, 2, *grid, dtype=torch.float64)).to(device, vector_dtype)
-    flat = [component for offset in offsets for component in offset]
-    x = torch.ops.gmrf_kernels.solve(diag, off_diag, b, flat, transpose, False)
-    assert x.isfinite().all()
-    assert x.abs().max() > 1e10 * x.abs().min()
-    limit = (len(offsets) + 3) * torch.finfo(vector_dtype).eps  # K + 2, with K - 1 offsets
-    for s, i in itertools.product(range(2), repeat=2):
-        assert _backward_error(diag[i], off_diag[i], x[s, i], b[s, i], offsets, transpose) <= limit
+    assert_small_backward_error(OFFSETS[stencil], grid, dtype, transpose, device)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
@@ -495,4 +462,4 @@ def test_backward_error_of_a_solve_whose_quotients_leave_the_range(
     assert x[0, 1][site] != 0
     limit = (len(offsets) + 3) * torch.finfo(dtype).eps
     for i in range(2):
-        assert _backward_error(diag[i], off_diag[i], x[0, i], rhs[0, i], offsets, transpose) <= limit
+        assert backward_error(diag[i], off_diag[i], x[0, i], rhs[0, i], offsets, transpose) <= limit
