@@ -25,7 +25,7 @@ import banded_gmrf as bg
 
 from . import photographs
 from .figures import Column, image_grid
-from .results import environment, markdown_table, write_results
+from .results import environment, machine_text, markdown_table, write_results
 from .training import seeded_generator
 
 TEXTURES = ("grass", "brick")
@@ -83,6 +83,7 @@ def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]
         },
         "config": asdict(config),
         **environment(),
+        "device": "cpu",
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_results(folder, results, markdown_report(results), console)
@@ -181,5 +182,5 @@ def markdown_report(results: dict[str, Any]) -> str:
         + "\n-log p / n, nats per pixel: its expectation for the swirl; for a texture that of the photograph from which the "
         "factor was estimated (gray values in [0, 1]):\n\n"
         + table("likelihood")
-        + f"\nSeed {results['config']['seed']}, {results['seconds']} s.\n"
+        + f"\nSeed {results['config']['seed']}; `{results['command']}`, {results['seconds']} s on {machine_text(results)}.\n"
     )

@@ -111,6 +111,15 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine_text(results: dict[str, Any]) -> str:
+    """Device, machine and release of torch, from the `environment` and the ``device`` of results."""
+    machine = results["machine"]
+    return (
+        f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, torch "
+        f"{results['versions']['torch']}"
+    )
+
+
 def device_name(device: torch.device) -> str:
     """A name to be put beside numbers."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

@@ -6,7 +6,7 @@ import numpy as np
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from ..results import markdown_table
+from ..results import machine_text, markdown_table
 from .estimators import DENOISER, PROJECTION
 from .presets import Config
 
@@ -60,7 +60,7 @@ def _row(images: np.ndarray, estimates: np.ndarray, bar: np.ndarray) -> dict[str
 
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
     """The tables, and what is needed to read them."""
-    faces, machine, seconds = config.faces, results["machine"], results["seconds"]
+    faces, seconds = config.faces, results["seconds"]
     parts = [f"# Denoising and inpainting of {faces.data}, {faces.size} x {faces.size} pixels\n"]
     for noise, rows in results["denoising"].items():
         parts += [f"## {noise[0].upper()}{noise[1:]}\n", _table(rows)]
@@ -88,8 +88,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{'of a finished run of faces' if config.given else 'trained in this run'}, preset {faces.preset}, seed {faces.seed}; "
         f"`{results['command']}`, training {seconds['training']:.0f} s"
         f"{' since it was last resumed' if results['resumed'] else ''}, all else {seconds['evaluation']:.0f} s, on "
-        f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, torch "
-        f"{results['versions']['torch']}.\n",
+        f"{machine_text(results)}.\n",
     ]
     return "\n".join(parts)
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..results import markdown_table
+from ..results import machine_text, markdown_table
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
@@ -55,7 +55,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         for name, row in PAPER.items()
     ]
     rms = "; ".join(f"{name} {of['base_images']:.4f} and {of['test']:.4f}" for name, of in results["residual_rms"].items())
-    machine, seconds = results["machine"], results["seconds"]
+    seconds = results["seconds"]
     return (
         f"# Structured residuals on {config.data}, {config.size} x {config.size} pixels\n\n"
         + markdown_table(header, table)
@@ -79,8 +79,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s"
         f"{' since it was last resumed' if results['resumed'] else ''}, scores "
         f"{seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
-        f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, "
-        f"torch {results['versions']['torch']}.\n"
+        f"{machine_text(results)}.\n"
     )
 
 

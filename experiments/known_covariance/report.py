@@ -7,7 +7,7 @@ import torch
 
 from banded_gmrf import diagnostics
 
-from ..results import markdown_table
+from ..results import machine_text, markdown_table
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER
 from .presets import Config
@@ -75,7 +75,6 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         for name, row in results["rows"].items()
         if len(row["nll"]["by_seed"]) > 1
     )
-    machine = results["machine"]
     part = " for the last part of an interrupted run" if results["resumed"] else ""
     return (
         f"# {config.experiment.capitalize()}: recovering a known covariance\n\n"
@@ -97,9 +96,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + ".\n\n"
         + (f"Range of -log p(x) over the networks of a kind: {spread}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
-        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s{part} on {results['device']} with "
-        f"{machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, "
-        f"torch {results['versions']['torch']}.\n"
+        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s{part} on {machine_text(results)}.\n"
     )
 
 
