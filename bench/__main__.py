@@ -131,9 +131,8 @@ def measure_toolbox(
         Path | None,
         typer.Option(
             help="An .npz file with factors of a trained network: log_diag (B, H, W), off_diag (B, K-1, H, W), stencil_size f, "
-            "and, to be observed in place of a sample of each, residual (B, H, W), gray levels in [-1, 1]. They are log_diag "
-            "and off_diag of the StencilCholesky that a network of supn_models predicts for B images.  [default: a factor "
-            "fitted to photographs of scikit-image]"
+            "and, to be observed in place of a sample of each, residual (B, H, W), gray levels in [-1, 1]. `python -m "
+            "experiments factors` writes one.  [default: a factor fitted to photographs of scikit-image]"
         ),
     ] = None,
     seconds: Annotated[float, typer.Option(min=0.0, help="For which each tool is timed after its first call.")] = 2.0,

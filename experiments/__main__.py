@@ -314,6 +314,34 @@ def denoising(
 
 
 @app.command()
+def factors(
+    faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, with its checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    data: _DataOption = None,
+    base: Annotated[str, typer.Option(help="The base model: AE, VAE or β-VAE.")] = "VAE",
+    images: Annotated[int, typer.Option(min=1, help="Test images.")] = 16,
+) -> None:
+    """Factors and residuals of test images, for `python -m bench toolbox --factors`."""
+    from .datasets import DataError
+    from .faces.factors import finished_run, save_factors
+
+    try:
+        config = finished_run(faces)
+        if base not in config.bases:
+            raise ValueError(f"{faces} has no {base}, expected one of {', '.join(config.bases)}")
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="FACES") from None
+    try:
+        found = _load_images(data, config.size, None, None)
+        if found.name != config.data:
+            raise DataError(f"{faces} was trained on {config.data}, the data is {found.name}")
+    except DataError as error:
+        raise typer.BadParameter(str(error), param_hint="--data") from None
+    save_factors(config, faces, found, base, images, out)
+    typer.echo(f"Factors: {out}")
+
+
+@app.command()
 def report(folder: Annotated[Path, typer.Argument(help="The results of a finished run of splines or ellipses.")]) -> None:
     """Write the table and the figures of a finished run again, from its numbers and networks."""
     from .known_covariance.run import report

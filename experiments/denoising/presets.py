@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from ..datasets import ImageData
-from ..faces.presets import PRESETS, Covariance
+from ..faces.factors import finished_run
 from ..faces.presets import Config as Faces
+from ..faces.presets import Covariance
 from ..faces.presets import config_for as faces_config_for
-from ..results import finished_config
 from .noise import Noise
 
 BASE = "VAE"
@@ -54,10 +54,7 @@ def trained_faces(folder: Path) -> Faces:
     Raises:
         ValueError: no such run in ``folder``, or one without the covariances that are needed.
     """
-    values = finished_config(folder)
-    if values.get("experiment") not in PRESETS:
-        raise ValueError(f"{folder} holds a run of {values.get('experiment')}, expected one of {' or '.join(PRESETS)}")
-    faces = Faces.from_dict(values)
+    faces = finished_run(folder)
     missing = [covariance.name for covariance in (DIAGONAL, STRUCTURED) if covariance not in faces.covariances]
     if missing:
         raise ValueError(f"the run in {folder} has no covariance network {' and no '.join(missing)}")

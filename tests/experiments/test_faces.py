@@ -11,6 +11,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import banded_gmrf as bg
+from bench.fields import load_fields
 from experiments.__main__ import app
 from experiments.checkpoints import load_checkpoint
 from experiments.faces import figures
@@ -85,6 +87,21 @@ def test_checkpoint_holds_all_networks(finished):
     assert about["config"]["note"] == "went through JPEG"
     code = networks["VAE"].encode(torch.zeros(2, 1, 8, 8))
     assert networks["VAE, f = 3 from z"](code).off_diag.shape == (2, 4, 8, 8)
+
+
+def test_factors_are_what_the_networks_predict(npz, finished, tmp_path):
+    path = tmp_path / "factors.npz"
+    command = ["factors", str(finished), str(path), "--data", str(npz), "--images", "2"]
+    outcome = CliRunner().invoke(app, command)
+    assert outcome.exit_code == 0, outcome.output
+    fields = load_fields(path)
+    assert (fields.stencil_size, fields.off_diag.shape) == (3, (2, 4, 8, 8))
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    L = bg.StencilCholesky(torch.from_numpy(fields.log_diag), torch.from_numpy(fields.off_diag), bg.Stencil.square(3))
+    nats = -bg.GMRF(torch.zeros(8, 8), L).log_prob(torch.from_numpy(fields.residuals)).mean().item()
+    assert nats == pytest.approx(results["rows"]["VAE, f = 3 from z"]["nats"]["mean"], rel=1e-5)
+    outcome = CliRunner().invoke(app, [*command, "--base", "other"])
+    assert "has no other, expected one of AE, VAE, β-VAE" in " ".join(outcome.output.replace("│", " ").split())
 
 
 def test_interrupted_run_resumes_to_the_same_numbers(npz, finished, tmp_path, monkeypatch):
