@@ -103,7 +103,8 @@ class ConditionalGMRF:
         determinant of Λ_ff + W, by a block Cholesky factorisation over the rows of the grid.
 
         Raises:
-            ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and a stencil that reaches r rows.
+            ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and stencils, of the prior and of
+                correlated noise, that reach r rows.
         """
         if not exact_is_affordable(self._factor, max(radius(self._factor.stencil), self._noise.reach)):
             raise ValueError(f"log_evidence needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(self.event_shape)} exceeds")
@@ -267,7 +268,7 @@ def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:
     if mask.ndim < len(grid) or mask.shape[mask.ndim - len(grid) :] != grid:
         raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {', '.join(map(str, grid))})")
     check_device("mask", mask, "values", values)
-    broadcast_batch("mask", mask.shape[: mask.ndim - len(grid)], "the distribution", prior.batch_shape)
+    _broadcast_batches(prior, values=values.shape, mask=mask.shape)
     return ConditionalGMRF(prior, mask, values, IndependentNoise(values.new_zeros((), dtype=torch.float64), grid), **solver)
 
 
@@ -278,13 +279,17 @@ def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None,
         raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
     grid = prior.event_shape
     if noise is not None:
+        from .gmrf import GMRF  # which imports this module
+
+        if not isinstance(noise, GMRF):
+            raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
         if noise.event_shape != grid:
             raise ValueError(f"noise is on the grid {tuple(noise.event_shape)}, the distribution on {tuple(grid)}")
         check_device("noise", noise.loc, "observation", observation)
-        broadcast_batch("noise", noise.batch_shape, "the distribution", prior.batch_shape)
+        _broadcast_batches(prior, observation=observation.shape, noise=(*noise.batch_shape, *grid))
         known = torch.zeros(grid, dtype=torch.bool, device=observation.device)
-        return ConditionalGMRF(prior, known, observation, CorrelatedNoise(noise.loc, noise.precision_cholesky), **solver)
-    variance = torch.as_tensor(noise_variance, dtype=observation.dtype, device=observation.device)
+        return ConditionalGMRF(prior, known, observation, CorrelatedNoise(noise), **solver)
+    variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
     shape = (*prior.batch_shape, *grid)
     try:
         torch.broadcast_shapes(variance.shape, shape)
@@ -293,11 +298,20 @@ def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None,
     if not (variance >= 0).all():
         raise ValueError("noise_variance has negative or NaN entries, expected at least 0")
     variance = variance.expand(torch.broadcast_shapes(variance.shape, grid))
+    _broadcast_batches(prior, observation=observation.shape, noise_variance=variance.shape)
     known = variance == 0
-    weight = (1 / variance.double().masked_fill(known, 1)).masked_fill(known, 0)
+    weight = (1 / variance.masked_fill(known, 1)).masked_fill(known, 0)
     return ConditionalGMRF(prior, known, observation, IndependentNoise(weight, grid), **solver)
 
 
 def _check_observations(prior, name: str, values: Tensor) -> None:
     check_vector(name, values, "precision_cholesky", prior._factor.log_diag, prior.event_shape)
     broadcast_batch(name, values.shape[: values.ndim - len(prior.event_shape)], "the distribution", prior.batch_shape)
+
+
+def _broadcast_batches(prior, **shapes: Sequence[int]) -> None:
+    """Check that the batches of all shapes (*batch, *grid) broadcast with the distribution's and with each other."""
+    batch, others = prior.batch_shape, "the distribution"
+    for name, shape in shapes.items():
+        batch = broadcast_batch(name, shape[: len(shape) - len(prior.event_shape)], others, batch)
+        others += f" and {name}"

@@ -264,7 +264,7 @@ class GMRF(Distribution):
         those near the cut. The cut lies between the k-th and the next, by counts of the eigenvalues below a threshold, which
         see what differs by more than rounding of the largest one. Around the cut the weights fall from 0.999 to 0.001 within
         ±12 / degree on the scale of arccos(1 - 2 λ / b), b the largest row sum of |L| |L|ᵀ, which bounds the eigenvalues.
-        Differentiable in x.
+        Differentiable in x. A degree too low to give the leading eigenvectors their weight warns (RuntimeWarning).
 
         Args:
             x: (*sample, *batch, *grid); a residual, from which ``loc`` was taken.
@@ -279,7 +279,8 @@ class GMRF(Distribution):
         """
         check_vector("x", x, "precision_cholesky", self._factor.log_diag, self._event_shape)
         broadcast_batch("x", x.shape[: x.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
-        return spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
+        projected = spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
+        return projected.expand(torch.broadcast_shapes(projected.shape, (*self._batch_shape, *self._event_shape)))
 
     def condition(self, mask: Tensor, values: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000) -> ConditionalGMRF:
         """The distribution given the values of some sites: for interpolation and inpainting.
@@ -303,9 +304,10 @@ class GMRF(Distribution):
         self,
         observation: Tensor,
         noise_variance: Tensor | float | None = None,
-        noise: "GMRF | None" = None,
         tolerance: float = 1e-6,
         max_iterations: int = 1000,
+        *,
+        noise: "GMRF | None" = None,
     ) -> ConditionalGMRF:
         """The distribution given observation = x + noise: for denoising.
 
@@ -316,14 +318,15 @@ class GMRF(Distribution):
             noise_variance: of noise that is independent from site to site: a number, or a tensor that broadcasts to
                 (*batch, *grid), in squared units of the field; infinite where nothing is observed, 0 where the observation is
                 exact.
-            noise: instead of that, the distribution of correlated noise, on the same grid.
             tolerance, max_iterations: as for `condition`.
+            noise: instead of a variance, the distribution of correlated noise on the same grid, in any dtype.
 
         Returns:
             A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``, and the solver's ``convergence``.
 
         Raises:
-            TypeError: ``observation`` has another dtype than the distribution, or not exactly one noise is given.
+            TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, or both or neither are
+                given of the noise's two descriptions.
             ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
         """
         return conditioning.posterior(

@@ -42,7 +42,7 @@ class IndependentNoise:
         """The log density of the noise at the observed sites, (*batch) in nats."""
         log_weight = self.diagonal.where(self._noisy, 1).log() - math.log(2 * math.pi)
         sites = 0.5 * (log_weight - self.diagonal * noise.square()).where(self._noisy, 0)
-        return sites.expand(*sites.shape[: max(0, sites.ndim - len(self._grid))], *self._grid).flatten(-len(self._grid)).sum(-1)
+        return sites.flatten(-len(self._grid)).sum(-1)
 
     def blocks(self) -> list[Tensor]:
         """What `gram` needs of each block of rows."""
@@ -58,14 +58,13 @@ class CorrelatedNoise:
     """Noise that is a GMRF itself, with the precision W = M Mᵀ; every site is observed.
 
     Args:
-        loc: its mean, (*batch, *grid).
-        factor: M.
+        distribution: a `GMRF`.
     """
 
-    def __init__(self, loc: Tensor, factor: StencilCholesky):
-        self.loc = loc.double()
+    def __init__(self, distribution):
+        factor = distribution.precision_cholesky
+        self.loc, self.batch_shape = distribution.loc.double(), distribution.batch_shape
         self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
-        self.batch_shape = torch.broadcast_shapes(factor.batch_shape, loc.shape[: loc.ndim - len(factor.grid)])
         self.reach = radius(factor.stencil)
 
     @property

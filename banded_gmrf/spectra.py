@@ -21,7 +21,7 @@ from .strips import block_coefficients, block_rows, scan, strip
 
 _TOLERANCE = 1e-6
 _MAX_COUNTS = 100
-_SAME_EIGENVALUE = 1e-12  # apart, relatively
+_TRANSITION = 12  # over the degree: half the width of the step's smooth edge, as an angle
 
 
 class Eigenpairs(NamedTuple):
@@ -35,9 +35,8 @@ class Eigenpairs(NamedTuple):
 
 def leading_eigenpairs(factor: StencilCholesky, k: int) -> Eigenpairs:
     """See `GMRF.leading_eigenpairs`; computed and returned in float64, (*batch) is the factor's."""
-    n, ndim = factor.grid.numel(), len(factor.grid)
-    if not 1 <= k < n:
-        raise ValueError(f"k is {k}, expected at least 1 and less than the grid's {n} sites")
+    ndim = len(factor.grid)
+    _check_k(factor, k)
     batch = factor.batch_shape
     double = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil).expand(batch)
     log_diag = double.log_diag.detach().reshape(-1, *factor.grid)
@@ -81,18 +80,22 @@ def _leading_eigenvectors(factor: StencilCholesky, k: int) -> Tensor:
 
 def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) -> Tensor:
     """See `GMRF.project_on_leading`; x is (*sample, *batch, *grid), (*batch) the factor's, both of one dtype."""
-    n = factor.grid.numel()
-    if not 1 <= k < n:
-        raise ValueError(f"k is {k}, expected at least 1 and less than the grid's {n} sites")
+    _check_k(factor, k)
     if degree < 1:
         raise ValueError(f"degree is {degree}, expected at least 1")
     with torch.no_grad():
         factor = factor.expand(factor.batch_shape)
         factor = StencilCholesky(factor.log_diag, factor.off_diag, factor.stencil)
         bound, cut = _largest_eigenvalue_bound(factor), _cut_after(factor, k)
-        ones = [1] * len(factor.grid)
-        scale, angle = ((2 / bound).reshape(*bound.shape, *ones), (2 * cut / bound - 1).clamp(-1, 1).arccos())
-        angle = angle.reshape(*bound.shape, *ones)
+        angle = (2 * cut / bound - 1).clamp(-1, 1).arccos()
+        if angle.numel() and (lowest := (math.pi - angle.max().item()) * degree) < _TRANSITION:
+            warnings.warn(
+                f"a degree of {degree} is too low to give even the leading eigenvector its weight: expected at least "
+                f"{math.ceil(degree * _TRANSITION / lowest) if lowest else 'infinity'} for k = {k}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        scale, angle = ((t.reshape(*t.shape, *[1] * len(factor.grid))) for t in (2 / bound, angle))
 
     def shifted(v: Tensor) -> Tensor:
         """Λ, its spectrum moved into [-1, 1]."""
@@ -118,19 +121,24 @@ def count_eigenvalues_below(factor: StencilCholesky, threshold: Tensor) -> Tenso
     """
     rows = factor.grid[0]
     shift = threshold.to(accumulate_dtype(factor.dtype)).unsqueeze(-1)
+    smallest = torch.finfo(shift.dtype).eps * shift  # in place of a pivot of 0, where the threshold is an eigenvalue
 
     def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
         columns = strip(coefficients, factor.stencil, rows - block[0])
         height, width = columns.shape[-2:]
         total = columns @ columns.mT + torch.nn.functional.pad(window, (0, height - window.shape[-1]) * 2)
         total[..., :width, :width].diagonal(dim1=-2, dim2=-1).sub_(shift)
-        ld, pivots = torch.linalg.ldl_factor(total[..., :width, :width])
+        ld, pivots, _ = torch.linalg.ldl_factor_ex(total[..., :width, :width])
         # A pivot of two sites has one negative eigenvalue, and is marked by negative numbers at both (Bunch & Kaufman 1977).
         paired = pivots < 0
-        negative = (ld.diagonal(dim1=-2, dim2=-1) < 0) & ~paired
-        coupling = total[..., :width, width:]
-        remaining = total[..., width:, width:] - coupling.mT @ torch.linalg.ldl_solve(ld, pivots, coupling)
-        return remaining, negative.sum(-1) + paired.sum(-1) // 2
+        pivot = ld.diagonal(dim1=-2, dim2=-1)
+        pivot.copy_(pivot.where(paired | (pivot != 0), smallest))
+        negative = ((pivot < 0) & ~paired).sum(-1) + paired.sum(-1) // 2
+        remaining = total[..., width:, width:]
+        if height > width:
+            coupling = total[..., :width, width:]
+            remaining = remaining - coupling.mT @ torch.linalg.ldl_solve(ld, pivots, coupling)
+        return remaining, negative
 
     blocks = list(zip(block_rows(factor.grid), block_coefficients(factor), strict=True))
     return sum(scan(step, shift.new_zeros(*factor.batch_shape, 0, 0), blocks))
@@ -158,8 +166,7 @@ def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
 
     log_diag = factor.log_diag.reshape(-1, *factor.grid)
     off_diag = factor.off_diag.reshape(len(log_diag), len(factor.stencil), *factor.grid)
-    # Not quite the mean: an eigenvalue itself, as where all are one, has no pivots.
-    point = 2 * log_diag.double().flatten(1).mean(1) + 1e-3
+    point = 2 * log_diag.double().flatten(1).mean(1)
     low, high = torch.full_like(point, -math.inf), torch.full_like(point, math.inf)
     slope, last_point, last_error = torch.ones_like(point), point.clone(), torch.zeros_like(point)
     active = torch.arange(len(point), device=point.device)
@@ -179,5 +186,17 @@ def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
         inside = (guess > low[active]) & (guess < high[active])
         middle = 0.5 * (low[active] + high[active])
         point[active] = guess.where(inside | (count == k), middle.where(middle.isfinite(), here - error.sign()))
-        active = active[(count != k) & (high[active] - low[active] > _SAME_EIGENVALUE)]
+        active = active[(count != k) & (high[active] - low[active] > torch.finfo(accumulate_dtype(factor.dtype)).eps)]
+    if len(active):
+        warnings.warn(
+            f"no value was found that {k} eigenvalues of the precision are below; the nearest has {count.max()}",
+            RuntimeWarning,
+            stacklevel=4,
+        )
     return point.exp().reshape(batch)
+
+
+def _check_k(factor: StencilCholesky, k: int) -> None:
+    n = factor.grid.numel()
+    if not 1 <= k < n:
+        raise ValueError(f"k is {k}, expected at least 1 and less than the grid's {n} sites")

@@ -114,7 +114,7 @@ def in_own_process(function: Callable[..., Any], *arguments: Any, memory: float,
 
 
 def _context():
-    """Forks of a process that has imported the library and nothing else: fresh, without the seconds that an import takes."""
+    """Forks of a process that has imported the library and this benchmark: fresh, without the seconds that imports take."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -1,4 +1,4 @@
-"""``python -m bench toolbox``: what each tool of `banded_gmrf` costs, called in a fresh process, beside what is aimed at.
+"""``python -m bench toolbox``: what each tool of `banded_gmrf` costs, beside what is aimed at. On a CPU in fresh processes.
 
 Small grids have the factors of `fields`: iterations of a solver depend on the covariance. Large grids have random ones.
 """

@@ -196,9 +196,10 @@ def markdown_report(results: Results) -> str:
     return (
         f"# A training step of a covariance network: {results['title']}\n\n{about(results)}\n"
         f"{_summary(results)}\n\n{markdown_table(_HEADER, _lines(results), text_columns=2)}\n"
-        f"The {_SHOWN} longest. Library: operators of `gmrf_kernels`; network: all others, Adam included. On a GPU these are "
-        "kernels, copies and fillings of memory; on a CPU operators, without the time of those that they call, under the "
-        "profiler. The time by the clock is without the profiler: what it exceeds that of the kernels by, the GPU waits.\n"
+        f"The {_SHOWN} longest. Library: operators of `gmrf_kernels`, on a GPU their Triton kernels; network: all others, Adam "
+        "included. On a GPU these are kernels, copies and fillings of memory; on a CPU operators, without the time of those "
+        "that they call, under the profiler. The time by the clock is without the profiler: what it exceeds that of the "
+        "kernels by, the GPU waits.\n"
     )
 
 

@@ -297,15 +297,15 @@ def denoising(
         except ValueError as error:
             raise typer.BadParameter(str(error), param_hint="--faces") from None
         size = PRESETS["faces"][preset.value].size if trained is None else trained.size
+        where = _device(device)
         try:
             found = _load_images(data, size, note, console)
         except DataError as error:
             raise typer.BadParameter(str(error), param_hint="--data") from None
         try:
-            config = config_for(found, preset.value, trained, images)
+            config = config_for(found, preset.value, faces, images)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from None
-        where = _device(device)
         folder = _begin(config, out, resume, where)
         _run(folder, lambda: run(config, found, faces, folder, where, console))
         typer.echo(f"Results: {folder}")
@@ -319,18 +319,21 @@ def factors(
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
     data: _DataOption = None,
     base: Annotated[str, typer.Option(help="The base model: AE, VAE or β-VAE.")] = "VAE",
-    images: Annotated[int, typer.Option(min=1, help="Test images.")] = 16,
+    images: Annotated[int, typer.Option(min=1, help="Test images, or as many as there are.")] = 16,
 ) -> None:
     """Factors and residuals of test images, for `python -m bench toolbox --factors`."""
     from .datasets import DataError
-    from .faces.factors import finished_run, save_factors
+    from .faces.factors import save_factors
+    from .faces.presets import finished_run
 
     try:
         config = finished_run(faces)
-        if base not in config.bases:
-            raise ValueError(f"{faces} has no {base}, expected one of {', '.join(config.bases)}")
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="FACES") from None
+    if base not in config.bases:
+        raise typer.BadParameter(f"{faces} has no {base}, expected one of {', '.join(config.bases)}", param_hint="--base")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"{out.parent} is no folder", param_hint="OUT")
     try:
         found = _load_images(data, config.size, None, None)
         if found.name != config.data:

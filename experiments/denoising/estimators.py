@@ -56,7 +56,9 @@ def estimator(
 
 
 def bm3d_estimates(noisy: Tensor, sampler: Sampler) -> Tensor:
-    """Block matching and 3-D filtering, which knows the noise's spectral density, of images (count, 1, height, width).
+    """Block matching and 3-D filtering of images (count, 1, height, width).
+
+    It knows the variance of white noise, and of correlated noise the spectral density on a torus.
 
     Source: Mäkinen, Azzari and Foi, Collaborative filtering of correlated noise, IEEE Transactions on Image Processing 2020.
 

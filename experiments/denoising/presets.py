@@ -1,13 +1,14 @@
 """What a run of the experiment depends on."""
 
+import hashlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints import CHECKPOINT
 from ..datasets import ImageData
-from ..faces.factors import finished_run
 from ..faces.presets import Config as Faces
-from ..faces.presets import Covariance
+from ..faces.presets import Covariance, finished_run
 from ..faces.presets import config_for as faces_config_for
 from .noise import Noise
 
@@ -21,7 +22,7 @@ class Config:
 
     Args:
         faces: how the VAE and its covariance networks were or are trained; the denoising autoencoders are trained alike.
-        given: the VAE and its covariance networks come from a finished run of faces.
+        checkpoint: SHA-256 of the finished run's networks; None if they are trained in this run.
         noises: what is removed.
         images: test images, the first ones.
         eigenvectors: leading ones of Σ that the projection keeps.
@@ -32,7 +33,7 @@ class Config:
     """
 
     faces: Faces
-    given: bool
+    checkpoint: str | None
     noises: tuple[Noise, ...] = (Noise(15), Noise(25), Noise(50), Noise(25, correlation_length=2))
     images: int = 2_000
     eigenvectors: int = 1_000
@@ -61,24 +62,27 @@ def trained_faces(folder: Path) -> Faces:
     return faces
 
 
-def config_for(data: ImageData, preset: str, trained: Faces | None, images: int | None = None) -> Config:
+def config_for(data: ImageData, preset: str, folder: Path | None, images: int | None = None) -> Config:
     """The configuration for a data set.
 
     Args:
         data: the images.
         preset: of faces, for networks that are to be trained.
-        trained: instead, the configuration of a finished run, from `trained_faces`.
+        folder: instead, that of a finished run of faces.
         images: test images; None for 2,000.
 
     Raises:
-        ValueError: the finished run was one of other images.
+        ValueError: the finished run is not what `trained_faces` takes, or one of other images.
     """
-    if trained is not None and trained.data != data.name:
-        raise ValueError(f"the networks were trained on {trained.data}, the data is {data.name}")
-    faces = trained or replace(faces_config_for("faces", preset, data), covariances=(DIAGONAL, STRUCTURED))
-    config = Config(faces, given=trained is not None)
+    if folder is None:
+        config = Config(replace(faces_config_for("faces", preset, data), covariances=(DIAGONAL, STRUCTURED)), checkpoint=None)
+    else:
+        faces = trained_faces(folder)
+        if faces.data != data.name:
+            raise ValueError(f"the networks were trained on {faces.data}, the data is {data.name}")
+        config = Config(faces, hashlib.sha256((folder / CHECKPOINT).read_bytes()).hexdigest())
     count = min(config.images if images is None else images, len(data.test))
-    pixels = faces.size**2
+    pixels = config.faces.size**2
     return replace(
         config,
         images=count,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..results import machine_text, markdown_table
 from .estimators import DENOISER, PROJECTION
+from .inpainting import DRAWS
 from .presets import Config
 
 # Table 4 of the paper, mean squared error and its deviation over images.
@@ -82,12 +83,11 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"posterior mean. The {DENOISER} has the VAE's widths and code and was trained on the same images for as many steps, "
         "with mean squared error and with the noise of each table.\n",
         f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds; "
-        "coverage is the share of unknown pixels within the conditional mean ± 1.645 standard deviations, 0.9 for a perfect "
-        "model.\n",
+        f"coverage is the share of unknown pixels within 90 % intervals from {DRAWS} samples, 0.9 for a perfect model.\n",
         f"Training images {faces.base_images:,} and their mirror images, {faces.base_epochs} passes; networks "
-        f"{'of a finished run of faces' if config.given else 'trained in this run'}, preset {faces.preset}, seed {faces.seed}; "
-        f"`{results['command']}`, training {seconds['training']:.0f} s"
-        f"{' since it was last resumed' if results['resumed'] else ''}, all else {seconds['evaluation']:.0f} s, on "
+        f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
+        f"{faces.seed}; `{results['command']}`, training {seconds['training']:.0f} s, all else {seconds['evaluation']:.0f} s"
+        f"{', since it was last resumed' if results['resumed'] else ''}, on "
         f"{machine_text(results)}.\n",
     ]
     return "\n".join(parts)

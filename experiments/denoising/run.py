@@ -21,7 +21,7 @@ from ..figures import loss_figure
 from ..results import STATES, device_name, environment, numbered_states, write_json, write_results
 from ..training import seeded_generator
 from . import figures, inpainting
-from .estimators import BM3D, bm3d_estimates, estimator
+from .estimators import BM3D, Estimator, bm3d_estimates, estimator
 from .noise import Noise, Sampler
 from .presets import BASE, DIAGONAL, STRUCTURED, Config
 from .report import markdown_report, table_rows
@@ -58,7 +58,7 @@ def run(
 
     if trained is None:
         networks = train_all(faces, images, covariance_images, device, options)
-        named = networks.all()
+        named = networks.modules()
     else:
         named, _ = load_checkpoint(trained / CHECKPOINT)
         for network in named.values():
@@ -85,7 +85,7 @@ def run(
         if not kept.exists():
             write_json(kept, _rows(config, test, noisy, sampler, estimates, console))
         rows[name] = json.loads(kept.read_text(encoding="utf-8"))
-        few = slice(0, _SHOWN if number == 1 else 1)
+        few = slice(0, _SHOWN)
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
@@ -105,7 +105,7 @@ def run(
             "evaluation": round(time.perf_counter() - trained_at, 1),
         },
     }
-    _draw(folder, config, shown)
+    _draw(folder, shown)
     write_results(folder, results, markdown_report(config, results), console)
     return results
 
@@ -142,7 +142,7 @@ def _standard_normal(config: Config, noise: Noise, device: torch.device) -> Tens
 
 
 def _rows(
-    config: Config, test: Tensor, noisy: Tensor, sampler: Sampler, estimates, console: Console
+    config: Config, test: Tensor, noisy: Tensor, sampler: Sampler, estimates: Estimator, console: Console
 ) -> dict[str, dict[str, float]]:
     batches = track(noisy.split(_BATCH), sampler.noise.name, console=console)
     parts = [estimates(batch) for batch in batches]
@@ -175,8 +175,8 @@ def _inpaint(
     return {name: inpainting.scores(images, known[name], average, one) for name, one in found.items()}
 
 
-def _draw(folder: Path, config: Config, shown: dict[str, dict[str, Tensor]]) -> None:
-    """Figure 11: several images with one noise, and one image with all."""
+def _draw(folder: Path, shown: dict[str, dict[str, Tensor]]) -> None:
+    """Figure 11: several images with the second noise, and one image with all."""
     several = list(shown)[min(1, len(shown) - 1)]
     figures.draw_estimates(folder / "figure11.png", {several.replace(", ", "\n"): shown[several]})
     one = {name.replace(", ", "\n"): {key: images[:1] for key, images in of.items()} for name, of in shown.items()}

@@ -9,21 +9,9 @@ from supn_models import StructuredLikelihood
 
 from ..checkpoints import CHECKPOINT, load_checkpoint
 from ..datasets import ImageData
-from ..results import finished_config, written_whole
+from ..results import written_whole
 from .images import images_for_testing
-from .presets import PRESETS, Config
-
-
-def finished_run(folder: Path) -> Config:
-    """The configuration of a finished run of faces or cifar10.
-
-    Raises:
-        ValueError: no such run in ``folder``.
-    """
-    values = finished_config(folder)
-    if values.get("experiment") not in PRESETS:
-        raise ValueError(f"{folder} holds a run of {values.get('experiment')}, expected one of {' or '.join(PRESETS)}")
-    return Config.from_dict(values)
+from .presets import Config
 
 
 def save_factors(config: Config, folder: Path, data: ImageData, base: str, count: int, path: Path) -> None:

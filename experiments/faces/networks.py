@@ -33,7 +33,7 @@ class Networks:
     base_losses: dict[str, list[float]] = field(default_factory=dict)
     covariance_losses: dict[str, list[float]] = field(default_factory=dict)
 
-    def all(self) -> dict[str, nn.Module]:
+    def modules(self) -> dict[str, nn.Module]:
         """Base models and covariance networks, for a checkpoint."""
         return {**self.bases, **{name: likelihood.covariance for name, likelihood in self.likelihoods.items()}}
 
@@ -175,7 +175,7 @@ def train_covariance(
 
 
 def fit_on_images(
-    config: Config, network: nn.Module, loss, images: Images, name: str, epochs: int, **options: Any
+    config: Config, network: nn.Module, loss: Callable[..., Tensor], images: Images, name: str, epochs: int, **options: Any
 ) -> list[float]:
     """Minimise ``loss`` over the parameters of a network on batches of images; return the loss of every step.
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .. import distributed
+from ..checkpoints import CHECKPOINT
 from ..datasets import ImageData
+from ..results import finished_config
 
 # The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
 BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0}
@@ -213,3 +216,17 @@ def config_for(experiment: str, preset: str, data: ImageData, epochs: int | None
         if 2 * count < config.batch_size:
             raise ValueError(f"{count} images to train the {purpose}, expected at least {config.batch_size // 2}, half a batch")
     return config
+
+
+def finished_run(folder: Path) -> Config:
+    """The configuration of a finished run of faces or cifar10 that still has its networks.
+
+    Raises:
+        ValueError: no such run in ``folder``.
+    """
+    values = finished_config(folder)
+    if values.get("experiment") not in PRESETS:
+        raise ValueError(f"{folder} holds a run of {values.get('experiment')}, expected one of {' or '.join(PRESETS)}")
+    if not (folder / CHECKPOINT).is_file():
+        raise ValueError(f"{folder} has no {CHECKPOINT}: run its command again, results.md has it")
+    return Config.from_dict(values)

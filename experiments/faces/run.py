@@ -94,7 +94,7 @@ def run(
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)
         draw_losses(folder / "training.png", networks)
-        save_checkpoint(folder / CHECKPOINT, networks.all(), {"config": config.as_dict()})
+        save_checkpoint(folder / CHECKPOINT, networks.modules(), {"config": config.as_dict()})
         write_results(folder, results, markdown_report(config, results), console)
     distributed.barrier()
     return results

@@ -231,7 +231,10 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
 
 
 def solve_scratch() -> int:
-    """Elements of scratch that each thread of a solve kernel needs: of a block the diagonal and, by term, the coefficients."""
+    """Elements of scratch that each thread of a solve kernel needs: of a block the diagonal and, by term, the coefficients.
+
+    Of the row's own terms the t-th reaches at least t + 1 columns, so that fewer than a block's sites stay within it.
+    """
     return _BLOCK * _BLOCK
 
 

@@ -326,12 +326,46 @@ def test_bad_posteriors(observation, noise_variance, error, message):
         ({"noise_variance": 1.0, "noise": (4, 3)}, TypeError, "posterior takes either noise_variance or noise, got both"),
         ({"noise": (3, 4)}, ValueError, r"noise is on the grid \(3, 4\), the distribution on \(4, 3\)"),
         ({"noise": (5, 4, 3)}, ValueError, r"noise has batch shape \(5,\), .* with \(2,\)"),
+        ({"noise": 1.0}, TypeError, "noise is float, expected GMRF"),
     ],
 )
 def test_bad_noise(noise, error, message):
     q = random_gmrf("3x3", (4, 3), (2,), torch.float32)
-    if "noise" in noise:
+    if isinstance(noise.get("noise"), tuple):
         *batch, height, width = noise["noise"]
         noise = {**noise, "noise": random_gmrf("3x3", (height, width), batch, torch.float32)}
     with pytest.raises(error, match=message):
         q.posterior(torch.zeros(4, 3), **noise)
+
+
+def test_batches_that_only_fit_the_distribution():
+    q, y = random_gmrf("3x3", (4, 3), dtype=torch.float32), torch.zeros(4, 4, 3)
+    message = r"has batch shape \(3,\), which does not broadcast with \(4,\) of the distribution and "
+    with pytest.raises(ValueError, match=f"mask {message}values"):
+        q.condition(torch.ones(3, 4, 3, dtype=torch.bool), y)
+    with pytest.raises(ValueError, match=f"noise_variance {message}observation"):
+        q.posterior(y, torch.ones(3, 4, 3))
+    with pytest.raises(ValueError, match=f"noise {message}observation"):
+        q.posterior(y, noise=random_gmrf("3x3", (4, 3), (3,), torch.float32))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_noise_has_any_dtype(dtype):
+    q = random_gmrf("3x3", (4, 3), (2,), dtype)
+    noise = random_gmrf("5x5", (4, 3))
+    y = torch.randn(4, 3).to(dtype)
+    exact = bg.GMRF(q.loc.double(), bg.StencilCholesky(q.log_diag.double(), q.off_diag.double(), q.stencil))
+    mean = q.posterior(y, noise=noise, **PRECISE).mean
+    assert mean.dtype == dtype
+    expected = exact.posterior(y.double(), noise=noise, **PRECISE).mean
+    eps = torch.finfo(dtype).eps  # only the result is rounded
+    torch.testing.assert_close(mean.double(), expected, rtol=eps, atol=eps)
+
+
+def test_log_evidence_counts_the_reach_of_the_noise(monkeypatch):
+    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (3 * 3) ** 2 - 1)
+    q, noise = (random_gmrf(name, (4, 3)) for name in ("3x3", "5x5"))
+    y = torch.zeros(4, 3, dtype=torch.float64)
+    assert q.posterior(y, 1.0).log_evidence.isfinite()
+    with pytest.raises(ValueError, match="log_evidence needs"):
+        q.posterior(y, noise=noise).log_evidence  # noqa: B018

@@ -3,7 +3,7 @@ import torch
 
 import banded_gmrf as bg
 from banded_gmrf import spectra
-from tests.cases import FACTORS, STENCILS, dense, random_cholesky
+from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
 # Inverting the dense precision loses a multiple of cond(Λ) ≈ 10² roundings of float64 (10⁻¹⁶).
@@ -125,10 +125,30 @@ def test_projections_of_batches_that_are_empty_or_expanded():
     torch.testing.assert_close(q.expand((5,)).project_on_leading(x, 2), q.project_on_leading(x, 2), **CLOSE)
 
 
-def test_eigenvalues_that_are_all_one_have_a_cut():
-    factor = bg.StencilCholesky(torch.zeros(4, 3), torch.zeros(len(STENCILS["3x3"]), 4, 3), STENCILS["3x3"])
-    projected = bg.GMRF(torch.zeros(4, 3), factor).project_on_leading(torch.ones(4, 3), 5)
+@pytest.mark.parametrize("block_sites", [1, 32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_eigenvalues_that_are_all_one_have_a_cut(dtype, block_sites, monkeypatch):
+    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    zeros = torch.zeros(4, 3, dtype=dtype)
+    factor = bg.StencilCholesky(zeros, zeros.expand(len(STENCILS["3x3"]), 4, 3), STENCILS["3x3"])
+    projected = bg.GMRF(zeros, factor).project_on_leading(torch.ones(4, 3, dtype=dtype), 5)
     assert projected.isfinite().all()
+
+
+def test_projections_of_smooth_fields_in_float32():
+    size, k = 12, 30
+    q = bg.GMRF(torch.zeros(size, size, dtype=torch.float64), smooth_cholesky((size, size), nugget=1e-2))
+    single = bg.GMRF(q.loc.float(), bg.StencilCholesky(q.log_diag.float(), q.off_diag.float(), q.stencil))
+    x = q.sample((3,))
+    # Rounding of 6·10⁻⁸ grows at most like the number of steps, 2,000.
+    expected = q.project_on_leading(x, k)
+    torch.testing.assert_close(single.project_on_leading(x.float(), k).double(), expected, rtol=0, atol=2e-4 * x.abs().max())
+
+
+def test_a_degree_too_low_warns():
+    q = bg.GMRF(torch.zeros(12, 12, dtype=torch.float64), smooth_cholesky((12, 12), nugget=1e-2))
+    with pytest.warns(RuntimeWarning, match="a degree of 9 is too low .*: expected at least "):
+        q.project_on_leading(q.sample(), 1, degree=9)
 
 
 @pytest.mark.parametrize(

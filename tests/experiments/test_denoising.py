@@ -66,7 +66,7 @@ def test_results_are_complete_and_an_interrupted_run_resumes_to_them(npz, finish
         CHECKPOINT,
     }
     results = read(finished)
-    assert len(results["denoising"]) == len(Config(TINY, given=False).noises)
+    assert len(results["denoising"]) == len(Config(TINY, checkpoint=None).noises)
     for rows in results["denoising"].values():
         assert rows[DENOISER]["ratio"] == 1
         assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == 3
@@ -113,15 +113,23 @@ def test_networks_of_a_finished_run_are_used(npz, finished, tmp_path, monkeypatc
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda results: results["config"].update(data="others"), "trained on others, the data is blocks"),
-        (lambda results: results["config"].update(experiment="splines"), "holds a run of splines, expected one of faces"),
-        (lambda results: results["config"].update(covariances=[]), "has no covariance network VAE, diagonal from z and no VAE"),
-        (lambda results: results.pop("config"), "holds no finished run"),
+        (lambda results, folder: (folder / CHECKPOINT).unlink(), f"has no {CHECKPOINT}"),
+        (lambda results, folder: results["config"].update(data="others"), "trained on others, the data is blocks"),
+        (
+            lambda results, folder: results["config"].update(experiment="splines"),
+            "holds a run of splines, expected one of faces",
+        ),
+        (
+            lambda results, folder: results["config"].update(covariances=[]),
+            "has no covariance network VAE, diagonal from z and no VAE",
+        ),
+        (lambda results, folder: results.pop("config"), "holds no finished run"),
     ],
 )
 def test_runs_that_do_not_fit_are_refused(npz, tmp_path, change, message):
     results = {"config": replace(TINY, data="blocks").as_dict()}
-    change(results)
+    (tmp_path / CHECKPOINT).touch()
+    change(results, tmp_path)
     (tmp_path / "results.json").write_text(json.dumps(results), encoding="utf-8")
     outcome = denoise(npz, tmp_path / "new", "--faces", str(tmp_path))
     assert outcome.exit_code == 2
@@ -187,7 +195,7 @@ def test_inpainting_conditions_on_the_known_pixels():
     vae = ConvVAE((8, 8), latent_size=3, channels=(4, 8)).eval()
     covariance = LatentCovarianceNetwork((8, 8), 3, bg.Stencil.square(3), decoder_channels=(4, 8), channels=4).eval()
     likelihood = StructuredLikelihood(vae, covariance).requires_grad_(False)
-    config = replace(Config(TINY, given=False), inpainted=5, rounds=1)
+    config = replace(Config(TINY, checkpoint=None), inpainted=5, rounds=1)
     images, average = torch.randn(5, 1, 8, 8), torch.randn(8, 8)
     for known in inpainting.masks(config).values():
         known = known.expand(5, 8, 8)
