@@ -38,7 +38,7 @@ class Config:
     images: int = 2_000
     eigenvectors: int = 1_000
     degree: int = 2_000
-    bm3d_images: int = 500
+    bm3d_images: int = 200
     inpainted: int = 200
     rounds: int = 5
 

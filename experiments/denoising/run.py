@@ -26,7 +26,7 @@ from .noise import Noise, Sampler
 from .presets import BASE, DIAGONAL, STRUCTURED, Config
 from .report import markdown_report, table_rows
 
-_BATCH = 50
+_BATCH = 10  # few enough for the coefficients to stay in a cache
 _SHOWN = 4
 
 
