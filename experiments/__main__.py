@@ -189,6 +189,13 @@ _HeldOutOption = Annotated[
         help="Share of the training images for covariance networks alone, unseen by base models.", show_default="the preset's"
     ),
 ]
+_ModelsOption = Annotated[
+    str | None, typer.Option(help="The only base models to train, of AE,VAE,β-VAE.", show_default="the preset's")
+]
+_StencilsOption = Annotated[
+    str | None,
+    typer.Option(help="Sizes f of f x f stencils, as in 3,9, predicted from z beside a diagonal.", show_default="the preset's"),
+]
 _TensorboardOption = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
 
@@ -200,6 +207,13 @@ def _load_images(data: str | None, size: int, note: str | None, console):
 
     images = load_images(data, size, console)
     return images if note is None else replace(images, note=note)
+
+
+def _sizes(stencils: str | None) -> list[int] | None:
+    try:
+        return None if stencils is None else [int(size) for size in stencils.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"{stencils!r}, expected sizes as in 3,9", param_hint="--stencils") from None
 
 
 def _add_image_experiment(experiment: str, about: str) -> None:
@@ -221,9 +235,12 @@ def _add_image_experiment(experiment: str, about: str) -> None:
         epochs: _EpochsOption = None,
         samples: _SamplesOption = None,
         held_out: _HeldOutOption = None,
+        models: _ModelsOption = None,
+        stencils: _StencilsOption = None,
     ) -> None:
         replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
         replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
+        replaced |= {"models": None if models is None else models.split(","), "stencils": _sizes(stencils)}
         try:
             from rich.console import Console
 

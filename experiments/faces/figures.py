@@ -25,7 +25,7 @@ def draw(
     likelihoods: dict[str, StructuredLikelihood],
     images: Tensor,
 ) -> None:
-    """Write figure1.png and figure7.png to figure10.png into ``folder``.
+    """Write figure1.png and figure7.png to figure10.png into ``folder``: those whose base models the run has.
 
     Args:
         config: the run's.
@@ -34,11 +34,15 @@ def draw(
         likelihoods: of all base models, by the names of their covariance networks.
         images: for testing, (count, 1, H, W); some, evenly spread, are shown.
     """
-    draw_reconstructions(folder / "figure1.png", config, bases, likelihoods, ("VAE",), _spread(images, 3))
-    draw_reconstructions(folder / "figure7.png", config, bases, likelihoods, ("AE", "VAE"), _spread(images, 6))
-    draw_prior_samples(folder / "figure8.png", config, likelihoods, images.device)
-    draw_interpolations(folder / "figure9.png", config, bases["VAE"], likelihoods, _spread(images, 3))
-    draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, _spread(images, 4))
+    reconstructing = [name for name in ("AE", "VAE") if name in bases]
+    if reconstructing:
+        draw_reconstructions(folder / "figure7.png", config, bases, likelihoods, reconstructing, _spread(images, 6))
+    if "VAE" in bases:
+        draw_reconstructions(folder / "figure1.png", config, bases, likelihoods, ["VAE"], _spread(images, 3))
+        draw_interpolations(folder / "figure9.png", config, bases["VAE"], likelihoods, _spread(images, 3))
+        draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, _spread(images, 4))
+    if "β-VAE" in bases:
+        draw_prior_samples(folder / "figure8.png", config, likelihoods, images.device)
 
 
 def draw_reconstructions(

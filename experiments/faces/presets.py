@@ -190,14 +190,40 @@ PRESETS = {
 }
 
 
-def config_for(experiment: str, preset: str, data: ImageData, epochs: int | None = None, **replaced: Any) -> Config:
-    """A preset for a data set, with some fields replaced where not None: ``epochs`` those of all networks.
+def config_for(
+    experiment: str,
+    preset: str,
+    data: ImageData,
+    epochs: int | None = None,
+    models: Sequence[str] | None = None,
+    stencils: Sequence[int] | None = None,
+    **replaced: Any,
+) -> Config:
+    """A preset for a data set.
+
+    Args:
+        experiment, preset: names of `PRESETS`.
+        data: the images.
+        epochs: of all networks; None for the preset's, as below.
+        models: the only base models, of the preset's.
+        stencils: sizes f of f x f patches, for covariance networks from z beside the diagonal ones, in place of the preset's.
+        replaced: fields of `Config`.
 
     Raises:
-        ValueError: a share outside [0, 1), fewer training images than a batch has, or a batch that the number of processes
-            does not divide.
+        ValueError: models that the preset does not have, sizes that no stencil has, a share outside [0, 1), fewer training
+            images than a batch has, or a batch that the number of processes does not divide.
     """
     config = PRESETS[experiment][preset]
+    if models is not None:
+        unknown = [name for name in models if name not in config.bases]
+        if unknown or not models:
+            raise ValueError(f"models is {','.join(models)}, expected some of {', '.join(config.bases)}")
+        replaced |= {"covariances": tuple(c for c in config.covariances if c.base in models)}
+    if stencils is not None:
+        if not stencils or any(size < 3 or size % 2 == 0 for size in stencils):
+            raise ValueError(f"stencils is {','.join(map(str, stencils))}, expected odd sizes of at least 3")
+        bases = replace(config, **replaced).bases
+        replaced |= {"covariances": tuple(c for base in bases for c in _networks(base, sorted({1, *stencils})))}
     if epochs is not None:
         replaced |= {"base_epochs": epochs, "covariance_epochs": epochs}
     config = replace(config, **{key: value for key, value in replaced.items() if value is not None})

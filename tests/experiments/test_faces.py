@@ -81,6 +81,14 @@ def test_results_are_complete(finished):
     assert "| paper, CelebA: VAE with structured residual | -7753 ± 1323 | -8386 ± 1339 |" in report
 
 
+def test_one_model_with_another_stencil(npz, tmp_path):
+    outcome = run_faces(npz, tmp_path, "--models", "VAE", "--stencils", "5")
+    assert outcome.exit_code == 0, outcome.output
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert list(results["rows"]) == ["VAE", "VAE, diagonal from z", "VAE, f = 5 from z"]
+    assert {path.stem for path in tmp_path.glob("figure*.png")} == {f"figure{number}" for number in (1, 7, 9, 10)}
+
+
 def test_checkpoint_holds_all_networks(finished):
     networks, about = load_checkpoint(finished / CHECKPOINT)
     assert set(networks) == {"AE", "VAE", "β-VAE", *(covariance.name for covariance in PRESET.covariances)}
@@ -179,6 +187,9 @@ def test_mirror_images_follow_the_images():
         (["--train", "3"], "3 images to train the base models"),
         (["--held-out", "1"], "held_out is 1.0"),
         (["--held-out", "0.1"], "2 images to train the covariance networks"),
+        (["--models", "VAE,GAN"], "models is VAE,GAN, expected some of"),
+        (["--stencils", "4"], "stencils is 4, expected odd sizes"),
+        (["--stencils", "seven"], "--stencils"),
         (["--resume"], "no run of this experiment was begun there"),
         (["--device", "nowhere"], "--device"),
     ],
