@@ -83,7 +83,8 @@ def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, in
     def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
         covariance = _prepend_block(strip(coefficients, factor.stencil, rows - block[0]), window)
         kept = reach * row
-        return covariance[..., :kept, :kept], read(*block, covariance)
+        # A view would keep all of the block's covariances for the backward pass.
+        return covariance[..., :kept, :kept].contiguous(), read(*block, covariance)
 
     window = coefficients[0].new_zeros(*coefficients[0].shape[: -len(factor.grid) - 1], 0, 0)
     return scan(step, window, blocks)[::-1]
