@@ -144,15 +144,15 @@ def _standard_normal(config: Config, noise: Noise, device: torch.device) -> Tens
 def _rows(
     config: Config, test: Tensor, noisy: Tensor, sampler: Sampler, estimates: Estimator, console: Console
 ) -> dict[str, dict[str, float]]:
-    batches = track(noisy.split(_BATCH), sampler.noise.name, console=console)
-    parts = [estimates(batch) for batch in batches]
-    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    classical = {}
     try:
         few = track(noisy[: config.bm3d_images].split(_BATCH), f"{BM3D}, {sampler.noise.name}", console=console)
-        found[BM3D] = torch.cat([bm3d_estimates(batch, sampler) for batch in few])
+        classical[BM3D] = torch.cat([bm3d_estimates(batch, sampler) for batch in few])
     except ImportError:
         console.print(f"{BM3D} is left out: it needs the package bm3d (pip install bm3d)")
-    return table_rows(test, found)
+    parts = [estimates(batch) for batch in track(noisy.split(_BATCH), sampler.noise.name, console=console)]
+    found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return table_rows(test, found | classical)
 
 
 def _inpaint(
