@@ -19,7 +19,7 @@ from experiments.denoising.report import table_rows
 from experiments.faces import figures
 from experiments.faces.presets import PRESETS
 from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood
-from tests.experiments.tiny_faces import PRESET, arrays
+from tests.experiments.tiny_faces import PRESET
 
 TINY = replace(PRESET, covariances=(DIAGONAL, STRUCTURED), train=16)
 
@@ -29,14 +29,6 @@ def tiny_preset(monkeypatch):
     monkeypatch.setitem(PRESETS["faces"], "quick", TINY)
     # It takes images of at least 8 x 8 pixels and a second for each.
     monkeypatch.setattr(run, "bm3d_estimates", lambda noisy, sampler: noisy)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "blocks.npz"
-    train, test = arrays()
-    np.savez(path, train=train, test=test)
-    return path
 
 
 def denoise(npz, folder, *options):

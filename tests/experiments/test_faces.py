@@ -6,7 +6,6 @@ import subprocess
 import sys
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -19,20 +18,12 @@ from experiments.faces import figures
 from experiments.faces.images import Mirrored, images_for_training
 from experiments.faces.presets import PRESETS, config_for
 from experiments.faces.run import CHECKPOINT
-from tests.experiments.tiny_faces import PRESET, arrays, image_data, train_and_score
+from tests.experiments.tiny_faces import PRESET, image_data, train_and_score
 
 
 @pytest.fixture(autouse=True)
 def tiny_preset(monkeypatch):
     monkeypatch.setitem(PRESETS["faces"], "quick", PRESET)
-
-
-@pytest.fixture(scope="module")
-def npz(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "blocks.npz"
-    train, test = arrays()
-    np.savez(path, train=train, test=test)
-    return path
 
 
 def run_faces(npz, folder, *options):
