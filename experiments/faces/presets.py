@@ -124,7 +124,7 @@ def _networks(base: str, sizes: Sequence[int], sources: Sequence[str] = ("z",)) 
 
 
 _FEW = (*_networks("AE", (1, 7)), *_networks("VAE", (1, 7), SOURCES), *_networks("β-VAE", (1, 7)))
-_MORE = (*_networks("AE", (1, 7)), *_networks("VAE", (1, 3, 5, 7), SOURCES), *_networks("β-VAE", (1, 7)))
+_MORE = (*_networks("AE", (1, 3, 5, 7)), *_networks("VAE", (1, 3, 5, 7), SOURCES), *_networks("β-VAE", (1, 7)))
 _ALL = (
     *_networks("AE", (1, 3, 5, 7), SOURCES),
     *_networks("VAE", (1, 3, 5, 7), SOURCES),

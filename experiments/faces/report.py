@@ -36,6 +36,33 @@ def summarise(config: Config, scores: dict[str, Scores]) -> dict[str, dict[str, 
     return rows
 
 
+def compare_sources(config: Config, scores: dict[str, Scores], parameters: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """For each base model with networks from all sources, what each loses in -log p(x | z) against the best of them.
+
+    Differences are taken image by image, so that their standard errors are not those of hard and easy images.
+
+    Args:
+        config: the run's.
+        scores: by the names of covariance networks.
+        parameters: how many each network has.
+    """
+    compared = {}
+    for base in config.bases:
+        of_base = [covariance for covariance in config.covariances if covariance.base == base]
+        size = max(covariance.stencil_size for covariance in of_base)
+        networks = {covariance.source: covariance.name for covariance in of_base if covariance.stencil_size == size}
+        if set(networks) == set(SOURCES):
+            nats = {source: scores[name].nats for source, name in networks.items()}
+            best = min(nats, key=lambda source: nats[source].mean())
+            compared[base] = {
+                "stencil_size": size,
+                "best": best,
+                "loss": {source: _over_images(values - nats[best]) for source, values in nats.items()},
+                "parameters": {source: parameters[name] for source, name in networks.items()},
+            }
+    return compared
+
+
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
     """The table of results, the paper's, and what is needed to read them."""
     header = ["", "-log p(x), bound", "-log p(x given z)", "gain, bound", "gain", "variance", "lag-1"]
@@ -69,7 +96,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "
         "variance and the correlation of neighbouring pixels of the whitened residuals of test images (1 and 0 for a perfect "
         f"model). Root mean square of residuals, of images that trained the base model and of test images: {rms}.\n\n"
-        + _best_source(config, rows)
+        + _best_source(results["sources"])
         + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
         f"learning rate that falls from {config.learning_rate:g} to 0 by a cosine, {config.base_epochs} and "
@@ -83,18 +110,22 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
     )
 
 
-def _best_source(config: Config, rows: dict[str, dict[str, Any]]) -> str:
-    """One line for each base model that has networks from all sources: what they gain from each, and which is best."""
+def _best_source(compared: dict[str, dict[str, Any]]) -> str:
+    """One paragraph for each base model that `compare_sources` is about."""
     lines = ""
-    for base in config.bases:
-        of_base = [covariance for covariance in config.covariances if covariance.base == base]
-        size = max(covariance.stencil_size for covariance in of_base)
-        nats = {c.source: rows[c.name]["nats"]["mean"] for c in of_base if c.stencil_size == size}
-        if set(nats) == set(SOURCES):
-            shown = ", ".join(f"{value:.0f} from {source}" for source, value in nats.items())
-            lines += (
-                f"What to predict from, {base}, f = {size}: -log p(x | z) is {shown}; best from {min(nats, key=nats.get)}.\n\n"
-            )
+    for base, of_base in compared.items():
+        best, parameters = of_base["best"], of_base["parameters"]
+        others = "; ".join(
+            f"from {source} ({parameters[source]:,} parameters) {loss['mean']:.1f} ± {loss['standard_error']:.1f} more"
+            f"{'' if loss['mean'] > 2 * loss['standard_error'] else ', not to be told apart'}"
+            for source, loss in of_base["loss"].items()
+            if source != best
+        )
+        lines += (
+            f"What to predict from, {base}, f = {of_base['stencil_size']}: -log p(x | z) is least from {best} "
+            f"({parameters[best]:,} parameters); {others} (mean difference over images and its standard error, networks of one "
+            "seed).\n\n"
+        )
     return lines
 
 

@@ -18,7 +18,7 @@ from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import Networks, residual_stddev, train_all
 from .presets import BETAS, Config
-from .report import markdown_report, summarise
+from .report import compare_sources, markdown_report, summarise
 from .scores import score
 
 _LOGS = "tensorboard"
@@ -73,6 +73,10 @@ def run(
             if covariance.base == name:
                 scores[covariance.name] = score(config, base, likelihoods[covariance.name], test)
     rows = summarise(config, scores)
+    parameters = {
+        name: sum(parameter.numel() for parameter in likelihood.covariance.parameters())
+        for name, likelihood in likelihoods.items()
+    }
     residual_rms = {
         name: {"base_images": residual_stddev(base, base_images), "test": residual_stddev(base, (test,))}
         for name, base in bases.items()
@@ -82,6 +86,7 @@ def run(
         "sampling: nats per image, ½ and constant included, pixels in [-1, 1], over test images; gains are nats per pixel over "
         "the VAE's own diagonal likelihood, of an autoencoder over its diagonal network; residual_rms is that of a sample",
         "rows": rows,
+        "sources": compare_sources(config, scores, parameters),
         "residual_rms": residual_rms,
         "config": config.as_dict(),
         **environment(),

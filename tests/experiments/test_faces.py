@@ -68,7 +68,14 @@ def test_results_are_complete(finished):
     assert results["rows"]["VAE, f = 3 from μ"]["nats_gain_per_pixel"] == pytest.approx(gain / 64)
     report = (finished / "results.md").read_text(encoding="utf-8")
     assert "went through JPEG" in report
-    assert "best from" in report
+    assert "What to predict from, VAE, f = 3: -log p(x | z) is least from" in report
+    compared = results["sources"]["VAE"]
+    assert compared["loss"][compared["best"]]["mean"] == 0
+    for source, loss in compared["loss"].items():
+        nats = results["rows"][f"VAE, f = 3 from {source}"]["nats"]["mean"]
+        best = results["rows"][f"VAE, f = 3 from {compared['best']}"]["nats"]["mean"]
+        assert loss["mean"] == pytest.approx(nats - best, abs=1e-4)
+    assert compared["parameters"]["both"] > compared["parameters"]["z"]
     assert "| paper, CelebA: VAE with structured residual | -7753 ± 1323 | -8386 ± 1339 |" in report
 
 
