@@ -168,7 +168,7 @@ def profile_training_step(
     device: Device = "cpu",
     threads: Threads = None,
     batch: Annotated[int, typer.Option(min=1, help="Images per step.")] = 64,
-    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the network with torch.compile.")] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="Compile the network with torch.compile.")] = False,
     bfloat16: Annotated[bool, typer.Option("--bfloat16", help="Run the network under autocast to bfloat16.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps to time, and to profile.")] = 10,
     out: Out = None,

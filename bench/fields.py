@@ -55,7 +55,7 @@ def photograph_residuals() -> Fields:
 
 def load_fields(path: Path) -> Fields:
     """Those of an .npz file: arrays ``log_diag`` (B, H, W), ``off_diag`` (B, K-1, H, W) and ``stencil_size``, and ``residual``
-    (B, H, W), in place of which a sample of each factor is taken if it is not there.
+    (B, H, W), in place of which a sample of each factor is taken if it is not there; a string ``source`` says what they are of.
 
     Raises:
         ValueError: the file cannot be read, lacks one of these, or they do not fit.
@@ -84,4 +84,5 @@ def load_fields(path: Path) -> Fields:
         factor = bg.StencilCholesky(torch.from_numpy(log_diag), torch.from_numpy(off_diag), bg.Stencil.square(int(size)))
         white = torch.randn(log_diag.shape, generator=torch.Generator().manual_seed(0))
         residuals, origin = factor.solve(white, transpose=True).numpy(), "with a sample of each"
-    return Fields(log_diag, off_diag, int(size), residuals, f"{len(log_diag)} factors of {path.name} {origin}")
+    source = str(arrays.get("source", path.name))
+    return Fields(log_diag, off_diag, int(size), residuals, f"{len(log_diag)} factors of {source} {origin}")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import banded_gmrf as bg
 from banded_gmrf.conditioning import Convergence
+from banded_gmrf.diagnostics import energy_score, variogram_score
 
 from .cases import Case, Problem
 from .environment import environment
@@ -80,12 +81,17 @@ class Given:
         tensors = (t.expand(self.sizes.batch, *t.shape).contiguous() for t in (self.prior.log_diag, self.prior.off_diag))
         return bg.GMRF(self.loc, bg.StencilCholesky(*tensors, self.stencil))
 
+    def large_factor(self, wider: int = 0) -> bg.StencilCholesky:
+        """A random one for one large image, of the fields' stencil or of one so much wider."""
+        grid, size = (self.sizes.large, self.sizes.large), self.stencil_size + wider
+        factor = Problem(Case(str(size), grid, batch=1, device=self.device)).factor
+        return bg.StencilCholesky(factor.log_diag[0], factor.off_diag[0], factor.stencil)
+
     @functools.cached_property
     def large_tensors(self) -> tuple[Tensor, Tensor]:
         """``log_diag`` and ``off_diag`` of one large image, leaves of autograd."""
-        grid = (self.sizes.large, self.sizes.large)
-        factor = Problem(Case(str(self.stencil_size), grid, batch=1, device=self.device)).factor
-        return factor.log_diag[0].requires_grad_(), factor.off_diag[0].requires_grad_()
+        factor = self.large_factor()
+        return factor.log_diag.requires_grad_(), factor.off_diag.requires_grad_()
 
     @property
     def large(self) -> bg.GMRF:
@@ -142,6 +148,31 @@ def _divergence(given: Given) -> Callable[[], Any]:
     return lambda: torch.distributions.kl_divergence(q, p)
 
 
+def _divergence_large(given: Given) -> Callable[[], Any]:
+    q, p = (bg.GMRF(torch.zeros_like(L.log_diag), L) for L in map(given.large_factor, (0, -2)))
+    return lambda: bg.kl_divergence(q, p, method="monte_carlo")
+
+
+def _energy_score(given: Given) -> Callable[[], Any]:
+    q, x = given.priors, given.residuals
+    return lambda: energy_score(q, x)
+
+
+def _variogram_score(given: Given) -> Callable[[], Any]:
+    q, x = given.priors, given.residuals
+    return lambda: variogram_score(q, x)
+
+
+def _nearest(given: Given) -> Callable[[], Any]:
+    factor, stencil = given.prior.precision_cholesky, bg.Stencil.square(given.stencil_size - 2)
+    return lambda: factor.nearest(stencil)
+
+
+def _from_precision(given: Given) -> Callable[[], Any]:
+    precision = bg.matern_precision(given.loc.shape, 8, 1, device=given.device)
+    return lambda: bg.StencilCholesky.from_precision(precision)
+
+
 def _from_samples(given: Given) -> Callable[[], Any]:
     white = torch.randn(given.sizes.samples, *given.loc.shape, generator=given.generator).to(given.device)
     samples, stencil = given.prior.precision_cholesky.solve(white, transpose=True), given.stencil
@@ -164,11 +195,48 @@ def _matern(a: Tensor, b: Tensor) -> Tensor:
     return (1 + distance) * torch.exp(-distance) + 0.01 * (distance == 0)
 
 
-def _posterior(given: Given) -> Callable[[], Any]:
-    priors = given.priors
+def _project_on_leading(given: Given) -> Callable[[], Any]:
+    q, x, k = given.priors, given.residuals, given.sizes.eigenpairs
+    return lambda: q.project_on_leading(x, k)
+
+
+def _observation(given: Given) -> Tensor:
     noise = torch.randn(given.residuals.shape, generator=given.generator).to(given.device)
-    observation = given.residuals + _NOISE * noise
+    return given.residuals + _NOISE * noise
+
+
+def _posterior(given: Given) -> Callable[[], Any]:
+    priors, observation = given.priors, _observation(given)
     return lambda: _solved(priors.posterior(observation, _NOISE**2))
+
+
+def _posterior_gradient(given: Given) -> Callable[[], Any]:
+    factor, observation = given.priors.precision_cholesky, _observation(given)
+    tensors = [t.detach().clone().requires_grad_() for t in (factor.log_diag, factor.off_diag)]
+    q = bg.GMRF(given.loc, bg.StencilCholesky(*tensors, given.stencil))
+    return lambda: torch.autograd.grad(q.posterior(observation, _NOISE**2).mean.sum(), tensors)
+
+
+def _posterior_correlated(given: Given) -> Callable[[], Any]:
+    priors, observation = given.priors, _observation(given)
+
+    def covariance(a: Tensor, b: Tensor) -> Tensor:
+        return _NOISE**2 * torch.exp(-(a - b).float().norm(dim=-1) / 2)
+
+    with torch.device(given.device):
+        noise = bg.StencilCholesky.from_covariance(covariance, given.stencil, given.loc.shape)
+    noise = bg.GMRF(given.loc, noise)
+    return lambda: _solved(priors.posterior(observation, noise=noise))
+
+
+def _posterior_samples(given: Given) -> Callable[[], Any]:
+    priors, observation = given.priors, _observation(given)
+    return lambda: priors.posterior(observation, _NOISE**2).sample((16,))
+
+
+def _log_evidence(given: Given) -> Callable[[], Any]:
+    priors, observation = given.priors, _observation(given)
+    return lambda: priors.posterior(observation, _NOISE**2).log_evidence
 
 
 def _condition(given: Given, known: Tensor) -> Callable[[], Any]:
@@ -239,6 +307,11 @@ def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
             _divergence,
             lambda nats: {"nats per pixel": nats.item() / fields.log_diag[0].size},
         ),
+        "divergence_large": Tool(
+            f"Kullback-Leibler divergence from f = {fields.stencil_size - 2}, Monte Carlo", large, _divergence_large
+        ),
+        "nearest": Tool(f"nearest factor with f = {fields.stencil_size - 2}", small, _nearest),
+        "from_precision": Tool("exact factor of a Matérn precision", pixels, _from_precision),
         "from_samples": Tool(f"factor from {sizes.samples} samples", small, _from_samples),
         "from_covariance": Tool("factor from a Matérn covariance", small, _from_covariance),
         "leading_eigenpairs": Tool(
@@ -247,7 +320,14 @@ def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
             lambda given: functools.partial(given.prior.leading_eigenpairs, sizes.eigenpairs),
             _eigenpair_residual,
         ),
+        "project_on_leading": Tool(f"projection on {sizes.eigenpairs} leading eigenvectors", solved, _project_on_leading),
         "posterior": Tool("posterior mean given noise of σ = 25/127.5", solved, _posterior, _convergence, iterations),
+        "posterior_correlated": Tool(
+            "the same, noise correlated over 2 pixels", solved, _posterior_correlated, _convergence, iterations
+        ),
+        "posterior_gradient": Tool("posterior mean and its gradient in the factors", solved, _posterior_gradient),
+        "posterior_samples": Tool("16 samples of each posterior", solved, _posterior_samples),
+        "log_evidence": Tool("log evidence of noisy observations", solved, _log_evidence),
         "condition_half": Tool(
             "mean given one half", solved, lambda given: _condition(given, _half(given)), _convergence, iterations
         ),
@@ -265,6 +345,8 @@ def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
             _convergence,
             iterations,
         ),
+        "energy_score": Tool("energy score", solved, _energy_score),
+        "variogram_score": Tool("variogram score", solved, _variogram_score),
     }
 
 

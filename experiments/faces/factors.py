@@ -39,4 +39,5 @@ def save_factors(config: Config, folder: Path, data: ImageData, base: str, count
             off_diag=q.precision_cholesky.off_diag.numpy(),
             stencil_size=covariance.stencil_size,
             residual=residual.numpy(),
+            source=f"{covariance.name}, by the network in {folder}, for test images of {data.name},",
         )

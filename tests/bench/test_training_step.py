@@ -90,7 +90,7 @@ def test_a_profile_without_kernels_is_an_error(tmp_path, monkeypatch):
 def test_options_reach_the_measurement(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(training_step, "run", lambda *arguments: given.append(arguments))
-    arguments = ["--batch", "3", "--compiled", "--bfloat16", "--steps", "4", "--out", str(tmp_path / "new")]
+    arguments = ["--batch", "3", "--compile", "--bfloat16", "--steps", "4", "--out", str(tmp_path / "new")]
     outcome = CliRunner().invoke(app, ["training-step", *arguments])
     assert outcome.exit_code == 0, outcome.output
     assert given[0][:4] == (Setting(batch=3, compiled=True, bfloat16=True), 4, "cpu", tmp_path / "new")
