@@ -166,7 +166,7 @@ class GMRF(Distribution):
             ValueError: a site has another number of axes, or lies outside the grid.
         """
         sites = self._check_sites(sites)
-        units = _units(sites.reshape(-1, sites.shape[-1]), self._factor)
+        units = self._units(sites.reshape(-1, sites.shape[-1]))
         columns = self._factor.solve(self._factor.solve(units), transpose=True)
         columns = columns.expand(len(units), *self._batch_shape, *self._event_shape)
         return columns if sites.ndim > 1 else columns[0]
@@ -363,17 +363,17 @@ class GMRF(Distribution):
         if n > _MAX_DENSE_SITES:
             raise ValueError(f"{name} takes at most {_MAX_DENSE_SITES} sites, the grid {tuple(self._event_shape)} has {n}")
         sites = torch.cartesian_prod(*(torch.arange(size, device=self._factor.device) for size in self._event_shape))
-        columns = operator(_units(sites.reshape(n, -1), self._factor))
+        columns = operator(self._units(sites.reshape(n, -1)))
         return columns.flatten(-len(self._event_shape)).movedim(0, -1).expand(*self._batch_shape, n, n)
+
+    def _units(self, sites: Tensor) -> Tensor:
+        """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the batch."""
+        factor, m = self._factor, len(sites)
+        units = torch.zeros((m, *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
+        units[(torch.arange(m, device=factor.device), *sites.unbind(-1))] = 1
+        return units.reshape(m, *[1] * len(self._batch_shape), *factor.grid)
 
     def _residual(self, value: Tensor) -> Tensor:
         check_vector("value", value, "precision_cholesky", self._factor.log_diag, self._event_shape)
         broadcast_batch("value", value.shape[: value.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
         return value.to(accumulate_dtype(value.dtype)) - self.loc
-
-
-def _units(sites: Tensor, factor: StencilCholesky) -> Tensor:
-    """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the factor's batch."""
-    units = torch.zeros((len(sites), *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
-    units[(torch.arange(len(sites), device=factor.device), *sites.unbind(-1))] = 1
-    return units.reshape(len(sites), *[1] * len(factor.batch_shape), *factor.grid)

@@ -130,6 +130,15 @@ def test_covariances_and_precisions_equal_the_dense_ones(name, grid):
     assert relative_error(q.correlation_with(last), columns[1] / (stddev * own[1])) < RELATIVE
 
 
+@pytest.mark.parametrize("num_sites", [2, 3])
+def test_covariances_where_the_mean_has_more_batch_axes_than_the_factor(num_sites):
+    q = random_gmrf(STENCILS["5x5"], (4, 3), batch=(2,), loc_batch=(3, 1))
+    p = multivariate_normal(q.loc, q.precision_cholesky)
+    columns = q.covariance_columns([(0, number) for number in range(num_sites)])
+    expected = p.covariance_matrix[..., :num_sites].movedim(-1, 0).reshape(num_sites, 3, 2, 4, 3)
+    assert relative_error(columns, expected) < RELATIVE
+
+
 def test_one_site_of_one_axis_can_be_an_integer():
     q = random_gmrf(STENCILS["line"], (7,), batch=(2,))
     assert torch.equal(q.covariance_columns(3), q.covariance_columns([(3,)])[0])
