@@ -39,7 +39,11 @@ def whitened_moments(q: GMRF, x: Tensor) -> Moments:
     Args:
         q: the model.
         x: data (*sample, *batch, *grid), broadcast against the model's batch.
+
+    Raises:
+        TypeError, ValueError: as for `GMRF.whiten`.
     """
+    q._check_field("x", x)
     y = q.whiten(x).reshape(-1, *q.event_shape)
     return Moments(y.mean(0), y.square().mean(0))
 
@@ -133,8 +137,9 @@ def energy_score(q: GMRF, x: Tensor, num_samples: int = 64) -> Tensor:
         (*sample, *batch), in the units of x; differentiable.
 
     Raises:
-        ValueError: fewer than two samples.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples.
     """
+    q._check_field("x", x)
     draws = _draw(q, num_samples)
     axes = tuple(range(-len(q.event_shape), 0))
     to_data = torch.stack([torch.linalg.vector_norm(draw - x, dim=axes) for draw in draws]).mean(0)
@@ -160,8 +165,10 @@ def variogram_score(q: GMRF, x: Tensor, max_lag: int = 3, order: float = 0.5, nu
         (*sample, *batch), differentiable where no two sites are equal.
 
     Raises:
-        ValueError: fewer than two samples, too long a lag, or an order that is not positive.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples, too long a lag, or an order that is not
+            positive.
     """
+    q._check_field("x", x)
     if not 1 <= max_lag < min(q.event_shape):
         raise ValueError(f"max_lag is {max_lag}, expected at least 1 and less than the shortest axis of {tuple(q.event_shape)}")
     if not order > 0:

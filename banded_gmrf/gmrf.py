@@ -284,8 +284,7 @@ class GMRF(Distribution):
         Raises:
             TypeError, ValueError: as for `whiten`; ``k`` or ``degree`` out of range.
         """
-        check_vector("x", x, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        broadcast_batch("x", x.shape[: x.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        self._check_field("x", x)
         projected = spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
         return projected.expand(torch.broadcast_shapes(projected.shape, (*self._batch_shape, *self._event_shape)))
 
@@ -380,7 +379,11 @@ class GMRF(Distribution):
         units[(torch.arange(m, device=factor.device), *sites.unbind(-1))] = 1
         return units.reshape(m, *[1] * len(self._batch_shape), *factor.grid)
 
+    def _check_field(self, name: str, field: Tensor) -> None:
+        """Check that a field (*sample, *batch, *grid) has the factor's dtype, device and grid, and a batch that broadcasts."""
+        check_vector(name, field, "precision_cholesky", self._factor.log_diag, self._event_shape)
+        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+
     def _residual(self, value: Tensor) -> Tensor:
-        check_vector("value", value, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        broadcast_batch("value", value.shape[: value.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        self._check_field("value", value)
         return value.to(accumulate_dtype(value.dtype)) - self.loc
