@@ -84,6 +84,9 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
         values: of any shape, such as whitened residuals; all are pooled.
         num: number of quantiles, at most that of values.
 
+    Returns:
+        A named tuple of ``normal`` and ``data``, both (num,) in ascending order, in the dtype of ``values``.
+
     Raises:
         TypeError: ``values`` is not a floating-point tensor.
         ValueError: ``num`` out of range.

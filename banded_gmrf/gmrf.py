@@ -89,6 +89,7 @@ class GMRF(Distribution):
 
     @property
     def stencil(self) -> Stencil:
+        """Shape of the factor's columns."""
         return self._factor.stencil
 
     @property
@@ -107,6 +108,11 @@ class GMRF(Distribution):
         return self._factor.expand(self._batch_shape)
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "GMRF":
+        """The distribution repeated over a larger batch; neither ``loc`` nor the factor is copied.
+
+        Raises:
+            RuntimeError: ``batch_shape`` is not an expansion of the distribution's, as for torch's own distributions.
+        """
         new = self._get_checked_instance(GMRF, _instance)
         batch_shape = torch.Size(batch_shape)
         new.loc = self.loc.expand(*batch_shape, *self._event_shape)
@@ -134,13 +140,15 @@ class GMRF(Distribution):
         """Marginal variances, the diagonal of Λ⁻¹, with their standard errors; differentiable in the factor.
 
         With n sites in rows of W = n / grid[0] and a stencil that reaches r rows down, exact variances take about
-        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows. Monte Carlo takes one solve and one
-        product with L per sample.
+        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows: the first axis had better be the longest.
+        A row of a colour image (3, 64, 64) is a whole channel, W = 4096; of the same image as (64, 64, 3), a line of pixels,
+        W = 192. Monte Carlo takes one solve and one product with L per sample.
 
         Args:
-            method: "exact"; "monte_carlo", from samples, Rao-Blackwellised over each site given all others (Sidén, Lindgren,
-                Bolin & Villani, JCGS 2018); or "auto", which is exact while n (r + 1)² W² ≤ 2⁴⁰ (a 7 x 7 stencil on 512 x 512
-                sites) and Monte Carlo beyond.
+            method: "exact", a selected inverse by blocks (Takahashi, Fagan & Chen, PICA 1973; Lin, Lu, Ying, Car & E, Fast
+                algorithm for extracting the diagonal of the inverse matrix, Comm. Math. Sci. 2009); "monte_carlo", from
+                samples, Rao-Blackwellised over each site given all others (Sidén, Lindgren, Bolin & Villani, JCGS 2018); or
+                "auto", which is exact while n (r + 1)² W² ≤ 2⁴⁰ (a 7 x 7 stencil on 512 x 512 sites) and Monte Carlo beyond.
             num_samples: of Monte Carlo. The standard error is at most √(2 / num_samples) times the variance.
 
         Returns:
@@ -244,10 +252,11 @@ class GMRF(Distribution):
         return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
 
     def leading_eigenpairs(self, k: int) -> Eigenpairs:
-        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L (ARPACK).
+        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L.
 
-        In float64 inside, one distribution after the other. The eigenvalues are differentiable in the factor where they are
-        simple; the eigenvectors are constants.
+        ARPACK's implicitly restarted ones (Lehoucq, Sorensen & Yang, ARPACK Users' Guide, SIAM 1998), in float64, one
+        distribution after the other. The eigenvalues are differentiable in the factor where they are simple; the eigenvectors
+        are constants.
 
         Args:
             k: at least 1, less than the number n of sites. The time grows with n k² once k is in the hundreds.

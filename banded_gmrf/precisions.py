@@ -86,6 +86,7 @@ class StencilPrecision:
 
     @property
     def grid(self) -> torch.Size:
+        """Numbers of sites along each axis."""
         return self.diag.shape[self.diag.ndim - self.stencil.ndim :]
 
     def matvec(self, x: Tensor) -> Tensor:
