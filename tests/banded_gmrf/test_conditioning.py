@@ -81,14 +81,30 @@ def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, bloc
             torch.testing.assert_close(a, e, **CLOSE)
 
 
-def test_samples_given_correlated_noise_have_the_dense_covariance():
-    count, grid = 20_000, (3, 2)
-    q, noise = (random_gmrf(name, grid) for name in ("3x3", "5x5"))
-    x = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE).sample((count,)).flatten(1)
-    covariance = torch.linalg.inv(q.precision_matrix + noise.precision_matrix)
-    variance = covariance.diagonal()
-    # Five standard errors of a sample covariance.
-    assert ((x.T.cov() - covariance).abs() <= 5 * ((variance[:, None] * variance + covariance.square()) / count).sqrt()).all()
+@pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
+def test_samples_given_correlated_noise_have_the_dense_mean_and_covariance(stencil, noise_stencil, monkeypatch):
+    grid, n = (3, 2), 6
+    tensors = [
+        t.requires_grad_() for name in (stencil, noise_stencil) for t in random_factor(STENCILS[name].offsets, grid, (2,))
+    ]
+    q = bg.GMRF(torch.randn(2, *grid, dtype=torch.float64), bg.StencilCholesky(*tensors[:2], STENCILS[stencil]))
+    noise = bg.GMRF(torch.randn(grid, dtype=torch.float64), bg.StencilCholesky(*tensors[2:], STENCILS[noise_stencil]))
+    posterior = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE)
+    # In place of the prior's random numbers and the noise's, together (2 n,): zeros, which give the mean, and unit vectors,
+    # which give the columns of A in mean + A u.
+    units = torch.cat([torch.zeros(1, 2 * n), torch.eye(2 * n)]).double().reshape(2 * n + 1, 2, 1, *grid)
+    numbers = iter(units.expand(2 * n + 1, 2, 2, *grid).unbind(1))
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: next(numbers).expand(shape))
+    mean, *columns = posterior.rsample((2 * n + 1,)).flatten(2)
+    monkeypatch.undo()
+    torch.testing.assert_close(mean, posterior.mean.flatten(1), **CLOSE)
+    A = torch.stack(columns, -1) - mean.unsqueeze(-1)
+    precision = sum(L @ L.mT for L in (dense(of.precision_cholesky) for of in (q, noise)))
+    actual, expected = A @ A.mT, torch.linalg.inv(precision)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    cotangent = torch.randn_like(actual)
+    for a, e in zip(*(torch.autograd.grad(value, tensors, cotangent) for value in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, e, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["5x5", "volume", "line with a gap"])
