@@ -27,6 +27,7 @@ from gmrf_kernels.ops import broadcast_batch, check_device
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .marginals import exact_is_affordable
 from .noise import CorrelatedNoise, IndependentNoise
+from .stencil import as_integer
 from .strips import block_coefficients, block_rows, radius, scan, strip
 
 
@@ -54,6 +55,10 @@ class ConditionalGMRF:
 
     Attributes:
         convergence: that of the last solve, for `mean`, `rsample` or a backward pass; None before the first.
+
+    Raises:
+        TypeError: ``max_iterations`` is not an integer.
+        ValueError: ``tolerance`` is not between 0 and 1, or ``max_iterations`` less than 1.
     """
 
     convergence: Convergence | None = None
@@ -67,6 +72,10 @@ class ConditionalGMRF:
         tolerance: float = 1e-6,
         max_iterations: int = 1000,
     ):
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance is {tolerance}, expected more than 0 and less than 1")
+        if as_integer("max_iterations", max_iterations) < 1:
+            raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
         grid = prior.event_shape
         self.batch_shape = torch.broadcast_shapes(
             prior.batch_shape, noise.batch_shape, *(t.shape[: t.ndim - len(grid)] for t in (known, values))

@@ -115,9 +115,11 @@ def chi_squared_coverage(fields: Tensor, levels: Sequence[float] = (0.5, 0.8, 0.
 
     Raises:
         TypeError: ``fields`` is not a floating-point tensor.
-        ValueError: too few axes, or a level outside [0, 1].
+        ValueError: too few axes, NaN or infinity, or a level outside [0, 1].
     """
     grid = _grid(fields, ndim)
+    if not fields.isfinite().all():
+        raise ValueError("fields has NaN or infinite entries, expected finite ones")
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
     distance = fields.double().square().flatten(-ndim).sum(-1).flatten()

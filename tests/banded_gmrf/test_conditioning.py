@@ -336,6 +336,27 @@ def test_bad_posteriors(observation, noise_variance, error, message):
 
 
 @pytest.mark.parametrize(
+    ("solver", "error", "message"),
+    [
+        ({"tolerance": 0.0}, ValueError, "tolerance is 0.0, expected more than 0 and less than 1"),
+        ({"tolerance": 1}, ValueError, "tolerance is 1, expected more than 0 and less than 1"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance is nan, expected more than 0 and less than 1"),
+        ({"max_iterations": 0}, ValueError, "max_iterations is 0, expected at least 1"),
+        ({"max_iterations": 2.5}, TypeError, "max_iterations is 2.5, expected an integer"),
+    ],
+)
+def test_bad_solvers(solver, error, message):
+    q = random_gmrf("3x3", (4, 3))
+    for call in (
+        lambda: q.posterior(q.loc, 1.0, **solver),
+        lambda: q.posterior(q.loc, noise=q, **solver),
+        lambda: q.condition(torch.ones(4, 3, dtype=torch.bool), q.loc, **solver),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+@pytest.mark.parametrize(
     ("noise", "error", "message"),
     [
         ({}, TypeError, "posterior takes either noise_variance or noise, got neither"),

@@ -146,6 +146,11 @@ def test_scores_prefer_the_right_model_and_have_gradients():
         (lambda q, x: diagnostics.quantiles(x, 31), ValueError, "num is 31, expected between 1 and the number of values, 30"),
         (lambda q, x: diagnostics.quantiles(x.long()), TypeError, "values is torch.int64, expected float16"),
         (lambda q, x: diagnostics.chi_squared_coverage(x, (0.5, 1.1)), ValueError, r"levels is \(0.5, 1.1\)"),
+        (
+            lambda q, x: diagnostics.chi_squared_coverage(x.masked_fill(x == x.max(), torch.nan)),
+            ValueError,
+            "fields has NaN or infinite entries, expected finite ones",
+        ),
         (lambda q, x: diagnostics.energy_score(q, x, 1), ValueError, "num_samples is 1, expected at least 2"),
         (lambda q, x: diagnostics.variogram_score(q, x, 5), ValueError, "max_lag is 5"),
         (lambda q, x: diagnostics.variogram_score(q, x, order=0), ValueError, "order is 0, expected a positive number"),
