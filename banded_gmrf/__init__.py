@@ -2,6 +2,7 @@
 
 from gmrf_kernels import use_backend
 
+from . import diagnostics
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .conditioning import ConditionalGMRF
 from .divergence import kl_divergence
@@ -16,6 +17,7 @@ __all__ = [
     "StencilCholesky",
     "StencilPrecision",
     "car_precision",
+    "diagnostics",
     "kl_divergence",
     "matern_precision",
     "negative_log_likelihood",

@@ -142,18 +142,22 @@ class StencilCholesky:
 
     @property
     def batch_shape(self) -> torch.Size:
+        """The broadcast of the two tensors' batch axes, or what `expand` made of it."""
         return self._batch_shape
 
     @property
     def grid(self) -> torch.Size:
+        """Numbers of sites along each axis."""
         return self._grid
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the coefficients."""
         return self._log_diag.dtype
 
     @property
     def device(self) -> torch.device:
+        """That of the coefficients."""
         return self._log_diag.device
 
     @property

@@ -22,11 +22,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import gmrf_kernels
-from gmrf_kernels.ops import broadcast_batch, check_device, check_vector
+from gmrf_kernels.ops import broadcast_batch, check_device
 
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .marginals import exact_is_affordable
 from .noise import CorrelatedNoise, IndependentNoise
+from .stencil import as_integer
 from .strips import block_coefficients, block_rows, radius, scan, strip
 
 
@@ -54,6 +55,10 @@ class ConditionalGMRF:
 
     Attributes:
         convergence: that of the last solve, for `mean`, `rsample` or a backward pass; None before the first.
+
+    Raises:
+        TypeError: ``max_iterations`` is not an integer.
+        ValueError: ``tolerance`` is not between 0 and 1, or ``max_iterations`` less than 1.
     """
 
     convergence: Convergence | None = None
@@ -67,6 +72,10 @@ class ConditionalGMRF:
         tolerance: float = 1e-6,
         max_iterations: int = 1000,
     ):
+        if not 0 < tolerance < 1:
+            raise ValueError(f"tolerance is {tolerance}, expected more than 0 and less than 1")
+        if as_integer("max_iterations", max_iterations) < 1:
+            raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
         grid = prior.event_shape
         self.batch_shape = torch.broadcast_shapes(
             prior.batch_shape, noise.batch_shape, *(t.shape[: t.ndim - len(grid)] for t in (known, values))
@@ -261,7 +270,7 @@ def conjugate_gradients(
 
 def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:
     """See `GMRF.condition`."""
-    _check_observations(prior, "values", values)
+    prior._check_field("values", values)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         raise TypeError(f"mask is {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}, expected a bool tensor")
     grid = prior.event_shape
@@ -274,7 +283,7 @@ def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:
 
 def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None, noise, **solver) -> ConditionalGMRF:
     """See `GMRF.posterior`."""
-    _check_observations(prior, "observation", observation)
+    prior._check_field("observation", observation)
     if (noise_variance is None) == (noise is None):
         raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
     grid = prior.event_shape
@@ -302,11 +311,6 @@ def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None,
     known = variance == 0
     weight = (1 / variance.masked_fill(known, 1)).masked_fill(known, 0)
     return ConditionalGMRF(prior, known, observation, IndependentNoise(weight, grid), **solver)
-
-
-def _check_observations(prior, name: str, values: Tensor) -> None:
-    check_vector(name, values, "precision_cholesky", prior._factor.log_diag, prior.event_shape)
-    broadcast_batch(name, values.shape[: values.ndim - len(prior.event_shape)], "the distribution", prior.batch_shape)
 
 
 def _broadcast_batches(prior, **shapes: Sequence[int]) -> None:

@@ -127,9 +127,8 @@ def nearest_factor(factor: "StencilCholesky", stencil: Stencil) -> tuple[Tensor,
     from .marginals import scan_covariance  # which is built on factors
     from .strips import radius
 
-    check_stencil(stencil)
     grid = factor.grid
-    stencil._check_grid(grid)
+    check_stencil(stencil, ndim=len(grid))
     row = grid[1:].numel()
 
     def columns_of_block(start: int, stop: int, covariance: Tensor) -> Tensor:

@@ -39,7 +39,11 @@ def whitened_moments(q: GMRF, x: Tensor) -> Moments:
     Args:
         q: the model.
         x: data (*sample, *batch, *grid), broadcast against the model's batch.
+
+    Raises:
+        TypeError, ValueError: as for `GMRF.whiten`.
     """
+    q._check_field("x", x)
     y = q.whiten(x).reshape(-1, *q.event_shape)
     return Moments(y.mean(0), y.square().mean(0))
 
@@ -80,6 +84,9 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
         values: of any shape, such as whitened residuals; all are pooled.
         num: number of quantiles, at most that of values.
 
+    Returns:
+        A named tuple of ``normal`` and ``data``, both (num,) in ascending order, in the dtype of ``values``.
+
     Raises:
         TypeError: ``values`` is not a floating-point tensor.
         ValueError: ``num`` out of range.
@@ -108,9 +115,11 @@ def chi_squared_coverage(fields: Tensor, levels: Sequence[float] = (0.5, 0.8, 0.
 
     Raises:
         TypeError: ``fields`` is not a floating-point tensor.
-        ValueError: too few axes, or a level outside [0, 1].
+        ValueError: too few axes, NaN or infinity, or a level outside [0, 1].
     """
     grid = _grid(fields, ndim)
+    if not fields.isfinite().all():
+        raise ValueError("fields has NaN or infinite entries, expected finite ones")
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
     distance = fields.double().square().flatten(-ndim).sum(-1).flatten()
@@ -133,8 +142,9 @@ def energy_score(q: GMRF, x: Tensor, num_samples: int = 64) -> Tensor:
         (*sample, *batch), in the units of x; differentiable.
 
     Raises:
-        ValueError: fewer than two samples.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples.
     """
+    q._check_field("x", x)
     draws = _draw(q, num_samples)
     axes = tuple(range(-len(q.event_shape), 0))
     to_data = torch.stack([torch.linalg.vector_norm(draw - x, dim=axes) for draw in draws]).mean(0)
@@ -160,8 +170,10 @@ def variogram_score(q: GMRF, x: Tensor, max_lag: int = 3, order: float = 0.5, nu
         (*sample, *batch), differentiable where no two sites are equal.
 
     Raises:
-        ValueError: fewer than two samples, too long a lag, or an order that is not positive.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples, too long a lag, or an order that is not
+            positive.
     """
+    q._check_field("x", x)
     if not 1 <= max_lag < min(q.event_shape):
         raise ValueError(f"max_lag is {max_lag}, expected at least 1 and less than the shortest axis of {tuple(q.event_shape)}")
     if not order > 0:

@@ -37,9 +37,12 @@ def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64)
         (*batch), in float32 for float16 and bfloat16.
 
     Raises:
-        TypeError: dtypes that differ.
+        TypeError: not two `GMRF`, or dtypes that differ.
         ValueError: grids, batches or devices that do not fit, another method, or fewer than one sample.
     """
+    for name, distribution in (("q", q), ("p", p)):
+        if not isinstance(distribution, GMRF):
+            raise TypeError(f"{name} is a {type(distribution).__name__}, expected a GMRF")
     if q.event_shape != p.event_shape:
         raise ValueError(f"q has grid {tuple(q.event_shape)}, p has grid {tuple(p.event_shape)}")
     check_dtype("q", q.log_diag, "p", p.log_diag)

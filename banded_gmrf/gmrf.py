@@ -89,6 +89,7 @@ class GMRF(Distribution):
 
     @property
     def stencil(self) -> Stencil:
+        """Shape of the factor's columns."""
         return self._factor.stencil
 
     @property
@@ -107,6 +108,11 @@ class GMRF(Distribution):
         return self._factor.expand(self._batch_shape)
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "GMRF":
+        """The distribution repeated over a larger batch; neither ``loc`` nor the factor is copied.
+
+        Raises:
+            RuntimeError: ``batch_shape`` is not an expansion of the distribution's, as for torch's own distributions.
+        """
         new = self._get_checked_instance(GMRF, _instance)
         batch_shape = torch.Size(batch_shape)
         new.loc = self.loc.expand(*batch_shape, *self._event_shape)
@@ -134,13 +140,15 @@ class GMRF(Distribution):
         """Marginal variances, the diagonal of Λ⁻¹, with their standard errors; differentiable in the factor.
 
         With n sites in rows of W = n / grid[0] and a stencil that reaches r rows down, exact variances take about
-        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows. Monte Carlo takes one solve and one
-        product with L per sample.
+        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows: the first axis had better be the longest.
+        A row of a colour image (3, 64, 64) is a whole channel, W = 4096; of the same image as (64, 64, 3), a line of pixels,
+        W = 192. Monte Carlo takes one solve and one product with L per sample.
 
         Args:
-            method: "exact"; "monte_carlo", from samples, Rao-Blackwellised over each site given all others (Sidén, Lindgren,
-                Bolin & Villani, JCGS 2018); or "auto", which is exact while n (r + 1)² W² ≤ 2⁴⁰ (a 7 x 7 stencil on 512 x 512
-                sites) and Monte Carlo beyond.
+            method: "exact", a selected inverse by blocks (Takahashi, Fagan & Chen, PICA 1973; Lin, Lu, Ying, Car & E, Fast
+                algorithm for extracting the diagonal of the inverse matrix, Comm. Math. Sci. 2009); "monte_carlo", from
+                samples, Rao-Blackwellised over each site given all others (Sidén, Lindgren, Bolin & Villani, JCGS 2018); or
+                "auto", which is exact while n (r + 1)² W² ≤ 2⁴⁰ (a 7 x 7 stencil on 512 x 512 sites) and Monte Carlo beyond.
             num_samples: of Monte Carlo. The standard error is at most √(2 / num_samples) times the variance.
 
         Returns:
@@ -166,7 +174,7 @@ class GMRF(Distribution):
             ValueError: a site has another number of axes, or lies outside the grid.
         """
         sites = self._check_sites(sites)
-        units = _units(sites.reshape(-1, sites.shape[-1]), self._factor)
+        units = self._units(sites.reshape(-1, sites.shape[-1]))
         columns = self._factor.solve(self._factor.solve(units), transpose=True)
         columns = columns.expand(len(units), *self._batch_shape, *self._event_shape)
         return columns if sites.ndim > 1 else columns[0]
@@ -174,14 +182,21 @@ class GMRF(Distribution):
     def correlation_with(self, site: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
         """Correlations of one site, or of m, with all sites; arguments, shapes and errors as for `covariance_columns`.
 
-        In [-1, 1] up to rounding where `variance` is exact.
+        In [-1, 1] up to rounding where `variance` is exact. Where it is not, the variances of these sites are still exact, from
+        their own columns; those of the others are Monte Carlo estimates from 256 samples, drawn from torch's generator, so that
+        the correlations with them may leave [-1, 1] and have a relative standard error of about √(1 / 512) = 4.4 % at most.
         """
+        ndim = len(self._event_shape)
         sites = self._check_sites(site)
-        columns = self.covariance_columns(sites)
-        stddev = self.stddev.to(columns.dtype)
-        own = stddev[(..., *sites.unbind(-1))]
-        own = own.movedim(-1, 0) if sites.ndim > 1 else own
-        return columns / (stddev * own.reshape(*own.shape, *[1] * len(self._event_shape)))
+        many = sites.reshape(-1, ndim)
+        columns = self.covariance_columns(many)
+        units = self._units(many)
+        times = units.sum(0)  # a site may be asked for twice
+        exact = columns.where(units > 0, 0).sum(0) / times.clamp(min=1)
+        stddev = exact.where(times > 0, self.variance.to(columns.dtype)).sqrt()
+        own = stddev[(..., *many.unbind(-1))].movedim(-1, 0)
+        correlations = columns / (stddev * own.reshape(*own.shape, *[1] * ndim))
+        return correlations if sites.ndim > 1 else correlations[0]
 
     @property
     def covariance_matrix(self) -> Tensor:
@@ -237,10 +252,11 @@ class GMRF(Distribution):
         return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
 
     def leading_eigenpairs(self, k: int) -> Eigenpairs:
-        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L (ARPACK).
+        """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L.
 
-        In float64 inside, one distribution after the other. The eigenvalues are differentiable in the factor where they are
-        simple; the eigenvectors are constants.
+        ARPACK's implicitly restarted ones (Lehoucq, Sorensen & Yang, ARPACK Users' Guide, SIAM 1998), in float64, one
+        distribution after the other. The eigenvalues are differentiable in the factor where they are simple; the eigenvectors
+        are constants.
 
         Args:
             k: at least 1, less than the number n of sites. The time grows with n k² once k is in the hundreds.
@@ -250,6 +266,7 @@ class GMRF(Distribution):
             and ``residuals`` (*batch, k), ‖Σv - λv‖ / λ. A residual above 10⁻⁶ warns (RuntimeWarning).
 
         Raises:
+            TypeError: ``k`` is not an integer.
             ValueError: ``k`` out of range.
             scipy.sparse.linalg.ArpackError: no convergence.
         """
@@ -264,7 +281,11 @@ class GMRF(Distribution):
         those near the cut. The cut lies between the k-th and the next, by counts of the eigenvalues below a threshold, which
         see what differs by more than rounding of the largest one. Around the cut the weights fall from 0.999 to 0.001 within
         ±12 / degree on the scale of arccos(1 - 2 λ / b), b the largest row sum of |L| |L|ᵀ, which bounds the eigenvalues.
-        Differentiable in x. A degree too low to give the leading eigenvectors their weight warns (RuntimeWarning).
+        Differentiable in x, with no gradient in the factor. A degree too low to give the leading eigenvectors their weight
+        warns (RuntimeWarning).
+
+        Each count takes about n (r + 1)² W² operations, with n sites in rows of W = n / grid[0] and a stencil that reaches r
+        rows: a row of a colour image (3, 64, 64) has W = 4096, one of the same image as (64, 64, 3) has W = 192.
 
         Args:
             x: (*sample, *batch, *grid); a residual, from which ``loc`` was taken.
@@ -275,10 +296,10 @@ class GMRF(Distribution):
             (*sample, *batch, *grid) in the dtype of x, or float32 for float16 and bfloat16.
 
         Raises:
-            TypeError, ValueError: as for `whiten`; ``k`` or ``degree`` out of range.
+            TypeError, ValueError: as for `whiten`; ``k`` or ``degree`` is not an integer, or out of range; a grid with
+                n (r + 1)² W² > 2⁴⁰.
         """
-        check_vector("x", x, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        broadcast_batch("x", x.shape[: x.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        self._check_field("x", x)
         projected = spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
         return projected.expand(torch.broadcast_shapes(projected.shape, (*self._batch_shape, *self._event_shape)))
 
@@ -288,15 +309,17 @@ class GMRF(Distribution):
         Args:
             mask: bool (*batch, *grid), true where a site is observed; its batch is broadcast against the distribution's.
             values: (*batch, *grid), of which the observed sites are read.
-            tolerance: residual, relative to the right-hand side, at which the solver stops.
-            max_iterations: of the solver; if they do not suffice, it warns with the residual (RuntimeWarning).
+            tolerance: residual, relative to the right-hand side, at which the solver stops; between 0 and 1.
+            max_iterations: of the solver, at least 1; if they do not suffice, it warns with the residual (RuntimeWarning).
 
         Returns:
             A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid, and the solver's ``convergence``.
 
         Raises:
-            TypeError: ``mask`` is not of bools, or ``values`` has another dtype than the distribution.
-            ValueError: grids, batches or devices that do not fit.
+            TypeError: ``mask`` is not of bools, ``values`` has another dtype than the distribution, or ``max_iterations`` is
+                not an integer.
+            ValueError: grids, batches or devices that do not fit, a ``tolerance`` that is not between 0 and 1, or
+                ``max_iterations`` less than 1.
         """
         return conditioning.condition(self, mask, values, tolerance=tolerance, max_iterations=max_iterations)
 
@@ -325,9 +348,10 @@ class GMRF(Distribution):
             A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``, and the solver's ``convergence``.
 
         Raises:
-            TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, or both or neither are
-                given of the noise's two descriptions.
-            ValueError: grids, batches or devices that do not fit, or a variance that is negative or NaN.
+            TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, both or neither are
+                given of the noise's two descriptions, or ``max_iterations`` is not an integer.
+            ValueError: grids, batches or devices that do not fit, a variance that is negative or NaN, or ``tolerance`` or
+                ``max_iterations`` out of range, as for `condition`.
         """
         return conditioning.posterior(
             self, observation, noise_variance, noise, tolerance=tolerance, max_iterations=max_iterations
@@ -363,17 +387,21 @@ class GMRF(Distribution):
         if n > _MAX_DENSE_SITES:
             raise ValueError(f"{name} takes at most {_MAX_DENSE_SITES} sites, the grid {tuple(self._event_shape)} has {n}")
         sites = torch.cartesian_prod(*(torch.arange(size, device=self._factor.device) for size in self._event_shape))
-        columns = operator(_units(sites.reshape(n, -1), self._factor))
+        columns = operator(self._units(sites.reshape(n, -1)))
         return columns.flatten(-len(self._event_shape)).movedim(0, -1).expand(*self._batch_shape, n, n)
 
+    def _units(self, sites: Tensor) -> Tensor:
+        """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the batch."""
+        factor, m = self._factor, len(sites)
+        units = torch.zeros((m, *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
+        units[(torch.arange(m, device=factor.device), *sites.unbind(-1))] = 1
+        return units.reshape(m, *[1] * len(self._batch_shape), *factor.grid)
+
+    def _check_field(self, name: str, field: Tensor) -> None:
+        """Check that a field (*sample, *batch, *grid) has the factor's dtype, device and grid, and a batch that broadcasts."""
+        check_vector(name, field, "precision_cholesky", self._factor.log_diag, self._event_shape)
+        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+
     def _residual(self, value: Tensor) -> Tensor:
-        check_vector("value", value, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        broadcast_batch("value", value.shape[: value.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        self._check_field("value", value)
         return value.to(accumulate_dtype(value.dtype)) - self.loc
-
-
-def _units(sites: Tensor, factor: StencilCholesky) -> Tensor:
-    """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the factor's batch."""
-    units = torch.zeros((len(sites), *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
-    units[(torch.arange(len(sites), device=factor.device), *sites.unbind(-1))] = 1
-    return units.reshape(len(sites), *[1] * len(factor.batch_shape), *factor.grid)

@@ -86,6 +86,7 @@ class StencilPrecision:
 
     @property
     def grid(self) -> torch.Size:
+        """Numbers of sites along each axis."""
         return self.diag.shape[self.diag.ndim - self.stencil.ndim :]
 
     def matvec(self, x: Tensor) -> Tensor:
@@ -189,11 +190,11 @@ def car_precision(
 
     Raises:
         TypeError: ``neighbours`` is not a `Stencil`.
-        ValueError: a parameter out of its range, or a site without neighbours.
+        ValueError: a parameter out of its range, neighbours on another number of axes, or a site without any.
     """
     ndim = len(grid)
     neighbours = Stencil.cross(1, ndim) if neighbours is None else neighbours
-    check_stencil(neighbours, "neighbours")
+    check_stencil(neighbours, "neighbours", ndim)
     variance = _positive("variance", variance, ndim, dtype, device)
     dependence = torch.as_tensor(dependence, dtype=dtype, device=device)
     if not (dependence.detach().abs() < 1).all():

@@ -17,7 +17,9 @@ from torch import Tensor
 from gmrf_kernels.ops import accumulate_dtype
 
 from .cholesky import StencilCholesky
-from .strips import block_coefficients, block_rows, scan, strip
+from .marginals import exact_is_affordable
+from .stencil import as_integer
+from .strips import block_coefficients, block_rows, radius, scan, strip
 
 _TOLERANCE = 1e-6
 _MAX_COUNTS = 100
@@ -81,8 +83,10 @@ def _leading_eigenvectors(factor: StencilCholesky, k: int) -> Tensor:
 def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) -> Tensor:
     """See `GMRF.project_on_leading`; x is (*sample, *batch, *grid), (*batch) the factor's, both of one dtype."""
     _check_k(factor, k)
-    if degree < 1:
+    if as_integer("degree", degree) < 1:
         raise ValueError(f"degree is {degree}, expected at least 1")
+    if not exact_is_affordable(factor, radius(factor.stencil)):
+        raise ValueError(f"project_on_leading needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(factor.grid)} exceeds")
     with torch.no_grad():
         factor = factor.expand(factor.batch_shape)
         factor = StencilCholesky(factor.log_diag, factor.off_diag, factor.stencil)
@@ -198,5 +202,5 @@ def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
 
 def _check_k(factor: StencilCholesky, k: int) -> None:
     n = factor.grid.numel()
-    if not 1 <= k < n:
+    if not 1 <= as_integer("k", k) < n:
         raise ValueError(f"k is {k}, expected at least 1 and less than the grid's {n} sites")

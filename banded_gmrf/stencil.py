@@ -33,7 +33,7 @@ class Stencil:
             if not parsed:
                 raise ValueError("ndim is needed for a stencil without offsets")
             ndim = len(parsed[0])
-        ndim = _integer("ndim", ndim)
+        ndim = as_integer("ndim", ndim)
         if not 1 <= ndim <= 3:
             raise ValueError(f"ndim is {ndim}, expected a grid of 1 to 3 axes")
         for offset in parsed:
@@ -52,7 +52,7 @@ class Stencil:
 
         The neighbourhood of Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
         """
-        size = _integer("size", size)
+        size = as_integer("size", size)
         if size < 1 or size % 2 == 0:
             raise ValueError(f"size is {size}, expected an odd number of pixels")
         return cls.box((size // 2, size // 2))
@@ -62,7 +62,7 @@ class Stencil:
         """The forward half of the box that reaches ``radii[a]`` pixels to both sides along each axis a."""
         if not isinstance(radii, Iterable):
             raise TypeError(f"radii is {radii!r}, expected one radius per axis")
-        radii = tuple(_integer("radii", radius) for radius in radii)
+        radii = tuple(as_integer(f"radii[{axis}]", radius) for axis, radius in enumerate(radii))
         if any(radius < 0 for radius in radii):
             raise ValueError(f"radii is {radii}, expected no negative radius")
         origin = (0,) * len(radii)
@@ -72,10 +72,10 @@ class Stencil:
     @classmethod
     def cross(cls, radius: int, ndim: int = 2) -> "Stencil":
         """Neighbours along the axes only, up to ``radius`` pixels away: ndim * radius offsets."""
-        radius = _integer("radius", radius)
+        radius = as_integer("radius", radius)
         if radius < 0:
             raise ValueError(f"radius is {radius}, expected at least 0")
-        axes = range(_integer("ndim", ndim))
+        axes = range(as_integer("ndim", ndim))
         steps = range(1, radius + 1)
         return cls([tuple(step * (a == axis) for a in axes) for axis in axes for step in steps], ndim=ndim)
 
@@ -149,17 +149,20 @@ def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:
     return flat
 
 
-def check_stencil(stencil: Stencil, name: str = "stencil") -> None:
-    """Raise TypeError unless ``stencil`` is a `Stencil`."""
+def check_stencil(stencil: Stencil, name: str = "stencil", ndim: int | None = None) -> None:
+    """Raise TypeError unless ``stencil`` is a `Stencil`, ValueError unless it has ``ndim`` axes, if that is given."""
     if not isinstance(stencil, Stencil):
         raise TypeError(f"{name} is a {type(stencil).__name__}, expected a Stencil")
+    if ndim not in (None, stencil.ndim):
+        raise ValueError(f"{name} has {stencil.ndim} axes, the grid has {ndim}")
 
 
-def _integer(name: str, value: int) -> int:
+def as_integer(name: str, value: int) -> int:
+    """``value`` as an int, or a TypeError where it is not an integer."""
     try:
         return operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} has {value!r}, expected integers") from None
+        raise TypeError(f"{name} is {value!r}, expected an integer") from None
 
 
 def _parse_offset(offset: Sequence[int] | int) -> tuple[int, ...]:

@@ -44,6 +44,7 @@ class ConvEncoder(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Flatten(), nn.Linear(channels[-1] * math.prod(coarsest), latent_size))
 
     def forward(self, images: Tensor) -> Tensor:
+        """Codes (B, latent_size) of images (B, in_channels, *grid)."""
         check_features("images", images, self.in_channels, len(self.grid))
         if images.shape[2:] != self.grid:
             raise ValueError(f"images has grid {tuple(images.shape[2:])}, the network was made for {self.grid}")
@@ -95,6 +96,7 @@ class ConvDecoder(nn.Module):
         )
 
     def forward(self, code: Tensor) -> Tensor:
+        """Images (B, out_channels, *grid) of codes (B, latent_size)."""
         if code.ndim != 2 or code.shape[1] != self.latent_size:
             raise ValueError(f"code has shape {tuple(code.shape)}, expected (batch, {self.latent_size})")
         x = self.from_code(code)

@@ -63,6 +63,7 @@ class CovarianceNetwork(nn.Module):
 
     @property
     def stencil(self) -> bg.Stencil:
+        """Shape of the factor's columns."""
         return self.head.stencil
 
     @property
@@ -82,6 +83,7 @@ class CovarianceNetwork(nn.Module):
         return cls(**_with_stencil(config))
 
     def forward(self, image: Tensor) -> bg.StencilCholesky:
+        """The factors, batch (B,), of images (B, in_channels, *grid)."""
         check_features("image", image, self.in_channels, self.stencil.ndim)
         x = self.down_blocks[0](self.stem(image))
         skips = []
@@ -152,6 +154,7 @@ class LatentCovarianceNetwork(nn.Module):
 
     @property
     def stencil(self) -> bg.Stencil:
+        """Shape of the factor's columns."""
         return self.covariance.stencil
 
     @property

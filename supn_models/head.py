@@ -45,6 +45,7 @@ class StencilCholeskyHead(nn.Module):
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> bg.StencilCholesky:
+        """The factors, batch (B,), of features (B, C, *grid)."""
         check_features("features", features, self.in_channels, self.stencil.ndim)
         # In the precision of the weights under autocast, too: a likelihood feels errors of its factor that no feature shows.
         with torch.autocast(features.device.type, enabled=False):

@@ -66,6 +66,7 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """(B, C, *grid) to (B, C, *grid)."""
         return x + self.body(x)
 
 

@@ -34,7 +34,7 @@ class StructuredLikelihood(nn.Module):
     def forward(self, code: Tensor) -> bg.GMRF:
         """Codes (B, latent_size) to a `banded_gmrf.GMRF` with batch (B,) and events (*grid): images without their channel."""
         mean = self.autoencoder.decode(code)
-        # Not validated: what the head predicts is finite, and a check of every coefficient would make a GPU wait.
+        # Not validated: a check of every coefficient would make a GPU wait, and one that is not finite shows in the densities.
         return bg.GMRF(mean[:, 0], self.factor(code, mean), validate_args=False)
 
     def factor(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky:

@@ -90,6 +90,7 @@ class CovarianceMLP(nn.Module):
         return cls(**{**config, "stencil": bg.Stencil(**config["stencil"])})
 
     def forward(self, x: Tensor) -> bg.StencilCholesky:
+        """The factors, batch (B,), of inputs (B, ...) with ``in_features`` numbers each."""
         features = x.flatten(1)
         if features.shape[1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers each")

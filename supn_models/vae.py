@@ -54,9 +54,11 @@ class ConvVAE(ConvAutoencoder):
         return _diagonal_gaussian(self.decoder(code))
 
     def encode(self, images: Tensor) -> Tensor:
+        """Images (B, in_channels, *grid) to the means of q(z | x), (B, latent_size)."""
         return self.posterior(images).mean
 
     def decode(self, code: Tensor) -> Tensor:
+        """Codes (B, latent_size) to the means of p(x | z), (B, in_channels, *grid), in the units of the images."""
         return self.likelihood(code).mean
 
     def loss(self, images: Tensor, beta: float = 1.0, noise: Tensor | None = None) -> Tensor:
@@ -89,5 +91,5 @@ def _diagonal_gaussian(mean_and_log_variance: Tensor) -> Independent:
     """The Gaussian of parameters (B, 2 C, *grid): batch (B,), events (C, *grid)."""
     mean, log_variance = mean_and_log_variance.to(accumulate_dtype(mean_and_log_variance.dtype)).chunk(2, dim=1)
     stddev = (soft_bound(log_variance, _MAX_LOG_VARIANCE) / 2).exp()
-    # Not validated: that would make a GPU wait at each step, and the training loop stops at gradients that are not finite.
+    # Not validated: the checks would make a GPU wait, and parameters that are not finite show in the densities.
     return Independent(Normal(mean, stddev, validate_args=False), mean.ndim - 1, validate_args=False)

@@ -90,6 +90,9 @@ def test_loc_value_and_residual(vector, error, message):
             q.log_prob(vector)
     with pytest.raises(error, match=f"^value {message}"):
         q.whiten(vector)
+    for diagnostic in (bg.diagnostics.whitened_moments, bg.diagnostics.energy_score, bg.diagnostics.variogram_score):
+        with pytest.raises(error, match=f"^x {message}"):
+            diagnostic(q, vector)
     with pytest.raises(error, match=f"^residual {message}"):
         bg.negative_log_likelihood(vector, LOG_DIAG, OFF_DIAG, STENCIL)
 

@@ -81,14 +81,30 @@ def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, bloc
             torch.testing.assert_close(a, e, **CLOSE)
 
 
-def test_samples_given_correlated_noise_have_the_dense_covariance():
-    count, grid = 20_000, (3, 2)
-    q, noise = (random_gmrf(name, grid) for name in ("3x3", "5x5"))
-    x = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE).sample((count,)).flatten(1)
-    covariance = torch.linalg.inv(q.precision_matrix + noise.precision_matrix)
-    variance = covariance.diagonal()
-    # Five standard errors of a sample covariance.
-    assert ((x.T.cov() - covariance).abs() <= 5 * ((variance[:, None] * variance + covariance.square()) / count).sqrt()).all()
+@pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
+def test_samples_given_correlated_noise_have_the_dense_mean_and_covariance(stencil, noise_stencil, monkeypatch):
+    grid, n = (3, 2), 6
+    tensors = [
+        t.requires_grad_() for name in (stencil, noise_stencil) for t in random_factor(STENCILS[name].offsets, grid, (2,))
+    ]
+    q = bg.GMRF(torch.randn(2, *grid, dtype=torch.float64), bg.StencilCholesky(*tensors[:2], STENCILS[stencil]))
+    noise = bg.GMRF(torch.randn(grid, dtype=torch.float64), bg.StencilCholesky(*tensors[2:], STENCILS[noise_stencil]))
+    posterior = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE)
+    # In place of the prior's random numbers and the noise's, together (2 n,): zeros, which give the mean, and unit vectors,
+    # which give the columns of A in mean + A u.
+    units = torch.cat([torch.zeros(1, 2 * n), torch.eye(2 * n)]).double().reshape(2 * n + 1, 2, 1, *grid)
+    numbers = iter(units.expand(2 * n + 1, 2, 2, *grid).unbind(1))
+    monkeypatch.setattr(torch, "randn", lambda shape, **options: next(numbers).expand(shape))
+    mean, *columns = posterior.rsample((2 * n + 1,)).flatten(2)
+    monkeypatch.undo()
+    torch.testing.assert_close(mean, posterior.mean.flatten(1), **CLOSE)
+    A = torch.stack(columns, -1) - mean.unsqueeze(-1)
+    precision = sum(L @ L.mT for L in (dense(of.precision_cholesky) for of in (q, noise)))
+    actual, expected = A @ A.mT, torch.linalg.inv(precision)
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    cotangent = torch.randn_like(actual)
+    for a, e in zip(*(torch.autograd.grad(value, tensors, cotangent) for value in (actual, expected)), strict=True):
+        torch.testing.assert_close(a, e, **CLOSE)
 
 
 @pytest.mark.parametrize("name", ["5x5", "volume", "line with a gap"])
@@ -317,6 +333,27 @@ def test_bad_conditions(mask, values, error, message):
 def test_bad_posteriors(observation, noise_variance, error, message):
     with pytest.raises(error, match=message):
         random_gmrf("3x3", (4, 3), (2,), torch.float32).posterior(observation, noise_variance)
+
+
+@pytest.mark.parametrize(
+    ("solver", "error", "message"),
+    [
+        ({"tolerance": 0.0}, ValueError, "tolerance is 0.0, expected more than 0 and less than 1"),
+        ({"tolerance": 1}, ValueError, "tolerance is 1, expected more than 0 and less than 1"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance is nan, expected more than 0 and less than 1"),
+        ({"max_iterations": 0}, ValueError, "max_iterations is 0, expected at least 1"),
+        ({"max_iterations": 2.5}, TypeError, "max_iterations is 2.5, expected an integer"),
+    ],
+)
+def test_bad_solvers(solver, error, message):
+    q = random_gmrf("3x3", (4, 3))
+    for call in (
+        lambda: q.posterior(q.loc, 1.0, **solver),
+        lambda: q.posterior(q.loc, noise=q, **solver),
+        lambda: q.condition(torch.ones(4, 3, dtype=torch.bool), q.loc, **solver),
+    ):
+        with pytest.raises(error, match=message):
+            call()
 
 
 @pytest.mark.parametrize(

@@ -549,7 +549,7 @@ BAD_PRECISIONS = [
         (
             lambda: bg.StencilCholesky.from_precision(bg.thin_plate_precision((3, 4), 1.0, 1.0), STENCILS["line"]),
             ValueError,
-            r"grid is \(3, 4\), expected 1 axes",
+            "stencil has 1 axes, the grid has 2",
         ),
         (
             lambda: bg.StencilCholesky.from_precision(
@@ -578,6 +578,11 @@ BAD_PRECISIONS = [
         (lambda: bg.matern_precision((3, 4), 2.0, 1.0, [1, -1]), ValueError, r"variance is \[1.0, -1.0\], expected finite"),
         (lambda: bg.car_precision((3, 4), 1.0), ValueError, "dependence is 1.0, expected less than 1 in magnitude"),
         (lambda: bg.car_precision((3, 1), 0.5, 1.0, bg.Stencil([(0, 1)])), ValueError, r"site \(0, 0\) .* has no neighbours"),
+        (
+            lambda: bg.car_precision((3, 4), 0.5, 1.0, bg.Stencil([1])),
+            ValueError,
+            "neighbours has 1 axes, the grid has 2",
+        ),
         (lambda: bg.car_precision((3, 4), 0.5, 1.0, 4), TypeError, "neighbours is a int, expected a Stencil"),
         (lambda: bg.thin_plate_precision((3, 4), 1.0, 0.0), ValueError, "ridge is 0.0, expected finite and positive"),
     ]

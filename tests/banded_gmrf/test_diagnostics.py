@@ -5,7 +5,7 @@ import torch
 
 import banded_gmrf as bg
 from banded_gmrf import diagnostics
-from tests.cases import STENCILS, random_cholesky, smooth_cholesky
+from tests.cases import STENCILS, dense, random_cholesky, smooth_cholesky
 
 # The same sums in another order.
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -74,26 +74,48 @@ def test_chi_squared_coverage(dtype):
     assert (confident[1:4] < covered[1:4] - 0.05).all()
 
 
+def dense_energy_score(draws, x):
+    """Of draws (batch, S, n) and x (..., batch, n)."""
+    count = draws.shape[1]
+    distances = torch.cdist(draws, draws, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / (count * (count - 1))
+    return (draws - x.unsqueeze(-2)).norm(dim=-1).mean(-1) - distances / 2
+
+
+def dense_variogram_score(draws, x, grid, max_lag, order):
+    """Pair by pair; of draws (batch, S, n) and x (..., batch, n)."""
+    sites = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid))
+    i, j = torch.ones(len(sites), len(sites)).tril(-1).nonzero().unbind(1)
+    near = ((sites[i] - sites[j]).abs() <= max_lag).all(-1)
+    i, j = i[near], j[near]
+    weight = 1 / (sites[i] - sites[j]).double().norm(dim=-1)
+    seen, drawn = ((fields[..., i] - fields[..., j]).abs().pow(order) for fields in (x, draws))
+    return (weight * (seen - drawn.mean(1)).square()).sum(-1)
+
+
 @pytest.mark.parametrize(("name", "grid"), [("5x5", (6, 5)), ("line", (7,)), ("volume", (3, 4, 3))])
-def test_scores_equal_their_definitions(name, grid):
-    q, x = random_gmrf(name, grid, batch=(2,)), torch.randn(3, 1, *grid, dtype=torch.float64)
+def test_scores_and_their_gradients_equal_the_dense_definitions(name, grid):
+    q = random_gmrf(name, grid, batch=(2,))
+    tensors = [t.clone().requires_grad_() for t in (q.loc, q.log_diag, q.off_diag, torch.randn(3, 1, *grid).double())]
+    loc, log_diag, off_diag, x = tensors
+    q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, STENCILS[name]))
     torch.manual_seed(1)
     energy = diagnostics.energy_score(q, x, num_samples=5)
     torch.manual_seed(1)
     variogram = diagnostics.variogram_score(q, x, max_lag=2, order=0.7, num_samples=5)
     torch.manual_seed(1)
-    draws = q.sample((5,)).flatten(2).movedim(0, 1)  # (batch, 5, n)
+    u = torch.randn(5, 2, *grid, dtype=torch.float64).flatten(2).movedim(0, -1)  # (batch, n, 5)
+    L = dense(q.precision_cholesky)
+    draws = loc.flatten(1).unsqueeze(1) + torch.linalg.solve_triangular(L.mT, u, upper=True).mT
     flat = x.flatten(2)
-    distances = torch.cdist(draws, draws, compute_mode="donot_use_mm_for_euclid_dist").sum((1, 2)) / 20
-    to_data = (draws - flat.unsqueeze(2)).norm(dim=-1).mean(-1)
-    torch.testing.assert_close(energy, to_data - distances / 2, **CLOSE)
-
-    sites = torch.cartesian_prod(*map(torch.arange, grid)).reshape(-1, len(grid))
-    lags = sites[:, None] - sites
-    weight = ((lags.abs() <= 2).all(-1) & (lags != 0).any(-1)) / lags.double().norm(dim=-1).clamp(min=1)
-    seen, drawn = ((f[..., :, None] - f[..., None, :]).abs().pow(0.7) for f in (flat, draws))
-    expected = (weight * (seen - drawn.mean(1)).square()).sum((-2, -1)) / 2  # each pair was counted twice
-    torch.testing.assert_close(variogram, expected, **CLOSE)
+    for actual, expected in (
+        (energy, dense_energy_score(draws, flat)),
+        (variogram, dense_variogram_score(draws, flat, grid, max_lag=2, order=0.7)),
+    ):
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        cotangent = torch.randn_like(actual)
+        gradients = [torch.autograd.grad(value, tensors, cotangent, retain_graph=True) for value in (actual, expected)]
+        for a, e in zip(*gradients, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-10, atol=1e-10)  # |x_i - x_j|^-0.3 enlarges rounding
 
 
 def test_scores_prefer_the_right_model_and_have_gradients():
@@ -124,6 +146,11 @@ def test_scores_prefer_the_right_model_and_have_gradients():
         (lambda q, x: diagnostics.quantiles(x, 31), ValueError, "num is 31, expected between 1 and the number of values, 30"),
         (lambda q, x: diagnostics.quantiles(x.long()), TypeError, "values is torch.int64, expected float16"),
         (lambda q, x: diagnostics.chi_squared_coverage(x, (0.5, 1.1)), ValueError, r"levels is \(0.5, 1.1\)"),
+        (
+            lambda q, x: diagnostics.chi_squared_coverage(x.masked_fill(x == x.max(), torch.nan)),
+            ValueError,
+            "fields has NaN or infinite entries, expected finite ones",
+        ),
         (lambda q, x: diagnostics.energy_score(q, x, 1), ValueError, "num_samples is 1, expected at least 2"),
         (lambda q, x: diagnostics.variogram_score(q, x, 5), ValueError, "max_lag is 5"),
         (lambda q, x: diagnostics.variogram_score(q, x, order=0), ValueError, "order is 0, expected a positive number"),

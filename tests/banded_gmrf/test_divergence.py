@@ -112,6 +112,9 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=message):
             kl_divergence(q, other)
+    for pair, message in (((q, 3), "p is a int, expected a GMRF"), ((None, q), "q is a NoneType, expected a GMRF")):
+        with pytest.raises(TypeError, match=message):
+            divergence.kl_divergence(*pair)
     with pytest.raises(ValueError, match="method is 'closed', expected 'auto', 'exact' or 'monte_carlo'"):
         divergence.kl_divergence(q, q, "closed")
     with pytest.raises(ValueError, match="num_samples is 0, expected at least 1"):

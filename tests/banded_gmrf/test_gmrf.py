@@ -130,6 +130,36 @@ def test_covariances_and_precisions_equal_the_dense_ones(name, grid):
     assert relative_error(q.correlation_with(last), columns[1] / (stddev * own[1])) < RELATIVE
 
 
+@pytest.mark.parametrize("num_sites", [2, 3])
+def test_covariances_where_the_mean_has_more_batch_axes_than_the_factor(num_sites):
+    q = random_gmrf(STENCILS["5x5"], (4, 3), batch=(2,), loc_batch=(3, 1))
+    p = multivariate_normal(q.loc, q.precision_cholesky)
+    columns = q.covariance_columns([(0, number) for number in range(num_sites)])
+    expected = p.covariance_matrix[..., :num_sites].movedim(-1, 0).reshape(num_sites, 3, 2, 4, 3)
+    assert relative_error(columns, expected) < RELATIVE
+
+
+def test_correlations_between_chosen_sites_are_exact_where_the_variance_is_estimated(monkeypatch):
+    tensors = [t.requires_grad_() for t in random_factor(STENCILS["5x5"].offsets, (4, 3), (2,))]
+    q = bg.GMRF(torch.zeros(4, 3, dtype=torch.float64), bg.StencilCholesky(*tensors, STENCILS["5x5"]))
+    p = multivariate_normal(q.loc, q.precision_cholesky)
+    sites, numbers = [(1, 2), (3, 0), (1, 2)], [5, 9, 5]
+    expected = p.covariance_matrix / (p.stddev.unsqueeze(-1) * p.stddev.unsqueeze(-2))
+    expected = expected[:, numbers].movedim(1, 0)  # (m, batch, n)
+    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 0)
+    actual = q.correlation_with(sites).flatten(-2)
+    others = [number for number in range(12) if number not in numbers]
+    error = (actual / expected - 1)[..., others].abs()
+    assert (error > 1e-6).any()  # they are estimated
+    assert (error < 5 * 512**-0.5).all()  # five of the standard errors that the docstring states
+    actual, expected = actual[..., numbers], expected[..., numbers]
+    assert relative_error(actual, expected) < RELATIVE
+    cotangent = torch.randn_like(actual)
+    for a, e in zip(*(torch.autograd.grad(value, tensors, cotangent) for value in (actual, expected)), strict=True):
+        assert relative_error(a, e) < RELATIVE
+    assert relative_error(q.correlation_with((1, 2))[:, 1, 2], torch.ones(2).double()) < RELATIVE
+
+
 def test_one_site_of_one_axis_can_be_an_integer():
     q = random_gmrf(STENCILS["line"], (7,), batch=(2,))
     assert torch.equal(q.covariance_columns(3), q.covariance_columns([(3,)])[0])

@@ -78,6 +78,24 @@ def test_bad_k(k):
         random_gmrf("3x3", (4, 3)).leading_eigenpairs(k)
 
 
+def test_numbers_that_are_no_integers():
+    q = random_gmrf("3x3", (4, 3))
+    for call in (q.leading_eigenpairs, lambda k: q.project_on_leading(q.loc, k)):
+        with pytest.raises(TypeError, match=r"k is 2.5, expected an integer"):
+            call(2.5)
+    with pytest.raises(TypeError, match=r"degree is 9.5, expected an integer"):
+        q.project_on_leading(q.loc, 2, degree=9.5)
+
+
+def test_projections_on_large_grids_are_refused(monkeypatch):
+    q = random_gmrf("3x3", (4, 3))
+    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2)
+    assert q.project_on_leading(q.loc, 2).isfinite().all()
+    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
+    with pytest.raises(ValueError, match=r"project_on_leading needs n \(r \+ 1\)² W² ≤ 2⁴⁰, which the grid \(4, 3\) exceeds"):
+        q.project_on_leading(q.loc, 2)
+
+
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("name", "grid"), FACTORS)
 def test_counts_of_eigenvalues_equal_the_dense_ones(name, grid, block_sites, monkeypatch):
