@@ -98,8 +98,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = sum_over_processes(nn.utils.parameters_to_vector(gradients)) / count()
-    nn.utils.vector_to_parameters(flat, gradients)
+    # Gradients in memory format channels_last cannot be viewed as vectors, only flattened.
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients])) / count()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:
