@@ -68,6 +68,14 @@ def from_first(value: Value) -> Value:
     return values[0]
 
 
+def from_all(value: Value) -> list[Value]:
+    """What each process has given, in their order: values that can be pickled."""
+    values = [value] * count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def own_part(batch: Tensor) -> Tensor:
     """This process's part of a batch (B, ...): (B / count(), ...).
 
