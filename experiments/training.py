@@ -98,6 +98,7 @@ def fit(
     compiled: bool = False,
     workers: int = 0,
     log: Path | None = None,
+    on_state: Callable[[], None] | None = None,
 ) -> list[float]:
     """Minimise ``loss(*batch)`` over the parameters of ``model`` by Adam; return the loss of every step.
 
@@ -122,6 +123,7 @@ def fit(
         compiled: compile ``loss`` with `torch.compile`.
         workers: processes that read a data set ahead; 0 reads it in this process.
         log: a folder for TensorBoard: loss, learning rate and examples per second.
+        on_state: called after each writing of ``state``.
 
     Raises:
         RuntimeError: the gradient is no longer finite.
@@ -169,6 +171,8 @@ def fit(
             due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
             if state is not None and due and distributed.number() == 0:
                 _save(state, model, optimizer, losses)
+                if on_state is not None:
+                    on_state()
                 saved = time.monotonic()
     model.eval()
     return losses
