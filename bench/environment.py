@@ -4,13 +4,14 @@ import os
 import platform
 import re
 import shlex
-import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from banded_gmrf.checkout import commit
 
 from .peers import PEERS
 
@@ -20,7 +21,7 @@ def environment(device: str) -> dict[str, Any]:
     versions = {package: version(package) for package in ("banded-gmrf", "torch", "numpy", "numba")}
     return {
         "command": shlex.join(["python", "-m", "bench", *sys.argv[1:]]),
-        "commit": _commit(),
+        "commit": commit(),
         "machine": _machine(device),
         "python": platform.python_version(),
         "versions": versions | {peer.module: peer.version() for peer in PEERS.values()},
@@ -44,14 +45,3 @@ def _processor() -> str:
     info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", info.read_text()) if info.exists() else None
     return model[1] if model else platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
-    """The commit of this checkout, marked where files differ from it; None outside a checkout."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    try:
-        return subprocess.run(
-            command, cwd=Path(__file__).parent, capture_output=True, check=True, text=True, timeout=10
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None

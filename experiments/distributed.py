@@ -68,6 +68,14 @@ def from_first(value: Value) -> Value:
     return values[0]
 
 
+def from_all(value: Value) -> list[Value]:
+    """What each process has given, in their order: values that can be pickled."""
+    values = [value] * count()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
 def own_part(batch: Tensor) -> Tensor:
     """This process's part of a batch (B, ...): (B / count(), ...).
 
@@ -98,8 +106,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if count() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    flat = sum_over_processes(nn.utils.parameters_to_vector(gradients)) / count()
-    nn.utils.vector_to_parameters(flat, gradients)
+    # Gradients in memory format channels_last cannot be viewed as vectors, only flattened.
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients])) / count()
+    for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:

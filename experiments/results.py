@@ -8,6 +8,7 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,6 +18,10 @@ from typing import Any, Protocol
 import torch
 from rich.console import Console
 from rich.markdown import Markdown
+
+from banded_gmrf.checkout import commit
+
+from . import distributed
 
 CONFIG = "config.json"
 RESULTS = "results.json"
@@ -100,11 +105,41 @@ def numbered_states(folder: Path) -> Iterator[Path]:
     return (folder / STATES / f"{number}.pt" for number in itertools.count())
 
 
+class Stopwatch:
+    """The seconds of each part of a run, summed over its interruptions; what was done after the last state is lost with them.
+
+    Args:
+        folder: of the run; kept among its states.
+    """
+
+    def __init__(self, folder: Path):
+        self._path = folder / STATES / "seconds.json"
+        self._seconds: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        self._last = time.perf_counter()
+
+    def count(self, part: str) -> None:
+        """Add the time since the last call, or since the beginning, to ``part``."""
+        now = time.perf_counter()
+        self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
+        self._last = now
+
+    def keep(self, part: str) -> None:
+        """`count`, where a state has just been kept that a resumed run goes on from; of several processes the first writes."""
+        self.count(part)
+        if distributed.number() == 0:
+            write_json(self._path, self._seconds)
+
+    def seconds(self) -> dict[str, float]:
+        """By part, rounded for people."""
+        return {part: round(value, 1) for part, value in self._seconds.items()}
+
+
 def environment() -> dict[str, Any]:
-    """Versions, machine and command line: what is needed to judge a number or to get it again."""
+    """Versions, commit, machine and command line: what is needed to judge a number or to get it again."""
     packages = ("banded-gmrf", "torch", "numpy", "numba", "scikit-image")
     return {
         "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
+        "commit": commit(),
         "python": platform.python_version(),
         "versions": {package: version(package) for package in packages},
         "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "torch_threads": torch.get_num_threads()},
@@ -118,6 +153,14 @@ def machine_text(results: dict[str, Any]) -> str:
         f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, torch "
         f"{results['versions']['torch']}"
     )
+
+
+def left_out_text(results: dict[str, Any]) -> str:
+    """A space and a sentence on the files of ``left_out`` in results; nothing if there are none, as in older results."""
+    count = len(results.get("left_out", ()))
+    if not count:
+        return ""
+    return f" Left out {count:,} file{'s' if count > 1 else ''} that could not be used: results.json names them, with reasons."
 
 
 def device_name(device: torch.device) -> str:
@@ -140,11 +183,14 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_results(folder: Path, results: dict[str, Any], report: str, console: Console) -> None:
-    """End a run: write results.md and, last, results.json, without which the run is not finished; show the report."""
+    """End a run: write results.md, then results.json, with which the run is finished; show the report.
+
+    The states of its trainings go last: while the results are not there whole, the run can still be resumed.
+    """
     (folder / "results.md").write_text(report, encoding="utf-8")
+    write_json(folder / RESULTS, results)
     if (folder / STATES).exists():
         shutil.rmtree(folder / STATES)
-    write_json(folder / RESULTS, results)
     console.print(Markdown(report))
 
 

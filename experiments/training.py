@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.progress import TextColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from . import distributed
+from .progress import progress_bar
 from .results import written_whole
 
 _SECONDS_BETWEEN_STATES = 30
@@ -98,6 +98,7 @@ def fit(
     compiled: bool = False,
     workers: int = 0,
     log: Path | None = None,
+    on_state: Callable[[], None] | None = None,
 ) -> list[float]:
     """Minimise ``loss(*batch)`` over the parameters of ``model`` by Adam; return the loss of every step.
 
@@ -122,6 +123,7 @@ def fit(
         compiled: compile ``loss`` with `torch.compile`.
         workers: processes that read a data set ahead; 0 reads it in this process.
         log: a folder for TensorBoard: loss, learning rate and examples per second.
+        on_state: called after each writing of ``state``.
 
     Raises:
         RuntimeError: the gradient is no longer finite.
@@ -140,19 +142,11 @@ def fit(
         loss = torch.compile(loss)
     model.train()
     saved = time.monotonic()
-    columns = (
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]:9.4f}"),
-        _ExamplesPerSecond(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-    )
     logs = nullcontext()
     if log is not None and distributed.number() == 0:
         # Forgets what an interrupted run had logged after its last state.
         logs = summary_writer()(log, purge_step=len(losses))
-    with Progress(*columns, console=console) as progress, logs as writer:
+    with progress_bar(console, TextColumn("loss {task.fields[loss]:9.4f}")) as progress, logs as writer:
         task = progress.add_task(title, total=steps, completed=len(losses), loss=_recent_mean(losses), batch=0)
         for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
             examples = len(batch[0]) * distributed.count()
@@ -177,6 +171,8 @@ def fit(
             due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
             if state is not None and due and distributed.number() == 0:
                 _save(state, model, optimizer, losses)
+                if on_state is not None:
+                    on_state()
                 saved = time.monotonic()
     model.eval()
     return losses
@@ -206,14 +202,6 @@ def _batches(
     )
     for batch in loader:
         yield (batch.to(device, non_blocking=True),)
-
-
-class _ExamplesPerSecond(ProgressColumn):
-    """How many examples all processes together take per second."""
-
-    def render(self, task: Task) -> Text:
-        speed = task.finished_speed or task.speed
-        return Text("" if speed is None else f"{speed * task.fields['batch']:,.0f}/s")
 
 
 def _recent_mean(losses: list[float]) -> float:

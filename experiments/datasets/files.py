@@ -14,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .. import distributed
 from .images import DataError, ImageData, listed, to_tensor
 
 _SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
@@ -64,7 +65,8 @@ def load_files(
 ) -> ImageData:
     """The files ``train`` and ``test`` of ``folder`` as `ImageFiles`, without those that ``read`` cannot read.
 
-    Every file is read once for this, in threads: a training should not end at a broken one after hours.
+    Every file is read once for this, in threads and by one of the processes of torchrun: a training should not end at a broken
+    one after hours.
 
     Raises:
         DataError: no file can be read.
@@ -78,15 +80,19 @@ def load_files(
         return None
 
     files = train + test
+    # Parts of one size: were the first process to check all, the others might give up waiting for it.
+    own = files[distributed.number() :: distributed.count()]
     with ThreadPool() as pool:
         reasons = track(
-            pool.imap(problem, files, chunksize=64),
+            pool.imap(problem, own, chunksize=64),
             f"checking {name}",
-            total=len(files),
+            total=len(own),
             console=console,
             disable=console is None,
         )
-        problems = {file: reason for file, reason in zip(files, reasons, strict=True) if reason is not None}
+        found = {file: reason for file, reason in zip(own, reasons, strict=True) if reason is not None}
+    of_all = {file: reason for part in distributed.from_all(found) for file, reason in part.items()}
+    problems = {file: of_all[file] for file in files if file in of_all}
     if len(problems) == len(files):
         raise DataError(f"no image in {folder} can be used: {listed(list(problems.values()))}")
     usable = (ImageFiles(folder, [file for file in part if file not in problems], read) for part in (train, test))

@@ -6,10 +6,14 @@ from typing import Self
 
 import numpy as np
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..progress import tracked
 from ..training import seeded_generator
+
+_READ_AT_ONCE = 256
 
 
 class DataError(ValueError):
@@ -109,9 +113,18 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(image)[None].to(torch.float32) / 127.5 - 1
 
 
-def stack(images: Dataset[Tensor], num_workers: int = 0) -> Tensor:
-    """All images of a data set that fits in memory: (count, 1, size, size), read by ``num_workers`` processes."""
-    return torch.cat(list(DataLoader(images, batch_size=256, num_workers=num_workers)))
+def stack(
+    images: Dataset[Tensor], num_workers: int = 0, title: str = "reading images", console: Console | None = None
+) -> Tensor:
+    """All images of a data set that fits in memory: (count, 1, size, size).
+
+    Args:
+        images: the data set.
+        num_workers: processes that read; 0 reads in this one.
+        title, console: what is shown as progress, and where; None for nowhere.
+    """
+    batches = DataLoader(images, batch_size=_READ_AT_ONCE, num_workers=num_workers)
+    return torch.cat(list(tracked(batches, min(_READ_AT_ONCE, len(images)), title, console)))
 
 
 def gray(images: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from ..results import machine_text, markdown_table
+from ..results import left_out_text, machine_text, markdown_table
 from .estimators import DENOISER, PROJECTION
 from .inpainting import DRAWS
 from .presets import Config
@@ -76,7 +76,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{faces.data}: {faces.note}. The first {config.images:,} test images, without dequantisation noise; black is 0 and "
         "white 1 in errors; nothing is clipped. MSE is mean ± standard deviation over images; the ratio is that of means to "
         f"the {DENOISER}'s. BM3D: the first {config.bm3d_images:,} of them; its ratio is to the {DENOISER} on the same ones. "
-        "PSNR and SSIM are means over images.\n",
+        f"PSNR and SSIM are means over images.{left_out_text(results)}\n",
         f"The VAE and its covariance networks never saw noise; code and Σ come from the noisy image. {PROJECTION}: of the "
         f"residual on the {config.eigenvectors:,} leading eigenvectors of Σ (f = 7, from z), by a polynomial of degree "
         f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the first "
@@ -87,8 +87,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"Training images {faces.base_images:,} and their mirror images, {faces.base_epochs} passes; networks "
         f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
         f"{faces.seed}; `{results['command']}`, training {seconds['training']:.0f} s, all else {seconds['evaluation']:.0f} s"
-        f"{', since it was last resumed' if results['resumed'] else ''}, on "
-        f"{machine_text(results)}.\n",
+        f" on {machine_text(results)}.\n",
     ]
     return "\n".join(parts)
 

@@ -1,7 +1,7 @@
 """Train what is missing, denoise and inpaint test images, and write tables and figures."""
 
 import json
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..datasets import ImageData, stack
 from ..faces.images import images_for_training
 from ..faces.networks import MEMORY_FORMAT, Options, build_base, fit_on_images, train_all
 from ..figures import loss_figure
-from ..results import STATES, device_name, environment, numbered_states, write_json, write_results
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_json, write_results
 from ..training import seeded_generator
 from . import figures, inpainting
 from .estimators import BM3D, Estimator, bm3d_estimates, estimator
@@ -45,16 +45,16 @@ def run(
         device: where to compute.
         console: where progress is shown.
     """
-    begin = time.perf_counter()
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
+    stopwatch, about = Stopwatch(folder), environment()
     faces = config.faces
     console.print(data.summary())
-    images, covariance_images = images_for_training(faces, data, device, workers=0)
+    images, covariance_images = images_for_training(faces, data, device, workers=0, console=console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
-        return {"state": next(states), "console": console}
+        return {"state": next(states), "console": console, "on_state": partial(stopwatch.keep, "training")}
 
     if trained is None:
         networks = train_all(faces, images, covariance_images, device, options)
@@ -74,9 +74,9 @@ def run(
     loss_figure(
         folder / "training.png", [("mean squared error", losses)], smooth=max(1, len(next(iter(losses.values()))) // 100)
     )
-    trained_at = time.perf_counter()
+    stopwatch.keep("training")
 
-    test = stack(Subset(data.test, range(config.images))).to(device)
+    test = stack(Subset(data.test, range(config.images)), title="reading test images", console=console).to(device)
     rows, shown = {}, {}
     for number, (name, sampler) in enumerate(samplers.items()):
         estimates = estimator(config, denoisers[name], diagonal, structured, sampler)
@@ -84,26 +84,26 @@ def run(
         kept = folder / STATES / f"noise {number}.json"
         if not kept.exists():
             write_json(kept, _rows(config, test, noisy, sampler, estimates, console))
+            stopwatch.keep("evaluation")
         rows[name] = json.loads(kept.read_text(encoding="utf-8"))
         few = slice(0, _SHOWN)
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
     inpainted = _inpaint(config, structured, images[0], test[: config.inpainted], folder, console)
+    stopwatch.count("evaluation")
     results = {
         "definition": "mse is the mean squared error per pixel, black 0 and white 1, mean over images; ratio that of its mean "
         "to the denoising autoencoder's on the same images; psnr in dB; inpainting: mse of the unknown pixels",
         "denoising": rows,
         "inpainting": inpainted,
+        "left_out": list(data.left_out),
         "config": config.as_dict(),
         "networks": None if trained is None else str(trained),
-        **environment(),
+        **about,
         "device": device_name(device),
         "resumed": resumed,
-        "seconds": {
-            "training": round(trained_at - begin, 1),
-            "evaluation": round(time.perf_counter() - trained_at, 1),
-        },
+        "seconds": stopwatch.seconds(),
     }
     _draw(folder, shown)
     write_results(folder, results, markdown_report(config, results), console)

@@ -1,6 +1,7 @@
 """The images of a run: those of a data set that the configuration asks for, with dequantisation noise and mirrored."""
 
 import torch
+from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 
@@ -27,31 +28,36 @@ class Mirrored(Dataset[Tensor]):
 Images = tuple[Tensor] | Dataset[Tensor]
 
 
-def images_for_training(config: Config, data: ImageData, device: torch.device, workers: int) -> tuple[Images, Images]:
+def images_for_training(
+    config: Config, data: ImageData, device: torch.device, workers: int, console: Console | None = None
+) -> tuple[Images, Images]:
     """Images and their mirror images for the base models, and those for the covariance networks.
 
-    In memory on the device, or with ``workers`` read during training.
+    In memory on the device, or with ``workers`` read during training; ``console`` shows the progress of reading.
     """
     images = _chosen(data.dequantised(config.seed).train, config.train, config.seed)
     if not config.held_out:
-        both = _mirrored(images, device, workers)
+        both = _mirrored(images, device, workers, console)
         return both, both
     order = torch.randperm(config.train, generator=seeded_generator(config.seed, "held-out images")).tolist()
     parts = order[: config.base_images], order[config.base_images :]
-    for_base, for_covariance = (_mirrored(Subset(images, part), device, workers) for part in parts)
+    for_base, for_covariance = (_mirrored(Subset(images, part), device, workers, console) for part in parts)
     return for_base, for_covariance
 
 
-def _mirrored(images: Dataset[Tensor], device: torch.device, workers: int) -> Images:
+def _mirrored(images: Dataset[Tensor], device: torch.device, workers: int, console: Console | None) -> Images:
     if workers:
         return Mirrored(images)
-    in_memory = stack(images).to(device)
+    in_memory = stack(images, title="reading training images", console=console).to(device)
     return (torch.cat((in_memory, in_memory.flip(-1))),)
 
 
-def images_for_testing(config: Config, data: ImageData, device: torch.device, workers: int) -> Tensor:
-    """(test, 1, size, size), in memory on the device."""
-    return stack(_chosen(data.dequantised(config.seed).test, config.test, config.seed), workers).to(device)
+def images_for_testing(
+    config: Config, data: ImageData, device: torch.device, workers: int, console: Console | None = None
+) -> Tensor:
+    """(test, 1, size, size), in memory on the device; ``console`` shows the progress of reading."""
+    images = _chosen(data.dequantised(config.seed).test, config.test, config.seed)
+    return stack(images, workers, "reading test images", console).to(device)
 
 
 def _chosen(images: Dataset[Tensor], count: int, seed: int) -> Dataset[Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..results import machine_text, markdown_table
+from ..results import left_out_text, machine_text, markdown_table
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
@@ -90,7 +90,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + markdown_table(header[:3], paper_table)
         + f"\n{config.data}: {config.note}. Training images, and their mirror images: {config.base_images:,} for base models, "
         f"{config.covariance_images:,} {'others' if config.held_out else '(the same)'} for covariance networks. "
-        f"{config.test:,} test images, of which {config.bound_images:,} for the bound, with {config.samples} samples each.\n\n"
+        f"{config.test:,} test images, of which {config.bound_images:,} for the bound, with {config.samples} samples each."
+        f"{left_out_text(results)}\n\n"
         "Nats per image, mean ± standard deviation over test images; lower is better. z is the mean of the encoder. Gains are "
         "nats per pixel over the diagonal likelihood that the VAE was trained with, for AE over its diagonal network; in the "
         f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "
@@ -103,9 +104,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{config.covariance_epochs} passes over images and mirror images, codes drawn from q(z | x) to train the covariance "
         "networks of a VAE.\n\n"
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
-        f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s"
-        f"{' since it was last resumed' if results['resumed'] else ''}, scores "
-        f"{seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
+        f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
+        f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
         f"{machine_text(results)}.\n"
     )
 

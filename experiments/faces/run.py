@@ -1,6 +1,6 @@
 """Train base models and covariance networks, score them on test images, and write tables and figures."""
 
-import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import distributed
 from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
 from ..figures import loss_figure
-from ..results import STATES, device_name, environment, numbered_states, write_results
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
 from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import Networks, residual_stddev, train_all
@@ -47,31 +47,33 @@ def run(
         workers: processes that read training images during training; 0 reads all of them into memory before.
         tensorboard: write logs into a folder of that name.
     """
-    begin = time.perf_counter()
     (folder / STATES).mkdir(exist_ok=True)
     distributed.barrier()
     resumed = any((folder / STATES).iterdir())
+    stopwatch, about = Stopwatch(folder), environment()
     console.print(data.summary())
-    base_images, covariance_images = images_for_training(config, data, device, workers)
+    base_images, covariance_images = images_for_training(config, data, device, workers, console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
         log = folder / _LOGS / name if tensorboard else None
-        return {"state": next(states), "console": console, "workers": workers, "log": log}
+        on_state = partial(stopwatch.keep, "training")
+        return {"state": next(states), "console": console, "workers": workers, "log": log, "on_state": on_state}
 
     networks = train_all(config, base_images, covariance_images, device, options)
     bases, likelihoods = networks.bases, networks.likelihoods
-    trained = time.perf_counter()
+    stopwatch.keep("training")
 
     console.print("scores of test images ...")
-    test = images_for_testing(config, data, device, workers)
+    test = images_for_testing(config, data, device, workers, console)
     scores = {}
     for name, base in bases.items():
         if isinstance(base, ConvVAE):
-            scores[name] = score(config, base, base.likelihood, test)
+            scores[name] = score(config, base, base.likelihood, test, name, console)
         for covariance in config.covariances:
             if covariance.base == name:
-                scores[covariance.name] = score(config, base, likelihoods[covariance.name], test)
+                likelihood = likelihoods[covariance.name]
+                scores[covariance.name] = score(config, base, likelihood, test, covariance.name, console)
     rows = summarise(config, scores)
     parameters = {
         name: sum(parameter.numel() for parameter in likelihood.covariance.parameters())
@@ -81,19 +83,23 @@ def run(
         name: {"base_images": residual_stddev(base, base_images), "test": residual_stddev(base, (test,))}
         for name, base in bases.items()
     }
+    stopwatch.count("scores")
     results = {
         "definition": "nats is -log p(x | z), z the mean of the encoder; bound is an upper bound of -log p(x) by importance "
         "sampling: nats per image, ½ and constant included, pixels in [-1, 1], over test images; gains are nats per pixel over "
-        "the VAE's own diagonal likelihood, of an autoencoder over its diagonal network; residual_rms is that of a sample",
+        "the VAE's own diagonal likelihood, of an autoencoder over its diagonal network; residual_rms is that of a sample; "
+        "cost: images, samples of each, and seconds by the clock",
         "rows": rows,
         "sources": compare_sources(config, scores, parameters),
         "residual_rms": residual_rms,
+        "cost": {name: of_images.cost for name, of_images in scores.items()},
+        "left_out": list(data.left_out),
         "config": config.as_dict(),
-        **environment(),
+        **about,
         "device": device_name(device),
         "processes": distributed.count(),
         "resumed": resumed,
-        "seconds": {"training": round(trained - begin, 1), "scores": round(time.perf_counter() - trained, 1)},
+        "seconds": stopwatch.seconds(),
     }
     if distributed.number() == 0:
         console.print("figures ...")

@@ -75,7 +75,6 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         for name, row in results["rows"].items()
         if len(row["nll"]["by_seed"]) > 1
     )
-    part = " for the last part of an interrupted run" if results["resumed"] else ""
     return (
         f"# {config.experiment.capitalize()}: recovering a known covariance\n\n"
         + markdown_table(header, table)
@@ -96,7 +95,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + ".\n\n"
         + (f"Range of -log p(x) over the networks of a kind: {spread}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
-        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s{part} on {machine_text(results)}.\n"
+        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {machine_text(results)}.\n"
     )
 
 

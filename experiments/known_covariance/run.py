@@ -2,7 +2,8 @@
 
 import json
 import math
-import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from supn_models import CovarianceMLP
 
 from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from ..figures import loss_figure
-from ..results import RESULTS, STATES, device_name, environment, write_results
+from ..results import RESULTS, STATES, Stopwatch, device_name, environment, write_results
 from ..training import ShuffledEpochs, derived_seed, fit
 from . import figures
 from .presets import Config, Model, layout
@@ -28,9 +29,10 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
 
     Training goes on from what is in ``folder``: after `start` from the beginning, after an interruption from a recent state.
     """
-    begin = time.perf_counter()
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
+    stopwatch, about = Stopwatch(folder), environment()
+    on_state = partial(stopwatch.keep, "training")
     train, test = (examples(config, purpose, device) for purpose in ("train", "test"))
     console.print(f"{config.experiment}: {config.train} signals to train on, {config.test} to test on, on {device}")
     initial_stddev = (train.x - train.means).square().mean().sqrt().item()
@@ -41,8 +43,8 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
             name = model.network_name(seed)
             networks[name] = build(config, model, seed, initial_stddev).to(device)
             state = folder / STATES / f"{number}-{seed}.pt"
-            losses[name] = train_network(config, model, seed, networks[name], train, state, console)
-    trained = time.perf_counter()
+            losses[name] = train_network(config, model, seed, networks[name], train, state, console, on_state)
+    stopwatch.keep("training")
 
     console.print("comparing with the truth ...")
     scores = compare(config, networks, test)
@@ -52,7 +54,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
         "‖Σ̂ - Σ‖, Frobenius: means over test signals and seeds, and standard errors over test signals of the means over seeds",
         "rows": rows,
         "config": config.as_dict(),
-        **environment(),
+        **about,
         "device": device_name(device),
         "resumed": resumed,
     }
@@ -64,7 +66,9 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     first = {model.name: losses[model.network_name(0)] for model in config.models}
     loss_figure(folder / "training.png", [("nats per site", first)], smooth=per_curve)
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
-    results["seconds"] = {"training": round(trained - begin, 1), "all": round(time.perf_counter() - begin, 1)}
+    stopwatch.count("evaluation")
+    seconds = stopwatch.seconds()
+    results["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
     write_results(folder, results, markdown_report(config, results), console)
     return results
 
@@ -102,7 +106,14 @@ def build(config: Config, model: Model, seed: int, initial_stddev: float) -> Cov
 
 
 def train_network(
-    config: Config, model: Model, seed: int, network: CovarianceMLP, train: Examples, state: Path, console: Console
+    config: Config,
+    model: Model,
+    seed: int,
+    network: CovarianceMLP,
+    train: Examples,
+    state: Path,
+    console: Console,
+    on_state: Callable[[], None],
 ) -> list[float]:
     """Maximise log p(x | Σ̂(μ)), which never sees Σ; return the loss of every step in nats per site."""
     residuals = (train.x - train.means).reshape(-1, *network.grid)
@@ -124,6 +135,7 @@ def train_network(
         title=model.network_name(seed),
         console=console,
         state=state,
+        on_state=on_state,
     )
 
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from PIL import Image
 
 from .tiny_faces import arrays
 
@@ -11,3 +12,15 @@ def npz(tmp_path_factory):
     train, test = arrays()
     np.savez(path, train=train, test=test)
     return path
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """The same images, in the same order, as files in a folder of the same name, and one that is broken."""
+    folder = tmp_path_factory.mktemp("data") / "blocks"
+    for part, images in zip(("train", "test"), arrays(), strict=True):
+        (folder / part).mkdir(parents=True)
+        for number, image in enumerate(images):
+            Image.fromarray(image).save(folder / part / f"{number:02}.png")
+    (folder / "train" / "broken.png").write_bytes(b"")
+    return folder

@@ -31,8 +31,8 @@ def tiny_preset(monkeypatch):
     monkeypatch.setattr(run, "bm3d_estimates", lambda noisy, sampler: noisy)
 
 
-def denoise(npz, folder, *options):
-    return CliRunner().invoke(app, ["denoising", "--data", str(npz), "--images", "3", "--out", str(folder), *options])
+def denoise(data, folder, *options):
+    return CliRunner().invoke(app, ["denoising", "--data", str(data), "--images", "3", "--out", str(folder), *options])
 
 
 def read(folder):
@@ -40,13 +40,13 @@ def read(folder):
 
 
 @pytest.fixture
-def finished(npz, tmp_path):
-    outcome = denoise(npz, tmp_path / "finished")
+def finished(image_folder, tmp_path):
+    outcome = denoise(image_folder, tmp_path / "finished")
     assert outcome.exit_code == 0, outcome.output
     return tmp_path / "finished"
 
 
-def test_results_are_complete_and_an_interrupted_run_resumes_to_them(npz, finished, tmp_path, monkeypatch):
+def test_results_are_complete_and_an_interrupted_run_resumes_to_them(image_folder, finished, tmp_path, monkeypatch):
     assert {path.name for path in finished.iterdir()} == {
         "config.json",
         "results.json",
@@ -63,6 +63,8 @@ def test_results_are_complete_and_an_interrupted_run_resumes_to_them(npz, finish
         assert rows[DENOISER]["ratio"] == 1
         assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == 3
     assert len(results["inpainting"]) == 3
+    assert len(results["left_out"]) == 1
+    assert "Left out 1 file" in (finished / "results.md").read_text(encoding="utf-8")
     networks, _ = load_checkpoint(finished / CHECKPOINT)
     assert set(networks) == set(results["denoising"])
 
@@ -72,11 +74,11 @@ def test_results_are_complete_and_an_interrupted_run_resumes_to_them(npz, finish
         return noisy
 
     monkeypatch.setattr(run, "bm3d_estimates", interrupt)
-    outcome = denoise(npz, tmp_path / "again")
+    outcome = denoise(image_folder, tmp_path / "again")
     assert outcome.exit_code == 130
     assert "--resume" in outcome.stderr
     monkeypatch.setattr(run, "bm3d_estimates", lambda noisy, sampler: noisy)
-    outcome = denoise(npz, tmp_path / "again", "--resume")
+    outcome = denoise(image_folder, tmp_path / "again", "--resume")
     assert outcome.exit_code == 0, outcome.output
     again = read(tmp_path / "again")
     assert (again["denoising"], again["inpainting"]) == (results["denoising"], results["inpainting"])

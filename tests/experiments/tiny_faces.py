@@ -78,6 +78,6 @@ if __name__ == "__main__":
 
     PRESETS["faces"]["quick"] = PRESET
     with distributed.processes(torch.device("cpu")):
-        found = train_and_score(dtype=torch.float64)
+        found = {str(dtype): train_and_score(dtype=dtype) for dtype in (torch.float32, torch.float64)}
         if distributed.number() == 0:
             torch.save(found, sys.argv[1])
