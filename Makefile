@@ -10,8 +10,10 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
+	$(MAKE) test-gpu
 
+# One at a time: some fill a GPU's memory.
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
 
