@@ -25,7 +25,7 @@ import gmrf_kernels
 from gmrf_kernels.ops import broadcast_batch, check_device
 
 from .cholesky import StencilCholesky, negative_log_likelihood
-from .marginals import exact_is_affordable
+from .marginals import check_exact_is_affordable
 from .noise import CorrelatedNoise, IndependentNoise
 from .stencil import as_integer
 from .strips import block_coefficients, block_rows, radius, scan, strip
@@ -115,8 +115,7 @@ class ConditionalGMRF:
             ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and stencils, of the prior and of
                 correlated noise, that reach r rows.
         """
-        if not exact_is_affordable(self._factor, max(radius(self._factor.stencil), self._noise.reach)):
-            raise ValueError(f"log_evidence needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(self.event_shape)} exceeds")
+        check_exact_is_affordable("log_evidence", self._factor, max(radius(self._factor.stencil), self._noise.reach))
         with torch.no_grad():
             mean = self.mean.double()  # where the derivative by x is 0
         mean = self._values.where(self._known, mean)

@@ -175,8 +175,7 @@ class GMRF(Distribution):
         """
         sites = self._check_sites(sites)
         units = self._units(sites.reshape(-1, sites.shape[-1]))
-        columns = self._factor.solve(self._factor.solve(units), transpose=True)
-        columns = columns.expand(len(units), *self._batch_shape, *self._event_shape)
+        columns = self._covariance_times(units).expand(len(units), *self._batch_shape, *self._event_shape)
         return columns if sites.ndim > 1 else columns[0]
 
     def correlation_with(self, site: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
@@ -189,8 +188,8 @@ class GMRF(Distribution):
         ndim = len(self._event_shape)
         sites = self._check_sites(site)
         many = sites.reshape(-1, ndim)
-        columns = self.covariance_columns(many)
         units = self._units(many)
+        columns = self._covariance_times(units)
         times = units.sum(0)  # a site may be asked for twice
         exact = columns.where(units > 0, 0).sum(0) / times.clamp(min=1)
         stddev = exact.where(times > 0, self.variance.to(columns.dtype)).sqrt()
@@ -205,7 +204,7 @@ class GMRF(Distribution):
         Raises:
             ValueError: more sites.
         """
-        return self._dense("covariance_matrix", lambda columns: self._factor.solve(self._factor.solve(columns), transpose=True))
+        return self._dense("covariance_matrix", self._covariance_times)
 
     @property
     def precision_matrix(self) -> Tensor:
@@ -389,6 +388,10 @@ class GMRF(Distribution):
         sites = torch.cartesian_prod(*(torch.arange(size, device=self._factor.device) for size in self._event_shape))
         columns = operator(self._units(sites.reshape(n, -1)))
         return columns.flatten(-len(self._event_shape)).movedim(0, -1).expand(*self._batch_shape, n, n)
+
+    def _covariance_times(self, x: Tensor) -> Tensor:
+        """Σx of vectors (*sample, *batch, *grid)."""
+        return self._factor.solve(self._factor.solve(x), transpose=True)
 
     def _units(self, sites: Tensor) -> Tensor:
         """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the batch."""

@@ -62,6 +62,12 @@ def exact_is_affordable(factor: StencilCholesky, reach: int) -> bool:
     return factor.grid.numel() * window**2 <= _EXACT_OPERATIONS
 
 
+def check_exact_is_affordable(name: str, factor: StencilCholesky, reach: int) -> None:
+    """Raise ValueError for what ``name`` can only do exactly, unless `exact_is_affordable`."""
+    if not exact_is_affordable(factor, reach):
+        raise ValueError(f"{name} needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(factor.grid)} exceeds")
+
+
 def scan_covariance(factor: StencilCholesky, reach: int, read: Callable[[int, int, Tensor], Tensor]) -> list[Tensor]:
     """Visit, block by block, the covariances of all pairs of sites whose rows are at most ``reach`` apart.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gmrf_kernels.ops import accumulate_dtype
 
 from .cholesky import StencilCholesky
-from .marginals import exact_is_affordable
+from .marginals import check_exact_is_affordable
 from .stencil import as_integer
 from .strips import block_coefficients, block_rows, radius, scan, strip
 
@@ -85,8 +85,7 @@ def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) 
     _check_k(factor, k)
     if as_integer("degree", degree) < 1:
         raise ValueError(f"degree is {degree}, expected at least 1")
-    if not exact_is_affordable(factor, radius(factor.stencil)):
-        raise ValueError(f"project_on_leading needs n (r + 1)² W² ≤ 2⁴⁰, which the grid {tuple(factor.grid)} exceeds")
+    check_exact_is_affordable("project_on_leading", factor, radius(factor.stencil))
     with torch.no_grad():
         factor = factor.expand(factor.batch_shape)
         factor = StencilCholesky(factor.log_diag, factor.off_diag, factor.stencil)

@@ -81,16 +81,16 @@ class Given:
         tensors = (t.expand(self.sizes.batch, *t.shape).contiguous() for t in (self.prior.log_diag, self.prior.off_diag))
         return bg.GMRF(self.loc, bg.StencilCholesky(*tensors, self.stencil))
 
-    def large_factor(self, wider: int = 0) -> bg.StencilCholesky:
-        """A random one for one large image, of the fields' stencil or of one so much wider."""
-        grid, size = (self.sizes.large, self.sizes.large), self.stencil_size + wider
-        factor = Problem(Case(str(size), grid, batch=1, device=self.device)).factor
+    def large_factor(self, stencil_size: int) -> bg.StencilCholesky:
+        """A random one for one large image."""
+        grid = (self.sizes.large, self.sizes.large)
+        factor = Problem(Case(str(stencil_size), grid, batch=1, device=self.device)).factor
         return bg.StencilCholesky(factor.log_diag[0], factor.off_diag[0], factor.stencil)
 
     @functools.cached_property
     def large_tensors(self) -> tuple[Tensor, Tensor]:
         """``log_diag`` and ``off_diag`` of one large image, leaves of autograd."""
-        factor = self.large_factor()
+        factor = self.large_factor(self.stencil_size)
         return factor.log_diag.requires_grad_(), factor.off_diag.requires_grad_()
 
     @property
@@ -149,18 +149,13 @@ def _divergence(given: Given) -> Callable[[], Any]:
 
 
 def _divergence_large(given: Given) -> Callable[[], Any]:
-    q, p = (bg.GMRF(torch.zeros_like(L.log_diag), L) for L in map(given.large_factor, (0, -2)))
+    factors = (given.large_factor(size) for size in (given.stencil_size, given.stencil_size - 2))
+    q, p = (bg.GMRF(torch.zeros_like(factor.log_diag), factor) for factor in factors)
     return lambda: bg.kl_divergence(q, p, method="monte_carlo")
 
 
-def _energy_score(given: Given) -> Callable[[], Any]:
-    q, x = given.priors, given.residuals
-    return lambda: energy_score(q, x)
-
-
-def _variogram_score(given: Given) -> Callable[[], Any]:
-    q, x = given.priors, given.residuals
-    return lambda: variogram_score(q, x)
+def _score(given: Given, score: Callable[[bg.GMRF, Tensor], Tensor]) -> Callable[[], Any]:
+    return functools.partial(score, given.priors, given.residuals)
 
 
 def _nearest(given: Given) -> Callable[[], Any]:
@@ -179,14 +174,15 @@ def _from_samples(given: Given) -> Callable[[], Any]:
     return lambda: bg.StencilCholesky.from_samples(samples, stencil)
 
 
+def _factor_from(
+    covariance: Callable[[Tensor, Tensor], Tensor], stencil: bg.Stencil, grid: torch.Size, device: str
+) -> bg.StencilCholesky:
+    with torch.device(device):  # on which a covariance function is given its sites
+        return bg.StencilCholesky.from_covariance(covariance, stencil, grid)
+
+
 def _from_covariance(given: Given) -> Callable[[], Any]:
-    grid, stencil, device = given.loc.shape, given.stencil, given.device
-
-    def run():
-        with torch.device(device):  # on which a covariance function is given its sites
-            return bg.StencilCholesky.from_covariance(_matern, stencil, grid)
-
-    return run
+    return functools.partial(_factor_from, _matern, given.stencil, given.loc.shape, given.device)
 
 
 def _matern(a: Tensor, b: Tensor) -> Tensor:
@@ -223,9 +219,7 @@ def _posterior_correlated(given: Given) -> Callable[[], Any]:
     def covariance(a: Tensor, b: Tensor) -> Tensor:
         return _NOISE**2 * torch.exp(-(a - b).float().norm(dim=-1) / 2)
 
-    with torch.device(given.device):
-        noise = bg.StencilCholesky.from_covariance(covariance, given.stencil, given.loc.shape)
-    noise = bg.GMRF(given.loc, noise)
+    noise = bg.GMRF(given.loc, _factor_from(covariance, given.stencil, given.loc.shape, given.device))
     return lambda: _solved(priors.posterior(observation, noise=noise))
 
 
@@ -345,8 +339,8 @@ def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
             _convergence,
             iterations,
         ),
-        "energy_score": Tool("energy score", solved, _energy_score),
-        "variogram_score": Tool("variogram score", solved, _variogram_score),
+        "energy_score": Tool("energy score", solved, lambda given: _score(given, energy_score)),
+        "variogram_score": Tool("variogram score", solved, lambda given: _score(given, variogram_score)),
     }
 
 

@@ -71,9 +71,11 @@ def test_samples_have_the_covariance():
     q = bg.GMRF(torch.zeros(3, 4, dtype=torch.float64), L)
     on_gpu = bg.GMRF(q.loc.to(CUDA), bg.StencilCholesky(L.log_diag.to(CUDA), L.off_diag.to(CUDA), L.stencil))
     count = 100_000
-    for distribution, expected in ((on_gpu, q.covariance_matrix), (on_gpu.posterior(on_gpu.loc, 1.0), None)):
-        if expected is None:
-            expected = torch.linalg.inv(q.precision_matrix + torch.eye(12, dtype=torch.float64))
+    posterior_covariance = torch.linalg.inv(q.precision_matrix + torch.eye(12, dtype=torch.float64))
+    for distribution, expected in (
+        (on_gpu, q.covariance_matrix),
+        (on_gpu.posterior(on_gpu.loc, 1.0), posterior_covariance),
+    ):
         samples = distribution.sample((count,)).flatten(1).cpu()
         stddev = expected.diagonal().sqrt()
         # The error of an entry has a standard deviation of at most √(2 / count) in units of the standard deviations.

@@ -11,7 +11,6 @@ from functools import partial
 import pytest
 import torch
 from rich.console import Console
-from torch.distributions import Distribution
 from typer.testing import CliRunner
 
 import banded_gmrf as bg
@@ -242,15 +241,6 @@ def test_bfloat16_and_compilation_train(monkeypatch):
     # bfloat16 has 8 bits.
     torch.testing.assert_close(fast["covariance"], exact["covariance"], rtol=0.05, atol=0.05)
     assert not torch.equal(fast["covariance"], exact["covariance"])
-
-
-@pytest.fixture
-def keep_torch_defaults():
-    """torch.compile turns the validation of every distribution off, for good."""
-    before = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(before)
-    torch.compiler.reset()
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")

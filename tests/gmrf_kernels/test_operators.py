@@ -6,7 +6,6 @@ import shutil
 
 import pytest
 import torch
-from torch.distributions import Distribution
 
 import gmrf_kernels
 from tests.dense import exists, random_factor
@@ -330,15 +329,6 @@ def test_fake_results_have_the_layout_of_real_ones(name, dtype, stencil, device)
             assert fake.device.type == "meta"
             assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
             assert fake.stride() == real.stride() or real.numel() == 0
-
-
-@pytest.fixture
-def keep_torch_defaults():
-    """torch.compile turns the validation of every distribution off, for good."""
-    before = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(before)
-    torch.compiler.reset()
 
 
 def _everything(log_diag, off_diag, x):
