@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import gmrf_kernels
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_factor, check_vector
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
 from . import construction, estimation
 from .precisions import StencilPrecision

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 import gmrf_kernels
-from gmrf_kernels.ops import broadcast_batch, check_device
+from gmrf_kernels.checks import broadcast_batch, check_device
 
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .marginals import check_exact_is_affordable

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from gmrf_kernels.ops import accumulate_dtype, check_tensor
+from gmrf_kernels.checks import accumulate_dtype, check_tensor
 
 from .precisions import StencilPrecision
 from .stencil import Stencil, check_stencil, flat_index

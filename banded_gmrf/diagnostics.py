@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmrf_kernels.ops import check_tensor
+from gmrf_kernels.checks import check_tensor
 from gmrf_kernels.stencils import overlap
 
 from .gmrf import GMRF

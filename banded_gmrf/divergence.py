@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributions import register_kl
 
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_device, check_dtype
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_dtype
 
 from .gmrf import GMRF
 from .marginals import exact_is_affordable, scan_covariance

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import gmrf_kernels
-from gmrf_kernels.ops import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
+from gmrf_kernels.checks import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
 from .construction import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
 from .stencil import Stencil, check_stencil, flat_index

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from gmrf_kernels.ops import accumulate_dtype, broadcast_batch, check_vector
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from . import conditioning, marginals, spectra
 from .cholesky import StencilCholesky, negative_log_likelihood

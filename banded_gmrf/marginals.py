@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 import gmrf_kernels
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 
 from .cholesky import StencilCholesky
 from .strips import block_coefficients, block_rows, radius, scan, strip

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import gmrf_kernels
-from gmrf_kernels.ops import check_factor, check_tensor
+from gmrf_kernels.checks import check_factor, check_tensor
 from gmrf_kernels.stencils import overlap
 
 from .stencil import Stencil, check_stencil

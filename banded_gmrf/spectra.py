@@ -14,7 +14,7 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 
 from .cholesky import StencilCholesky
 from .marginals import check_exact_is_affordable

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 from gmrf_kernels.stencils import overlap
 
 from .cholesky import StencilCholesky

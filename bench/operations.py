@@ -15,7 +15,7 @@ from torch import Tensor
 
 import banded_gmrf as bg
 import gmrf_kernels
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 
 from .cases import Case, Problem
 

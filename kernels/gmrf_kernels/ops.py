@@ -13,15 +13,9 @@ import torch
 from torch import Tensor
 
 from .backends import backend_for
+from .checks import accumulate_dtype, check_device, check_dtype, check_factor, check_tensor, check_vector
+from .layout import Layout
 from .stencils import Offsets, unflatten
-
-_HALF = (torch.float16, torch.bfloat16)
-_DTYPES = (*_HALF, torch.float32, torch.float64)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which coefficients of ``dtype`` are computed with: float32 for float16 and bfloat16, else their own."""
-    return torch.float32 if dtype in _HALF else dtype
 
 
 @torch.library.custom_op("gmrf_kernels::matvec", mutates_args=())
@@ -196,20 +190,20 @@ def _into_axis(tensor: Tensor, in_dim: int | None, size: int, axis: int) -> Tens
 
 
 def _register_vmap(op, batch_axes: Sequence[int], factors: Sequence[int], out_axes: Sequence[int]):
-    """Mapped factors become more of the B axis; vectors mapped over one factor become more of the S axis.
+    """Where each mapped item has a factor of its own, items become more of the B axis; where all share one, more of the S axis.
 
-    ``batch_axes`` and ``out_axes`` name the B axis of each tensor that goes in and comes out; ``factors`` are the inputs with
-    no S axis, none for an operator whose results have none either.
+    ``batch_axes`` and ``out_axes`` name the B axis of each tensor that goes in and comes out. ``factors`` are the inputs that
+    are a factor's and have no S axis; for an operator without any, whose results are a factor's, each item has its own.
     """
 
     def rule(info, in_dims, *args):
-        own = not factors or any(in_dims[i] is not None for i in factors)
+        factor_each = not factors or any(in_dims[i] is not None for i in factors)
         merged = list(args)
         for i, axis in enumerate(batch_axes):
-            if own or i not in factors:
-                merged[i] = _into_axis(args[i], in_dims[i], info.batch_size, axis if own else 0)
+            if factor_each or i not in factors:
+                merged[i] = _into_axis(args[i], in_dims[i], info.batch_size, axis if factor_each else 0)
         outputs = op(*merged)
-        axes = tuple(axis if own else 0 for axis in out_axes)
+        axes = tuple(axis if factor_each else 0 for axis in out_axes)
         if isinstance(outputs, Tensor):
             return outputs.unflatten(axes[0], (info.batch_size, -1)), axes[0]
         return tuple(t.unflatten(axis, (info.batch_size, -1)) for t, axis in zip(outputs, axes, strict=True)), axes
@@ -222,110 +216,6 @@ _register_vmap(_solve, batch_axes=(0, 0, 1), factors=(0, 1), out_axes=(1,))
 _register_vmap(_outer, batch_axes=(1, 1), factors=(), out_axes=(0, 0))
 _register_vmap(_nll, batch_axes=(1, 0, 0), factors=(1, 2), out_axes=(1, 1))
 _register_vmap(_nll_factor_grad, batch_axes=(1, 1, 1, 0), factors=(), out_axes=(0, 0))
-
-
-def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, diag_name: str = "diag") -> torch.Size:
-    """Check the two tensors of a factor against each other and the stencil; return their broadcast batch shape.
-
-    Raises:
-        TypeError: not a tensor, not of a supported floating dtype, or not of one dtype.
-        ValueError: another number of offsets than the stencil's, an empty grid, or grids, batches or devices that differ.
-    """
-    for name, tensor in ((diag_name, diag), ("off_diag", off_diag)):
-        check_tensor(name, tensor)
-    if diag.ndim < ndim:
-        raise ValueError(f"{diag_name} has shape {tuple(diag.shape)}, the stencil needs a grid of {ndim} axes")
-    grid = diag.shape[diag.ndim - ndim :]
-    if 0 in grid:
-        raise ValueError(f"{diag_name} has the empty grid {tuple(grid)}, every axis needs at least one site")
-    if off_diag.ndim < ndim + 1:
-        raise ValueError(
-            f"off_diag has shape {tuple(off_diag.shape)}, expected (*batch, {num_offsets}, {', '.join(map(str, grid))})"
-        )
-    if off_diag.shape[-ndim:] != grid:
-        raise ValueError(f"off_diag has grid {tuple(off_diag.shape[-ndim:])}, {diag_name} has grid {tuple(grid)}")
-    if off_diag.shape[-ndim - 1] != num_offsets:
-        raise ValueError(f"off_diag has {off_diag.shape[-ndim - 1]} offsets, the stencil has {num_offsets}")
-    if diag_name != "diag" or diag.dtype != accumulate_dtype(off_diag.dtype):
-        check_dtype("off_diag", off_diag, diag_name, diag)
-    check_device("off_diag", off_diag, diag_name, diag)
-    return broadcast_batch("off_diag", off_diag.shape[: -ndim - 1], diag_name, diag.shape[: diag.ndim - ndim])
-
-
-def check_tensor(name: str, tensor: Tensor) -> None:
-    """Raise TypeError unless ``tensor`` is a tensor of float16, bfloat16, float32 or float64."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.dtype not in _DTYPES:
-        raise TypeError(f"{name} is {tensor.dtype}, expected float16, bfloat16, float32 or float64")
-
-
-def check_dtype(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise TypeError unless two tensors have one dtype."""
-    if tensor.dtype != other.dtype:
-        raise TypeError(f"{name} is {tensor.dtype}, {other_name} is {other.dtype}")
-
-
-def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
-    """Raise ValueError unless two tensors are on one device."""
-    if tensor.device != other.device:
-        raise ValueError(f"{name} is on {tensor.device}, {other_name} is on {other.device}")
-
-
-def broadcast_batch(name: str, batch: Sequence[int], other_name: str, other: Sequence[int]) -> torch.Size:
-    """The broadcast of two batch shapes, or a ValueError that names both arguments."""
-    if tuple(batch) == tuple(other):
-        return torch.Size(batch)  # torch.broadcast_shapes takes 20 µs
-    try:
-        return torch.broadcast_shapes(batch, other)
-    except RuntimeError:
-        raise ValueError(
-            f"{name} has batch shape {tuple(batch)}, which does not broadcast with {tuple(other)} of {other_name}"
-        ) from None
-
-
-def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: Tensor, grid: Sequence[int]) -> None:
-    """Check a vector (*sample, *batch, *grid) against the factor that it meets.
-
-    Raises:
-        TypeError: its dtype is not the factor's (float32 is accepted beside float16 and bfloat16 coefficients).
-        ValueError: its grid or its device is not the factor's.
-    """
-    check_tensor(name, vector)
-    if vector.ndim < len(grid) or vector.shape[vector.ndim - len(grid) :] != torch.Size(grid):
-        raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected (..., {', '.join(map(str, grid))})")
-    if vector.dtype != accumulate_dtype(coefficient.dtype):
-        check_dtype(name, vector, coefficient_name, coefficient)
-    check_device(name, vector, coefficient_name, coefficient)
-
-
-class _Layout:
-    """How the batch axes of vectors and factors map to the canonical (S, B, *grid) and (B, ...), and back."""
-
-    def __init__(self, name: str, vector: Tensor, factor_batch: torch.Size, grid: torch.Size):
-        batch = broadcast_batch(name, vector.shape[: vector.ndim - len(grid)], "the factor", factor_batch)
-        padded = (1,) * (len(batch) - len(factor_batch)) + tuple(factor_batch)
-        shared = [axis for axis, size in enumerate(padded) if size == 1]
-        own = [axis for axis, size in enumerate(padded) if size != 1]
-        self.batch, self.grid = batch, grid
-        self.order = (*shared, *own)
-        self.canonical = (math.prod([batch[axis] for axis in shared]), math.prod([batch[axis] for axis in own]))
-
-    def vector(self, x: Tensor) -> Tensor:
-        """(*sample, *batch, *grid) to (S, B, *grid)."""
-        expanded = x.expand(*self.batch, *self.grid)
-        grid_axes = range(len(self.batch), expanded.ndim)
-        return expanded.permute(*self.order, *grid_axes).reshape(*self.canonical, *self.grid)
-
-    def factor(self, t: Tensor, ndim: int) -> Tensor:
-        """(*batch, ...), with ``ndim`` axes after the batch, to (B, ...)."""
-        return t.reshape(self.canonical[1], *t.shape[t.ndim - ndim :])
-
-    def batched(self, t: Tensor) -> Tensor:
-        """(S, B, ...) back to the broadcast batch axes."""
-        back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        unflat = t.reshape((*(self.batch[axis] for axis in self.order), *t.shape[2:]))
-        return unflat.permute((*back, *range(len(back), unflat.ndim)))
 
 
 def _flat(offsets: Offsets) -> list[int]:
@@ -346,7 +236,7 @@ def _apply(op, name, diag, off_diag, x, offsets, ndim, transpose, log):
     check_vector(name, x, "off_diag", off_diag, grid)
     diag, off_diag = _expand_factor(diag, off_diag, ndim, batch)
     dtype = accumulate_dtype(x.dtype)
-    layout = _Layout(name, x, diag.shape[: diag.ndim - ndim], grid)
+    layout = Layout(name, x, diag.shape[: diag.ndim - ndim], grid)
     y = op(
         layout.factor(diag.to(dtype), ndim),
         layout.factor(off_diag, ndim + 1),
@@ -442,7 +332,7 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
     check_vector("residual", residual, "off_diag", off_diag, grid)
     log_diag, off_diag = _expand_factor(log_diag, off_diag, ndim, batch)
     dtype = accumulate_dtype(residual.dtype)
-    layout = _Layout("residual", residual, log_diag.shape[: log_diag.ndim - ndim], grid)
+    layout = Layout("residual", residual, log_diag.shape[: log_diag.ndim - ndim], grid)
     value, _ = _nll(
         layout.vector(residual.to(dtype)),
         layout.factor(log_diag.to(dtype), ndim),

@@ -11,7 +11,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 from gmrf_kernels.stencils import Offsets, unflatten
 from tests.cases import GRIDS, STENCILS
 from tests.dense import dense_factor, neighbours, random_factor

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 from tests.cases import STENCILS
 from tests.gmrf_kernels.operators import TOLERANCE, arguments, assert_same, call, operator
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 from tests.cases import STENCILS
 
 pytest.importorskip("triton")

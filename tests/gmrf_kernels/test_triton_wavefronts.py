@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from gmrf_kernels.ops import accumulate_dtype
+from gmrf_kernels.checks import accumulate_dtype
 from gmrf_kernels.stencils import wavefront_slopes
 from tests.cases import STENCILS
 
