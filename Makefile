@@ -2,20 +2,35 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu clean
+.PHONY: demo test test-gpu test-wheel clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments demo
 
+# The tests that most machines can run come last: their count is the last line.
 test: $(VENV)/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	@if [ "$$($(BIN)/python -c 'import torch; print(torch.cuda.is_available())')" = False ]; then \
+		echo "No GPU that torch can use: the tests that need one are left out"; \
+	else $(MAKE) test-gpu; fi
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu" --numprocesses auto --maxprocesses 8 --dist worksteal
-	$(MAKE) test-gpu
 
 # One at a time: some fill a GPU's memory.
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
+
+# The README's code with the wheel and all that it asks for, installed afresh and outside of the checkout. Needs the network.
+test-wheel: $(VENV)/ready
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m tests.readme > dist/first_steps.py
+	@set -ex; there=$$(mktemp -d); trap "rm -rf $$there" EXIT; \
+	$(PYTHON) -m venv $$there; \
+	$$there/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl; \
+	cp dist/first_steps.py $$there; cd $$there; \
+	bin/python -m pip list --disable-pip-version-check; \
+	bin/python -I first_steps.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -23,4 +38,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) dist
