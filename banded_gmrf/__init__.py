@@ -10,6 +10,8 @@ from .gmrf import GMRF
 from .precisions import StencilPrecision, car_precision, matern_precision, thin_plate_precision
 from .stencil import Stencil
 
+__version__ = "0.1.0"
+
 __all__ = [
     "GMRF",
     "ConditionalGMRF",
