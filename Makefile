@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-wheel clean
+.PHONY: demo test test-gpu test-wheel emulate clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments demo
@@ -31,6 +31,14 @@ test-wheel: $(VENV)/ready
 	cp dist/first_steps.py $$there; cd $$there; \
 	bin/python -m pip list --disable-pip-version-check; \
 	bin/python -I first_steps.py
+
+# Where there is no GPU: the PTX of the kernels, run by the emulator in the folder PTXEMU; its cases first, then the GPU tests.
+PTXEMU ?= ../shared/tools/ptxemu
+CASES ?= quick
+emulate: $(VENV)/ready
+	@if [ ! -e $(PTXEMU)/cases.py ]; then echo "emulate: skipped, no emulator in PTXEMU=$(PTXEMU)"; else \
+	$(BIN)/python $(PTXEMU)/cases.py $(CASES) && \
+	PTXEMU=$(abspath $(PTXEMU)) OMP_NUM_THREADS=1 $(BIN)/python -B -m pytest -m gpu; fi
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,6 +2,8 @@ import pytest
 import torch
 from torch.distributions import Distribution
 
+from tests import emulation
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -19,5 +21,17 @@ def keep_torch_defaults():
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("needs a GPU that torch can use (CUDA or ROCm)")
+    if marks := list(item.iter_markers("gpu")):
+        needs = next((mark.args[0] for mark in marks if mark.args), None)
+        if reason := emulation.why_not(needs):
+            pytest.skip(reason)
+
+
+@pytest.fixture(autouse=True)
+def emulate(request):
+    """GPU tests run in the emulator where PTXEMU says so."""
+    if emulation.EMULATOR and request.node.get_closest_marker("gpu"):
+        with emulation.emulated():
+            yield
+    else:
+        yield

@@ -4,18 +4,16 @@ import pytest
 import torch
 
 import gmrf_kernels
+from tests import emulation
 
 # Each backend, and the device of the tensors that it is tested on: a new one inherits the suite by a line here. In a process
 # whose Triton interprets its kernels there is nothing else to test.
-if os.environ.get("TRITON_INTERPRET") == "1":
-    BACKENDS = {"triton": "cpu"}
-else:
-    BACKENDS = {"reference": "cpu", "cpu": "cpu", "triton": "cuda"}
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKENDS = {"triton": "cpu"} if INTERPRETED else {"reference": "cpu", "cpu": "cpu", "triton": emulation.DEVICE}
+ON_GPU = set() if INTERPRETED else {"triton"}
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=pytest.mark.gpu if device == "cuda" else ()) for name, device in BACKENDS.items()]
-)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gpu if name in ON_GPU else ()) for name in BACKENDS])
 def backend(request):
     """The name of the backend that runs every operation of the test."""
     with gmrf_kernels.use_backend(request.param):

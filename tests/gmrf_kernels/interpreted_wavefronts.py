@@ -1,12 +1,16 @@
 """Triangular solves in Triton's interpreter; `test_triton_interpreter` runs this file in a process of its own."""
 
 import dataclasses
+import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from gmrf_kernels.triton_kernels import schedule
+from gmrf_kernels.triton_kernels.geometry import grid3, offsets3
+from gmrf_kernels.triton_kernels.wavefronts import plan
 from tests.cases import STENCILS
 from tests.gmrf_kernels.operators import (
     OFFSETS,
@@ -22,7 +26,10 @@ from tests.gmrf_kernels.operators import (
 )
 
 NAMES = ["solve", "solve transposed"]
-ALL = {**OFFSETS, **{name: STENCILS[name].offsets for name in ("next row only", "cross")}, "far rows": ((1, 5), (3, -1))}
+SOLVE = sys.modules["gmrf_kernels.triton_kernels.solve"]
+# The youngest block that a band reads is older than a step.
+FAR_ROWS = {"far rows": ((1, 5), (3, -1)), "gap row": ((0, 1), (2, 0)), "two rows down": ((2, 0), (2, 1))}
+ALL = {**OFFSETS, **{name: STENCILS[name].offsets for name in ("next row only", "cross")}, **FAR_ROWS}
 
 pytestmark = pytest.mark.usefixtures("backend", "poisoned_memory")
 
@@ -93,6 +100,8 @@ def test_several_items_in_a_program(name, monkeypatch):
         ("5x5", (4, 4), 3),
         ("skewed", (5, 7), 2),
         ("far rows", (5, 3), 1),
+        ("gap row", (4, 6), 2),
+        ("two rows down", (5, 6), 2),
         ("volume", (3, 3, 2), 2),
     ],
 )
@@ -100,7 +109,54 @@ def test_bands(name, stencil, grid, band, monkeypatch):
     """Programs run one after the other here, as the order of their tickets allows."""
     expected = call(name, args := arguments(name, ALL[stencil], grid, samples=1, batch=2))
     change(monkeypatch, band=band, row_lanes=band, items=2, steps_per_flag=3)
-    assert_same(call(name, args), expected)
+    with monkeypatch.context() as patched:
+        read = watch_bands(patched)
+        results = call(name, args)
+    assert_same(results, expected)
+    assert_waited_for(read, results[0], ALL[stencil], grid, transpose="transposed" in name)
+
+
+def watch_bands(patched):
+    """Let each band see no more than what it has waited for; returns a list, to be filled with (addresses of blocks that a
+    band reads of others, the step before which all that it has waited for is done)."""
+    read, done = [], [-math.inf]
+    bands_read, load = SOLVE._bands_read, SOLVE._load
+
+    def begin(*args):
+        done[0] = -math.inf
+        return bands_read(*args)
+
+    def wait(seen, needed, *_):
+        if not seen < needed:
+            return seen
+        done[0] = getattr(needed, "handle", SimpleNamespace(data=needed)).data
+        return needed
+
+    def record(pointers, *args):
+        *_, shared = args
+        if shared:
+            lanes = args[3].handle.data
+            read.append((pointers.handle.data[lanes], done[0]))
+        return load(pointers, *args)
+
+    for function in (begin, wait, record):
+        place = {"begin": "_bands_read", "wait": "_wait", "record": "_load"}[function.__name__]
+        patched.setattr(SOLVE, place, function)
+    return read
+
+
+def assert_waited_for(read, x, offsets, grid, transpose):
+    """Each block that was read had been solved in a step that its reader had waited for."""
+    depth, height, width = grid3(grid)
+    sites = schedule.wavefronts(offsets3(offsets), (depth, height, width), 2, x.dtype).sites
+    slopes = plan(offsets3(offsets), sites, one_plane=True).slopes
+    for addresses, done in read:
+        first = (addresses.astype(int) - x.data_ptr()) // x.itemsize % (depth * height * width)
+        plane, row, block = first // width // height, first // width % height, first % width // sites
+        if transpose:
+            plane, row, block = depth - 1 - plane, height - 1 - row, -(-width // sites) - 1 - block
+        assert (slopes[0] * plane + slopes[1] * row + block < done).all()
+    assert sum(len(addresses) for addresses, _ in read) > 0 or height == 1
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,8 +170,7 @@ def test_blocks_of_other_sizes(name, sites, monkeypatch):
 def test_offsets_inside_a_grid_in_64_bits(name, monkeypatch):
     args = arguments(name, OFFSETS["volume"], (2, 2, 5))
     expected = call(name, args)
-    module = sys.modules["gmrf_kernels.triton_kernels.solve"]
-    monkeypatch.setattr(module, "spans_32_bits", lambda *tensors, ndim: True)
+    monkeypatch.setattr(SOLVE, "spans_32_bits", lambda *tensors, ndim: True)
     assert_same(call(name, args), expected)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 import gmrf_kernels
+from tests.emulation import DEVICE as CUDA
+from tests.emulation import EMULATOR, sized
 from tests.gmrf_kernels.operators import (
     OFFSETS,
     OPERATORS,
@@ -22,15 +24,18 @@ from tests.gmrf_kernels.operators import (
 
 pytestmark = pytest.mark.gpu
 
-CUDA = "cuda"
-
 # Many tiles and many wavefronts, and sizes that nothing divides.
-LARGE = (201, 203)
+LARGE = sized((201, 203), (9, 35))
+EVEN = sized((64, 128), (6, 128))
+MILLION = sized((1024, 1024), (32, 32))
 
 
 @pytest.fixture
 def room():
     """A function that skips the test unless so many bytes of the GPU are free."""
+    if EMULATOR:
+        yield lambda size: None
+        return
     torch.cuda.empty_cache()
 
     def require(size):
@@ -51,13 +56,13 @@ def large(name, dtype=torch.float32, samples=3, batch=5):
 def test_the_same_bits_on_every_run(name, dtype):
     args = large(name, dtype)
     expected = call(name, args)
-    for _ in range(10):
+    for _ in range(sized(10, 2)):
         assert_same(call(name, args), expected)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
 @pytest.mark.parametrize("layout", [strided, sliced])
-@pytest.mark.parametrize(("dtype", "grid"), [(torch.float32, (64, 128)), (torch.bfloat16, (64, 128)), (torch.float32, LARGE)])
+@pytest.mark.parametrize(("dtype", "grid"), [(torch.float32, EVEN), (torch.bfloat16, EVEN), (torch.float32, LARGE)])
 def test_the_same_bits_for_all_strides(name, layout, dtype, grid):
     """Rows of 128 sites are loaded in vectors where they are contiguous."""
     args = arguments(name, OFFSETS["5x5"], grid, 3, 4, dtype, CUDA)
@@ -75,7 +80,7 @@ def test_many_tiles_equal_the_reference(name):
 
 
 def test_the_likelihood_of_a_million_sites_in_float32():
-    args = arguments("nll", OFFSETS["5x5"], (1024, 1024), 1, 1, torch.float32, CUDA, nan_outside=False)
+    args = arguments("nll", OFFSETS["5x5"], MILLION, 1, 1, torch.float32, CUDA, nan_outside=False)
     value, _ = call("nll", args)
     exact, _ = call("nll", [t.double() if isinstance(t, torch.Tensor) else t for t in args])
     torch.testing.assert_close(value.double(), exact, rtol=TOLERANCE[torch.float32], atol=0)
@@ -109,8 +114,8 @@ def last_image(args):
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_batch_of_more_than_two_billion_coefficients(name, room):
     room(16 * 2**30)
-    batch, grid, offsets = 175, (1024, 1024), OFFSETS["5x5"]
-    assert batch * len(offsets) * 1024**2 > 2**31
+    batch, grid, offsets = sized(175, 3), sized((1024, 1024), (16, 32)), OFFSETS["5x5"]
+    assert EMULATOR or batch * len(offsets) * 1024**2 > 2**31
     args = random_on_gpu(name, offsets, grid, batch, torch.bfloat16)
     actual = call(name, args)
     alone = call(name, last_image(args))
@@ -122,8 +127,8 @@ def test_a_batch_of_more_than_two_billion_coefficients(name, room):
 def test_an_image_of_more_than_two_billion_coefficients(name, room):
     """Against the reference, which takes the offsets one by one."""
     room(24 * 2**30)
-    grid, offsets = (2**14, 2**14 + 8), OFFSETS["5x5"]
-    assert len(offsets) * grid[0] * grid[1] > 2**31
+    grid, offsets = sized((2**14, 2**14 + 8), (16, 24)), OFFSETS["5x5"]
+    assert EMULATOR or len(offsets) * grid[0] * grid[1] > 2**31
     args = random_on_gpu(name, offsets, grid, 1, torch.bfloat16)
     actual = call(name, args)
     with gmrf_kernels.use_backend("reference"):
@@ -137,7 +142,7 @@ def test_an_image_of_more_than_two_billion_coefficients(name, room):
 
 def with_rows_far_apart(t):
     """The same values, 2³⁰ - 8 elements from one row of the grid to the next."""
-    stride = 2**30 - 8
+    stride = sized(2**30, 2**10) - 8
     *batch, height, width = t.shape
     row = t.new_empty(*batch, width)
     memory = t.new_empty((height - 1) * stride + row.numel())
@@ -161,6 +166,7 @@ def test_offsets_inside_a_grid_beyond_32_bits(name, room):
 # --- streams, graphs, memory ---
 
 
+@pytest.mark.gpu("streams")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_the_current_stream(name):
     args, later = large(name), large(name)
@@ -177,6 +183,7 @@ def test_the_current_stream(name):
 
 
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
+@pytest.mark.gpu("streams")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_no_call_waits_for_the_gpu(name):
     args = large(name)
@@ -188,6 +195,7 @@ def test_no_call_waits_for_the_gpu(name):
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.gpu("second device")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_tensors_on_another_device_than_the_current(name):
@@ -197,6 +205,7 @@ def test_tensors_on_another_device_than_the_current(name):
         assert_close(actual, expected)
 
 
+@pytest.mark.gpu("CUDA graphs")
 @pytest.mark.parametrize("name", OPERATORS)
 def test_a_cuda_graph(name):
     args = large(name)
@@ -211,6 +220,7 @@ def test_a_cuda_graph(name):
         assert_same(results, call(name, args))
 
 
+@pytest.mark.gpu("memory of its own")
 def test_a_slice_of_a_network_is_not_copied(room):
     """The likelihood and its gradients of bfloat16 channels allocate the gradients, vectors, and little else."""
     room(4 * 2**30)

@@ -18,7 +18,13 @@ from gmrf_kernels.triton_kernels.wavefronts import plan
 from tests.gmrf_kernels.triton_compilation import TARGETS, compile_launches
 
 SEVEN = tuple((i, j) for i in range(4) for j in range(-3, 4) if (i, j) > (0, 0))
-ALL = {**{name: stencil.offsets for name, stencil in STENCILS.items()}, "7x7": SEVEN, "far rows": ((1, 5), (3, -1))}
+ALL = {
+    **{name: stencil.offsets for name, stencil in STENCILS.items()},
+    "7x7": SEVEN,
+    "far rows": ((1, 5), (3, -1)),
+    "gap row": ((0, 1), (2, 0)),
+    "two rows down": ((2, 0), (2, 1)),
+}
 
 
 # --- the plan ---
@@ -65,6 +71,29 @@ def test_each_term_is_unrolled_once(stencil, sites, full, transpose):
     terms = [(site, tiles[tile][2]) for site, tile, *_ in (*known, *new)]
     assert sorted(terms) == [(site, k) for site in range(sites) for k in range(len(offsets))]
     assert all(0 <= value < sites * order.blocks_kept for *_, value, _ in known)
+
+
+@pytest.mark.parametrize("stencil", ALL)
+@pytest.mark.parametrize("sites", [1, 2, 4, 8])
+@pytest.mark.parametrize("rows", [1, 2, 3, 32])
+def test_what_a_band_reads_is_older_than_what_it_has_waited_for(stencil, sites, rows):
+    """In step t a band loads for step t + 1, and has waited until all before t + 2 - YOUNGEST is done."""
+    offsets = offsets3(ALL[stencil])
+    order = plan(offsets, sites, one_plane=True)
+    constants = sys.modules["gmrf_kernels.triton_kernels.solve"]._constants(offsets, sites, True, rows, False)
+    bands = {planes: (most, count) for planes, _, most, _, count in constants["BANDS_BEFORE"]}
+    for window in order.windows[1:]:
+        assert window.youngest >= constants["YOUNGEST"] >= 1
+        # Before its own first step a band takes what lies ahead of its first block.
+        assert constants["LEAD"] >= -window.blocks
+        most, count = bands[window.planes]
+        for own in range(3 * rows, 4 * rows):
+            band = (own - window.rows) // rows
+            # Rows of the own band are the program's own.
+            assert band in range((3 * rows - most) // rows, (3 * rows - most) // rows + count) or (band, window.planes) == (
+                3,
+                0,
+            )
 
 
 # --- the machine code ---
@@ -119,8 +148,12 @@ def test_one_wavefront_hands_over_to_the_next_in_registers(transpose, target):
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90"])
 def test_bands_publish_by_release_and_wait_by_acquire(target):
+    """All that orders programs, in its order: the ticket; the flags of others, and what they wrote, past the L1 cache, a block
+    from each of three rows; the own flag, behind what all lanes have written. Triton passes the results of atomics on to
+    all lanes through shared memory, with a barrier before and one behind.
+    """
     assembly = machine("7x7 in bands", True, target).assembly
-    assert len(re.findall(r"atom\S*\.acquire\.gpu|atom\.global\.gpu\.acquire", assembly)) == 1
-    assert len(re.findall(r"atom\S*\.release\.gpu|atom\.global\.gpu\.release", assembly)) == 2
-    # What other programs have written is read past the L1 cache: a block from each of three rows.
-    assert re.findall(r"ld\.global\.cg\S*", assembly) == ["ld.global.cg.v4.b32"] * 3
+    orders = re.findall(r"bar\.sync|(?<=atom\.global\.gpu\.)\w+|ld\.global\.cg\S*", assembly)
+    ticket, wait = ["relaxed", "bar.sync"], ["bar.sync", "acquire", "bar.sync", "bar.sync"]
+    publish = ["bar.sync", "release"]
+    assert orders == [*ticket, *wait, *["ld.global.cg.v4.b32"] * 3, *publish, *publish]

@@ -285,7 +285,8 @@ def _solve(
         progress = counter_ptr + 1 + group * (D * bands_per_plane)
         bands_read = _bands_read(first_plane, first_row, bands_per_plane, BANDS_BEFORE, BAND, BANDS_READ)
         read_begins = bands_read // bands_per_plane * PLANE_SLOPE + bands_read % bands_per_plane * (BAND * ROW_SLOPE)
-        seen = begin - 1
+        # No band has been seen yet: the first step waits for what it reads.
+        seen = begin - YOUNGEST
 
     # The first step solves nothing, it only loads for the next.
     kept = _filled(0.0, dtype, KEPT, LANES)
