@@ -79,6 +79,10 @@ def test_the_description_is_the_readmes_and_stands_alone():
         assert block in README.read_text(), block
 
 
+def test_the_citation_names_this_version():
+    assert f"\nversion: {banded_gmrf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def test_every_import_is_declared():
     for package, parent in PACKAGES.items():
         for path in (parent / package).rglob("*.py"):
