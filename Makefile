@@ -45,5 +45,6 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[dev]
 	touch $@
 
+# With an old build/, the next `pip install .` would also install modules that have gone since.
 clean:
-	rm -rf $(VENV) dist
+	rm -rf $(VENV) build dist
