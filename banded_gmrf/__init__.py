@@ -1,13 +1,27 @@
-"""Gaussian Markov random fields on grids, with precision Λ = L Lᵀ and L a sparse, stencil-shaped Cholesky factor."""
+"""Gaussian Markov random fields on grids, with precision Λ = L Lᵀ and L a sparse, stencil-shaped Cholesky factor.
+
+Where things are; every file imports only what stands above it:
+
+    stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
+    precision_matrix, precisions/     sparse precisions Λ, and the classical fields defined by one, a file each
+    recursions/                       dense recursions over rows of the grid, on raw coefficients
+    construction/                     how a factor is *built*: from covariances, samples, precisions, other factors
+    cholesky                          `StencilCholesky`, the factor
+    analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
+    inference/                        what is *inferred*: posteriors, one observation model per class, solvers
+    gmrf, pyro                        `GMRF`, the distribution, and the same for Pyro
+    diagnostics/                      how well a model fits data
+"""
 
 from gmrf_kernels import use_backend
 
-from . import diagnostics
+from . import diagnostics, precisions
+from .analysis.divergence import kl_divergence
 from .cholesky import StencilCholesky, negative_log_likelihood
-from .conditioning import ConditionalGMRF
-from .divergence import kl_divergence
 from .gmrf import GMRF
-from .precisions import StencilPrecision, car_precision, matern_precision, thin_plate_precision
+from .inference.posterior import ConditionalGMRF
+from .precision_matrix import StencilPrecision
+from .precisions import car_precision, matern_precision, thin_plate_precision
 from .stencil import Stencil
 
 __version__ = "0.1.0"
@@ -23,6 +37,7 @@ __all__ = [
     "kl_divergence",
     "matern_precision",
     "negative_log_likelihood",
+    "precisions",
     "thin_plate_precision",
     "use_backend",
 ]

@@ -1,4 +1,4 @@
-"""The sparse Cholesky factor of a precision matrix, and the fused likelihood on its tensors."""
+"""`StencilCholesky`, the sparse Cholesky factor of a precision matrix, and the fused likelihood on its tensors."""
 
 from collections.abc import Iterable, Sequence
 
@@ -8,12 +8,18 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
-from . import construction, estimation
-from .precisions import StencilPrecision
+from .batched import Batched, register_pytree
+from .coefficients import Coefficients
+from .construction.covariance import CovarianceFunction, factor_of_covariance
+from .construction.nearest import nearest_factor
+from .construction.precision import factor_of_precision
+from .construction.samples import factor_of_samples
+from .precision_matrix import StencilPrecision
 from .stencil import Stencil, check_stencil
 
 
-class StencilCholesky:
+@register_pytree("banded_gmrf.StencilCholesky", Stencil.to_json, Stencil.from_json)
+class StencilCholesky(Batched):
     """Lower-triangular factor L of a precision Λ = L Lᵀ whose columns have the shape of a stencil.
 
     Column j holds ``exp(log_diag[j])`` on the diagonal and ``off_diag[k, j]`` at row ``j + offsets[k]``. Entries whose row lies
@@ -25,7 +31,8 @@ class StencilCholesky:
             tensors are broadcast.
         stencil: the stencil, with as many axes as the grid.
 
-    float16 and bfloat16 coefficients are computed with in float32.
+    float16 and bfloat16 coefficients are computed with in float32. `to`, `detach` and indexing, of the batch axes alone, are
+    those of tensors, and a factor is a pytree node of two tensors.
 
     Raises:
         TypeError: not floating-point tensors of one dtype.
@@ -35,7 +42,6 @@ class StencilCholesky:
     def __init__(self, log_diag: Tensor, off_diag: Tensor, stencil: Stencil):
         check_stencil(stencil)
         self._batch_shape = check_factor(log_diag, off_diag, len(stencil), stencil.ndim, "log_diag")
-        self._grid = log_diag.shape[log_diag.ndim - stencil.ndim :]
         # Kept as given: the backward pass of an expanded coefficient would write a gradient for every repetition.
         self._log_diag = log_diag
         self._off_diag = off_diag
@@ -43,7 +49,7 @@ class StencilCholesky:
 
     @classmethod
     def from_covariance(
-        cls, covariance: Tensor | construction.CovarianceFunction, stencil: Stencil, grid: Sequence[int]
+        cls, covariance: Tensor | CovarianceFunction, stencil: Stencil, grid: Sequence[int]
     ) -> "StencilCholesky":
         """The factor with a given stencil whose distribution N(0, (L Lᵀ)⁻¹) is nearest to N(0, Σ).
 
@@ -67,7 +73,7 @@ class StencilCholesky:
             TypeError: ``covariance`` is neither a floating-point tensor nor a function that returns one.
             ValueError: shapes that do not fit, or covariances of a site and its neighbours that are not positive definite.
         """
-        return cls(*construction.factor_of_covariance(covariance, stencil, grid), stencil)
+        return cls(*factor_of_covariance(covariance, stencil, grid), stencil)
 
     @classmethod
     def from_samples(
@@ -106,7 +112,7 @@ class StencilCholesky:
                 coefficients, its variance, and its mean unless ``loc`` is given (with ``stationary`` every place where the
                 neighbours exist counts); samples whose covariance is not positive definite.
         """
-        return cls(*estimation.factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
+        return cls(*factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
     @classmethod
     def from_precision(cls, precision: StencilPrecision, stencil: Stencil | None = None) -> "StencilCholesky":
@@ -127,28 +133,35 @@ class StencilCholesky:
             TypeError: ``precision`` is not a `StencilPrecision`, or ``stencil`` not a `Stencil`.
             ValueError: Λ is not positive definite, or ``stencil`` has another number of axes.
         """
-        exact = cls(*construction.factor_of_precision(precision))
+        exact = cls(*factor_of_precision(precision))
         return exact if stencil is None else exact.nearest(stencil)
+
+    @property
+    def coefficients(self) -> Coefficients:
+        """``log_diag``, ``off_diag`` and stencil as they are stored, before any broadcast or expansion of their batch axes."""
+        return Coefficients(self._log_diag, self._off_diag, self.stencil)
 
     @property
     def log_diag(self) -> Tensor:
         """Log-diagonal of L, (*batch, *grid), expanded to ``batch_shape`` without a copy."""
-        return self._log_diag.expand(*self._batch_shape, *self._grid)
+        return self._log_diag.expand(*self.batch_shape, *self.grid)
 
     @property
     def off_diag(self) -> Tensor:
         """Off-diagonals of L, (*batch, K-1, *grid), expanded to ``batch_shape`` without a copy."""
-        return self._off_diag.expand(*self._batch_shape, len(self.stencil), *self._grid)
+        return self._off_diag.expand(*self.batch_shape, len(self.stencil), *self.grid)
 
     @property
     def batch_shape(self) -> torch.Size:
         """The broadcast of the two tensors' batch axes, or what `expand` made of it."""
+        if self._batch_shape is None:
+            self._batch_shape = self._stored_batch_shape()
         return self._batch_shape
 
     @property
     def grid(self) -> torch.Size:
         """Numbers of sites along each axis."""
-        return self._grid
+        return self._log_diag.shape[self._log_diag.ndim - self.stencil.ndim :]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -163,7 +176,7 @@ class StencilCholesky:
     @property
     def diag(self) -> Tensor:
         """The diagonal of L, exp(log_diag): (*batch, *grid), in float32 for float16 and bfloat16 coefficients."""
-        return self._log_diag.to(accumulate_dtype(self.dtype)).exp().expand(*self._batch_shape, *self._grid)
+        return self._log_diag.to(accumulate_dtype(self.dtype)).exp().expand(*self.batch_shape, *self.grid)
 
     def matvec(self, x: Tensor, transpose: bool = False) -> Tensor:
         """L x, or Lᵀx with ``transpose``: (*sample, *batch, *grid), ``x`` broadcast against the batch as torch does.
@@ -188,12 +201,12 @@ class StencilCholesky:
             TypeError: ``stencil`` is not a `Stencil`.
             ValueError: ``stencil`` has another number of axes.
         """
-        return StencilCholesky(*construction.nearest_factor(self, stencil), stencil).expand(self._batch_shape)
+        return StencilCholesky(*nearest_factor(self, stencil), stencil).expand(self.batch_shape)
 
     def logdet(self) -> Tensor:
         """log |L| = ½ log |Λ| in nats: (*batch,), in float32 for float16 and bfloat16 coefficients."""
         logdet = self._log_diag.to(accumulate_dtype(self.dtype)).flatten(-self.stencil.ndim).sum(-1)
-        return logdet.expand(self._batch_shape)
+        return logdet.expand(self.batch_shape)
 
     def expand(self, batch_shape: Sequence[int]) -> "StencilCholesky":
         """The factor repeated over a larger batch; neither it nor its gradient is copied.
@@ -203,19 +216,21 @@ class StencilCholesky:
         """
         batch_shape = torch.Size(batch_shape)
         try:
-            expands = torch.broadcast_shapes(batch_shape, self._batch_shape) == batch_shape
+            expands = torch.broadcast_shapes(batch_shape, self.batch_shape) == batch_shape
         except RuntimeError:
             expands = False
         if not expands:
-            raise ValueError(f"batch_shape is {tuple(batch_shape)}, expected an expansion of {tuple(self._batch_shape)}")
-        new = StencilCholesky(self._log_diag, self._off_diag, self.stencil)
-        new._batch_shape = batch_shape
-        return new
+            raise ValueError(f"batch_shape is {tuple(batch_shape)}, expected an expansion of {tuple(self.batch_shape)}")
+        return self._from_parts(self.stencil, [self._log_diag, self._off_diag], batch_shape)
+
+    def unexpanded(self) -> "StencilCholesky":
+        """The factor without what `expand` repeated: its batch is that of the two tensors."""
+        return self._from_parts(self.stencil, [self._log_diag, self._off_diag])
 
     def to_dense(self) -> Tensor:
         """L as a dense matrix: (*batch, n, n), sites in raster order. Meant for small grids: n² entries."""
-        n = self._grid.numel()
-        k, row, column = self.stencil.entries(self._grid, self.device)
+        n = self.grid.numel()
+        k, row, column = self.stencil.entries(self.grid, self.device)
         diag = torch.diag_embed(self.diag.flatten(-self.stencil.ndim)).flatten(-2)
         below = self.off_diag.flatten(-self.stencil.ndim)[..., k, column].to(diag.dtype)
         return diag.index_copy(-1, row * n + column, below).unflatten(-1, (n, n))
@@ -228,28 +243,54 @@ class StencilCholesky:
         """
         import scipy.sparse
 
-        if self._batch_shape:
-            raise ValueError(f"to_scipy takes a factor without batch axes, got batch shape {tuple(self._batch_shape)}")
-        n = self._grid.numel()
-        k, row, column = self.stencil.entries(self._grid)
+        if self.batch_shape:
+            raise ValueError(f"to_scipy takes a factor without batch axes, got batch shape {tuple(self.batch_shape)}")
+        n = self.grid.numel()
+        k, row, column = self.stencil.entries(self.grid)
         diag = self.diag.detach().cpu().flatten()
         below = self.off_diag.detach().cpu().flatten(1)[k, column].to(diag.dtype)
         sites = torch.arange(n)
         entries = (torch.cat([diag, below]), (torch.cat([sites, row]), torch.cat([sites, column])))
         return scipy.sparse.csr_array(entries, shape=(n, n))
 
+    def _stored_batch_shape(self) -> torch.Size:
+        ndim = self.stencil.ndim
+        own, below = (t.shape[: t.ndim - axes] for t, axes in ((self._log_diag, ndim), (self._off_diag, ndim + 1)))
+        return broadcast_batch("off_diag", below, "log_diag", own)
+
+    def _parts(self) -> dict[str, tuple[Tensor, int]]:
+        return {"log_diag": (self._log_diag, self.stencil.ndim), "off_diag": (self._off_diag, self.stencil.ndim + 1)}
+
+    def _static(self) -> Stencil:
+        return self.stencil
+
+    @classmethod
+    def _from_parts(cls, static, parts, batch_shape=None) -> "StencilCholesky":
+        new = cls.__new__(cls)
+        new._log_diag, new._off_diag = parts
+        new.stencil, new._batch_shape = static, batch_shape
+        return new
+
     def _apply(self, operation, name: str, vector: Tensor, transpose: bool) -> Tensor:
-        check_vector(name, vector, "the factor", self._off_diag, self._grid)
-        vector_batch = vector.shape[: vector.ndim - len(self._grid)]
-        batch = broadcast_batch(name, vector_batch, "the factor", self._batch_shape)
-        vector = vector.expand(*batch, *self._grid)
+        check_vector(name, vector, "the factor", self._off_diag, self.grid)
+        vector_batch = vector.shape[: vector.ndim - len(self.grid)]
+        batch = broadcast_batch(name, vector_batch, "the factor", self.batch_shape)
+        vector = vector.expand(*batch, *self.grid)
         return operation(self._log_diag, self._off_diag, vector, self.stencil.offsets, self.stencil.ndim, transpose, log=True)
 
     def __repr__(self) -> str:
         return (
-            f"StencilCholesky(batch_shape={tuple(self._batch_shape)}, grid={tuple(self._grid)}, "
+            f"StencilCholesky(batch_shape={tuple(self.batch_shape)}, grid={tuple(self.grid)}, "
             f"offsets={len(self.stencil)}, dtype={self.dtype}, device={self.device})"
         )
+
+
+def squares_matvec(factor: StencilCholesky, x: Tensor) -> Tensor:
+    """The product of the matrix of all squares L²[i, j] with x (*sample, *batch, *grid); for x = 1, the diagonal of Λ."""
+    diag, (_, off_diag, stencil) = factor.diag, factor.coefficients
+    exists = stencil.mask(factor.grid, device=factor.device)
+    squares = off_diag.to(diag.dtype).where(exists, 0).square()  # NaN that is merely ignored has a NaN derivative
+    return gmrf_kernels.matvec(diag.square(), squares, x, stencil.offsets, stencil.ndim)
 
 
 def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor, stencil: Stencil) -> Tensor:

@@ -1,4 +1,4 @@
-"""The Gaussian Markov random field as a torch distribution."""
+"""`GMRF`, the Gaussian Markov random field as a torch distribution."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -9,45 +9,21 @@ from torch.distributions import Distribution, constraints
 
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
-from . import conditioning, marginals, spectra
+from .analysis import marginals, spectra
+from .analysis.marginals import VarianceEstimate
+from .analysis.spectra import Eigenpairs
+from .batched import Batched, register_pytree
 from .cholesky import StencilCholesky, negative_log_likelihood
-from .conditioning import ConditionalGMRF
-from .marginals import VarianceEstimate
-from .spectra import Eigenpairs
+from .inference import conditioning
+from .inference.posterior import ConditionalGMRF
 from .stencil import Stencil
+from .validation import Finite, FiniteWhereItExists, as_sites
 
 _MAX_DENSE_SITES = 2**13
 
 
-class _Finite(constraints.Constraint):
-    """Tensors (*batch, *grid) without NaN or infinity."""
-
-    def __init__(self, event_dim: int):
-        self.event_dim = event_dim
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        return value.isfinite().flatten(-self.event_dim).all(-1)
-
-
-class _FiniteWhereItExists(constraints.Constraint):
-    """Off-diagonals (*batch, K-1, *grid) whose existing entries are finite; the others are ignored."""
-
-    def __init__(self, stencil: Stencil):
-        self._stencil = stencil
-        self.event_dim = stencil.ndim + 1
-        super().__init__()
-
-    def check(self, value: Tensor) -> Tensor:
-        batch = value.shape[: -self.event_dim]
-        for axis, stride in enumerate(value.stride()[: len(batch)]):
-            if stride == 0 and batch[axis] > 1:  # one factor shared along a batch axis is checked once
-                value = value.narrow(axis, 0, 1)
-        exists = self._stencil.mask(value.shape[-self._stencil.ndim :], device=value.device)
-        return (value.isfinite() | ~exists).flatten(-self.event_dim).all(-1).expand(batch)
-
-
-class GMRF(Distribution):
+@register_pytree("banded_gmrf.GMRF")
+class GMRF(Distribution, Batched):
     """Gaussian Markov random field x ~ N(loc, Λ⁻¹), Λ = L Lᵀ, on a grid of 1 to 3 axes.
 
     A `torch.distributions.Distribution` with ``event_shape`` = grid; log densities and entropies are in nats.
@@ -80,8 +56,8 @@ class GMRF(Distribution):
 
     @property
     def arg_constraints(self):
-        finite = _Finite(len(self._event_shape))
-        return {"loc": finite, "log_diag": finite, "off_diag": _FiniteWhereItExists(self._factor.stencil)}
+        finite = Finite(len(self._event_shape))
+        return {"loc": finite, "log_diag": finite, "off_diag": FiniteWhereItExists(self._factor.stencil)}
 
     @constraints.dependent_property(is_discrete=False)
     def support(self):
@@ -173,7 +149,7 @@ class GMRF(Distribution):
             TypeError: an index is not an integer.
             ValueError: a site has another number of axes, or lies outside the grid.
         """
-        sites = self._check_sites(sites)
+        sites = as_sites(sites, self._event_shape, self._factor.device)
         units = self._units(sites.reshape(-1, sites.shape[-1]))
         columns = self._covariance_times(units).expand(len(units), *self._batch_shape, *self._event_shape)
         return columns if sites.ndim > 1 else columns[0]
@@ -186,7 +162,7 @@ class GMRF(Distribution):
         the correlations with them may leave [-1, 1] and have a relative standard error of about √(1 / 512) = 4.4 % at most.
         """
         ndim = len(self._event_shape)
-        sites = self._check_sites(site)
+        sites = as_sites(site, self._event_shape, self._factor.device)
         many = sites.reshape(-1, ndim)
         units = self._units(many)
         columns = self._covariance_times(units)
@@ -247,8 +223,7 @@ class GMRF(Distribution):
         residual = self._residual(value)
         if self._validate_args and value.numel() > 0:  # torch's check of the support fails on no values at all
             self._validate_sample(value)
-        factor = self._factor
-        return -negative_log_likelihood(residual, factor._log_diag, factor._off_diag, factor.stencil)
+        return -negative_log_likelihood(residual, *self._factor.coefficients)
 
     def leading_eigenpairs(self, k: int) -> Eigenpairs:
         """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L.
@@ -298,7 +273,7 @@ class GMRF(Distribution):
             TypeError, ValueError: as for `whiten`; ``k`` or ``degree`` is not an integer, or out of range; a grid with
                 n (r + 1)² W² > 2⁴⁰.
         """
-        self._check_field("x", x)
+        self.check_field("x", x)
         projected = spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
         return projected.expand(torch.broadcast_shapes(projected.shape, (*self._batch_shape, *self._event_shape)))
 
@@ -352,6 +327,8 @@ class GMRF(Distribution):
             ValueError: grids, batches or devices that do not fit, a variance that is negative or NaN, or ``tolerance`` or
                 ``max_iterations`` out of range, as for `condition`.
         """
+        if not isinstance(noise, GMRF | None):
+            raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
         return conditioning.posterior(
             self, observation, noise_variance, noise, tolerance=tolerance, max_iterations=max_iterations
         )
@@ -361,24 +338,19 @@ class GMRF(Distribution):
         n = self._event_shape.numel()
         return (0.5 * n * (1 + math.log(2 * math.pi)) - self._factor.logdet()).expand(self._batch_shape)
 
+    def check_field(self, name: str, field: Tensor) -> None:
+        """Check that a field (*sample, *batch, *grid) fits the distribution; ``name`` is what an error calls it.
+
+        Raises:
+            TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
+            ValueError: another grid or device, or a batch that does not broadcast.
+        """
+        check_vector(name, field, "precision_cholesky", self._factor.log_diag, self._event_shape)
+        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {getattr(self, name).shape}" for name in self.arg_constraints)
         return f"{type(self).__name__}({shapes})"
-
-    def _check_sites(self, sites) -> Tensor:
-        """(ndim,) or (m, ndim) integers on the factor's device."""
-        grid = self._event_shape
-        sites = torch.as_tensor(sites, device=self._factor.device)
-        if sites.is_floating_point() or sites.is_complex() or sites.dtype == torch.bool:
-            raise TypeError(f"sites is {sites.dtype}, expected integers")
-        if sites.ndim == 0 and len(grid) == 1:
-            sites = sites.reshape(1)
-        if sites.ndim not in (1, 2) or sites.shape[-1] != len(grid):
-            raise ValueError(f"sites has shape {tuple(sites.shape)}, expected ({len(grid)},) or (m, {len(grid)})")
-        outside = ((sites < 0) | (sites >= torch.tensor(grid, device=sites.device))).any(-1)
-        if outside.any():
-            raise ValueError(f"sites has {sites[outside].reshape(-1, len(grid))[0].tolist()}, which is not on {tuple(grid)}")
-        return sites
 
     def _dense(self, name: str, operator: Callable[[Tensor], Tensor]) -> Tensor:
         """An operator on vectors as a matrix (*batch, n, n)."""
@@ -400,11 +372,23 @@ class GMRF(Distribution):
         units[(torch.arange(m, device=factor.device), *sites.unbind(-1))] = 1
         return units.reshape(m, *[1] * len(self._batch_shape), *factor.grid)
 
-    def _check_field(self, name: str, field: Tensor) -> None:
-        """Check that a field (*sample, *batch, *grid) has the factor's dtype, device and grid, and a batch that broadcasts."""
-        check_vector(name, field, "precision_cholesky", self._factor.log_diag, self._event_shape)
-        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+    def _parts(self) -> dict[str, tuple[Tensor | StencilCholesky, int]]:
+        return {"loc": (self.loc, self._factor.stencil.ndim), "precision_cholesky": (self._factor, 0)}
+
+    def _static(self) -> bool | None:
+        return self.__dict__.get("_validate_args")  # None: torch's default, a class attribute
+
+    @classmethod
+    def _from_parts(cls, static, parts, batch_shape=None) -> "GMRF":
+        new = cls.__new__(cls)
+        new.loc, new._factor = parts
+        if static is not None:
+            new._validate_args = static
+        ndim = new._factor.stencil.ndim
+        shape = new.loc.shape if isinstance(new.loc, Tensor) else torch.Size()
+        new._batch_shape, new._event_shape = shape[: max(0, len(shape) - ndim)], shape[max(0, len(shape) - ndim) :]
+        return new
 
     def _residual(self, value: Tensor) -> Tensor:
-        self._check_field("value", value)
+        self.check_field("value", value)
         return value.to(accumulate_dtype(value.dtype)) - self.loc

@@ -3,8 +3,10 @@
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 
 from . import gmrf
+from .batched import register_pytree
 
 
+@register_pytree("banded_gmrf.pyro.GMRF")
 class GMRF(gmrf.GMRF, TorchDistributionMixin):
     """`banded_gmrf.GMRF` with what `pyro.sample` asks of a distribution: ``mask``, ``to_event``, ``expand_by``, and so on.
 

@@ -1,4 +1,4 @@
-"""Stencils: which neighbours a site's column of the Cholesky factor reaches."""
+"""`Stencil`: which neighbours a site's column of the Cholesky factor reaches."""
 
 import itertools
 import operator
@@ -47,6 +47,15 @@ class Stencil:
         self._ndim = ndim
 
     @classmethod
+    def from_json(cls, value: dict) -> "Stencil":
+        """The stencil of which `to_json` gave ``value``."""
+        return cls(value["offsets"], value["ndim"])
+
+    def to_json(self) -> dict:
+        """What JSON can hold of the stencil: its offsets and its number of axes."""
+        return {"offsets": [list(offset) for offset in self._offsets], "ndim": self._ndim}
+
+    @classmethod
     def square(cls, size: int) -> "Stencil":
         """The forward half of a ``size`` x ``size`` patch of pixels, ``size`` odd: (size² - 1) / 2 offsets.
 
@@ -89,13 +98,18 @@ class Stencil:
         """Number of grid axes."""
         return self._ndim
 
+    @property
+    def row_reach(self) -> int:
+        """How many rows (sites that share an index on the first axis) lie between a site and its furthest neighbour's."""
+        return self._offsets[-1][0] if self._offsets else 0
+
     def __len__(self) -> int:
         """Number of offsets, K - 1."""
         return len(self._offsets)
 
     def mask(self, grid: Sequence[int], device: torch.device | str | None = None) -> Tensor:
         """(K-1, *grid) bool: entry (k, j) of ``off_diag`` exists, that is, j + offsets[k] lies on the grid."""
-        self._check_grid(grid)
+        self.check_grid(grid)
         mask = torch.zeros((len(self), *grid), dtype=torch.bool, device=device)
         for k, offset in enumerate(self._offsets):
             here, _ = overlap(offset, grid)
@@ -120,10 +134,11 @@ class Stencil:
 
     def num_wavefronts(self, grid: Sequence[int]) -> int:
         """Number of sequential steps of a triangular solve on ``grid``, all sites of a step being independent."""
-        self._check_grid(grid)
+        self.check_grid(grid)
         return 1 + sum(slope * (n - 1) for slope, n in zip(self.slopes, grid, strict=True))
 
-    def _check_grid(self, grid: Sequence[int]) -> None:
+    def check_grid(self, grid: Sequence[int]) -> None:
+        """Raise TypeError or ValueError unless ``grid`` has as many axes as the stencil, of at least one site each."""
         if not isinstance(grid, Sequence):
             raise TypeError(f"grid is {grid!r}, expected {self._ndim} axes")
         if len(grid) != self._ndim or any(n < 1 for n in grid):

@@ -17,8 +17,8 @@ from rich.table import Table
 from torch import Tensor
 
 import banded_gmrf as bg
-from banded_gmrf.conditioning import Convergence
 from banded_gmrf.diagnostics import energy_score, variogram_score
+from banded_gmrf.inference.conjugate_gradients import Convergence
 
 from .cases import Case, Problem
 from .environment import environment

@@ -54,7 +54,7 @@ def test_means_equal_the_dense_ones(name, grid):
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
 def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, block_sites, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     grid = (5, 3)
     tensors, means = [], []
     for name, batch in ((stencil, (2, 1)), (noise_stencil, (3,))):
@@ -141,7 +141,7 @@ def dense_log_evidence(q, y, noise_variance):
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("name", "grid"), FACTORS)
 def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     q = random_gmrf(name, grid, batch=(2,))
     y, noise_variance = torch.randn(2, *grid, dtype=torch.float64), mixed_noise(grid)
     expected = dense_log_evidence(q, y, noise_variance)
@@ -155,7 +155,7 @@ def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch)
 
 
 def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     stencil, grid = STENCILS["5x5"], (4, 3)
     noise_variance = mixed_noise(grid)
     noisy = (noise_variance > 0) & noise_variance.isfinite()
@@ -172,7 +172,7 @@ def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
 
 
 def test_determinants_of_smooth_fields_over_many_rows(monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     q = bg.GMRF(torch.zeros(60, 6, dtype=torch.float64), smooth_cholesky((60, 6)))
     # Where nothing is observed the evidence is 1: ½ log |Λ| is taken from L on one side and from the elimination on the other.
     torch.testing.assert_close(q.posterior(q.loc, torch.inf).log_evidence.item(), 0.0, rtol=0, atol=1e-8)
@@ -189,7 +189,7 @@ def test_noise_that_is_zero_or_infinite_has_finite_gradients():
 
 
 def test_log_evidence_of_large_grids_is_refused(monkeypatch):
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
     with pytest.raises(ValueError, match=r"log_evidence needs n \(r \+ 1\)² W² ≤ 2⁴⁰, which the grid \(4, 3\) exceeds"):
         random_gmrf("3x3", (4, 3)).posterior(torch.zeros(4, 3, dtype=torch.float64), 1.0).log_evidence  # noqa: B018
 
@@ -400,7 +400,7 @@ def test_noise_has_any_dtype(dtype):
 
 
 def test_log_evidence_counts_the_reach_of_the_noise(monkeypatch):
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (3 * 3) ** 2 - 1)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 12 * (3 * 3) ** 2 - 1)
     q, noise = (random_gmrf(name, (4, 3)) for name in ("3x3", "5x5"))
     y = torch.zeros(4, 3, dtype=torch.float64)
     assert q.posterior(y, 1.0).log_evidence.isfinite()

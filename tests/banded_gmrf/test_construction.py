@@ -8,7 +8,9 @@ import scipy.sparse
 import torch
 
 import banded_gmrf as bg
-from banded_gmrf import construction, estimation
+from banded_gmrf.construction import covariance as nearest_to_covariance
+from banded_gmrf.construction import precision as elimination
+from banded_gmrf.construction import samples as estimation
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky
 from tests.dense import exists, neighbours, random_factor
 
@@ -81,7 +83,7 @@ def test_no_factor_near_the_optimal_one_has_a_smaller_divergence():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_from_covariance_of_a_function_equals_that_of_its_matrix(dtype, monkeypatch):
-    monkeypatch.setattr(construction, "_CHUNK_ELEMENTS", 3 * 2 * 25)  # three sites at a time
+    monkeypatch.setattr(nearest_to_covariance, "_CHUNK_ELEMENTS", 3 * 2 * 25)  # three sites at a time
     stencil, grid = STENCILS["volume"], (3, 2, 4)
     ranges = torch.tensor([0.7, 1.5], dtype=dtype)[:, None, None, None]
     calls = []
@@ -416,7 +418,7 @@ def test_no_offset_of_the_exact_factor_is_superfluous(name):
 
 @pytest.mark.parametrize("block", [1, 5, 32])
 def test_the_factor_does_not_depend_on_the_blocks(block, monkeypatch):
-    monkeypatch.setattr(construction, "_MIN_BLOCK_SITES", block)
+    monkeypatch.setattr(elimination, "_MIN_BLOCK_SITES", block)
     for precision in (bg.matern_precision((11, 3), 4.0, 1.0), bg.car_precision((4, 7), 0.9, neighbours=neighbours_of(2))):
         assert_close(dense(bg.StencilCholesky.from_precision(precision)), torch.linalg.cholesky(dense_precision(precision)))
 

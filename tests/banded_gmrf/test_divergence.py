@@ -3,7 +3,7 @@ import torch
 from torch.distributions import kl_divergence
 
 import banded_gmrf as bg
-from banded_gmrf import divergence
+from banded_gmrf.analysis import divergence
 from tests.cases import STENCILS, dense, random_cholesky
 from tests.dense import random_factor
 
@@ -38,7 +38,7 @@ def dense_kl(q, p):
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("of", "to", "grid"), PAIRS)
 def test_kl_equals_the_dense_one(of, to, grid, block_sites, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     for batches in (((), (), (), ()), ((2,), (), (), (3, 1)), ((), (2,), (3, 1), (2,))):
         q, p = random_gmrf(of, grid, *batches[:2]), random_gmrf(to, grid, *batches[2:])
         actual = kl_divergence(q, p)
@@ -49,7 +49,7 @@ def test_kl_equals_the_dense_one(of, to, grid, block_sites, monkeypatch):
 
 @pytest.mark.parametrize("method", ["exact", "monte_carlo"])
 def test_gradients_equal_the_dense_ones(method, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     grid, tensors, distributions = (4, 3), [], []
     for name in ("5x5", "3x3"):
         own = [torch.randn(grid, dtype=torch.float64), *random_factor(STENCILS[name].offsets, grid, batch=(2,))]
@@ -84,9 +84,9 @@ def test_monte_carlo_agrees_with_the_exact_value_and_is_exact_for_equal_factors(
 
 def test_large_grids_are_estimated(monkeypatch):
     q, p = random_gmrf("3x3", (5, 4)), random_gmrf("5x5", (5, 4))
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 20 * (3 * 4) ** 2)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 20 * (3 * 4) ** 2)
     assert kl_divergence(q, p) == divergence.kl_divergence(q, p, "exact")
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 20 * (3 * 4) ** 2 - 1)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 20 * (3 * 4) ** 2 - 1)
     assert kl_divergence(q, p) != divergence.kl_divergence(q, p, "exact")
 
 

@@ -146,7 +146,7 @@ def test_correlations_between_chosen_sites_are_exact_where_the_variance_is_estim
     sites, numbers = [(1, 2), (3, 0), (1, 2)], [5, 9, 5]
     expected = p.covariance_matrix / (p.stddev.unsqueeze(-1) * p.stddev.unsqueeze(-2))
     expected = expected[:, numbers].movedim(1, 0)  # (m, batch, n)
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 0)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 0)
     actual = q.correlation_with(sites).flatten(-2)
     others = [number for number in range(12) if number not in numbers]
     error = (actual / expected - 1)[..., others].abs()

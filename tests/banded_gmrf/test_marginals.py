@@ -4,8 +4,9 @@ import pytest
 import torch
 
 import banded_gmrf as bg
-from banded_gmrf import marginals
-from banded_gmrf.strips import block_rows
+from banded_gmrf.analysis import marginals
+from banded_gmrf.recursions import covariances
+from banded_gmrf.recursions.strips import block_rows
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
@@ -25,7 +26,7 @@ def centred(cholesky):
 @pytest.fixture(params=[1, 8], ids=["rows", "blocks of rows"])
 def block_sites(request, monkeypatch):
     """Small grids are one block otherwise."""
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", request.param)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", request.param)
 
 
 @pytest.mark.usefixtures("block_sites")
@@ -56,7 +57,7 @@ def test_scan_visits_the_covariances_of_all_rows_within_reach(name, further):
         return start
 
     blocks = block_rows(L.grid)
-    assert marginals.scan_covariance(L, reach, compare) == [start for start, _ in blocks]
+    assert covariances.scan_covariance(L, reach, compare) == [start for start, _ in blocks]
     assert visited == blocks[::-1]
 
 
@@ -77,7 +78,7 @@ def test_gradients_of_the_exact_variance_equal_the_dense_ones(name):
 
 
 def test_second_derivatives_of_the_exact_variance(monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     stencil = STENCILS["3x3"]
     tensors = [t.requires_grad_() for t in random_factor(stencil.offsets, (3, 2), nan_outside=False)]
     assert torch.autograd.gradgradcheck(lambda *t: centred(bg.StencilCholesky(*t, stencil)).variance, tensors)
@@ -86,7 +87,7 @@ def test_second_derivatives_of_the_exact_variance(monkeypatch):
 # Rounding may grow by cond(Λ) ≈ 10⁵ at most. It grew to 10⁵ from row to row while the recursion did not keep Σ symmetric.
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-2)])
 def test_rounding_does_not_grow_over_many_rows(monkeypatch, dtype, tolerance):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", 1)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     variance = centred(smooth_cholesky((60, 6), dtype)).variance
     expected = torch.cholesky_inverse(dense(smooth_cholesky((60, 6)))).diagonal().reshape(60, 6)
     torch.testing.assert_close(variance.double(), expected, rtol=tolerance, atol=0)
@@ -148,13 +149,13 @@ def test_precision_diagonal(name):
 
 def test_variance_is_exact_up_to_the_stated_size(monkeypatch):
     L = bg.StencilCholesky(torch.zeros(512, 512), torch.zeros(24, 512, 512), bg.Stencil.square(7))
-    assert marginals.exact_is_affordable(L, 3)
+    assert covariances.exact_is_affordable(L, 3)
     L = bg.StencilCholesky(torch.zeros(513, 512), torch.zeros(24, 513, 512), bg.Stencil.square(7))
-    assert not marginals.exact_is_affordable(L, 3)
+    assert not covariances.exact_is_affordable(L, 3)
     q = centred(random_cholesky(STENCILS["3x3"], (4, 5)))
-    monkeypatch.setattr(marginals, "_EXACT_OPERATIONS", 20 * (2 * 5) ** 2)
+    monkeypatch.setattr(covariances, "_EXACT_OPERATIONS", 20 * (2 * 5) ** 2)
     assert (q.marginal_variance().standard_error == 0).all()
-    monkeypatch.setattr(marginals, "_EXACT_OPERATIONS", 20 * (2 * 5) ** 2 - 1)
+    monkeypatch.setattr(covariances, "_EXACT_OPERATIONS", 20 * (2 * 5) ** 2 - 1)
     assert (q.marginal_variance().standard_error > 0).all()
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import banded_gmrf as bg
-from banded_gmrf import spectra
+from banded_gmrf.analysis import spectra
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
@@ -89,9 +89,9 @@ def test_numbers_that_are_no_integers():
 
 def test_projections_on_large_grids_are_refused(monkeypatch):
     q = random_gmrf("3x3", (4, 3))
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 12 * (2 * 3) ** 2)
     assert q.project_on_leading(q.loc, 2).isfinite().all()
-    monkeypatch.setattr("banded_gmrf.marginals._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
+    monkeypatch.setattr("banded_gmrf.recursions.covariances._EXACT_OPERATIONS", 12 * (2 * 3) ** 2 - 1)
     with pytest.raises(ValueError, match=r"project_on_leading needs n \(r \+ 1\)² W² ≤ 2⁴⁰, which the grid \(4, 3\) exceeds"):
         q.project_on_leading(q.loc, 2)
 
@@ -99,7 +99,7 @@ def test_projections_on_large_grids_are_refused(monkeypatch):
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("name", "grid"), FACTORS)
 def test_counts_of_eigenvalues_equal_the_dense_ones(name, grid, block_sites, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     q = random_gmrf(name, grid, batch=(2, 1))
     eigenvalues = torch.linalg.eigvalsh(q.precision_matrix)
     n = eigenvalues.shape[-1]
@@ -146,7 +146,7 @@ def test_projections_of_batches_that_are_empty_or_expanded():
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_eigenvalues_that_are_all_one_have_a_cut(dtype, block_sites, monkeypatch):
-    monkeypatch.setattr("banded_gmrf.strips._MIN_BLOCK_SITES", block_sites)
+    monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     zeros = torch.zeros(4, 3, dtype=dtype)
     factor = bg.StencilCholesky(zeros, zeros.expand(len(STENCILS["3x3"]), 4, 3), STENCILS["3x3"])
     projected = bg.GMRF(zeros, factor).project_on_leading(torch.ones(4, 3, dtype=dtype), 5)

@@ -1,13 +1,13 @@
-"""Gaussian noise of observations, independent from site to site or correlated: what `conditioning` asks of it."""
+"""Observation models: what a posterior asks of Gaussian noise, independent from site to site or correlated."""
 
 import math
 
 import torch
 from torch import Tensor
 
-from .cholesky import StencilCholesky, negative_log_likelihood
-from .marginals import precision_diagonal
-from .strips import block_coefficients, block_rows, radius, strip
+from ..analysis.marginals import precision_diagonal
+from ..cholesky import negative_log_likelihood
+from ..recursions.strips import block_coefficients, block_rows, strip
 
 
 class IndependentNoise:
@@ -62,10 +62,9 @@ class CorrelatedNoise:
     """
 
     def __init__(self, distribution):
-        factor = distribution.precision_cholesky
         self.loc, self.batch_shape = distribution.loc.double(), distribution.batch_shape
-        self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
-        self.reach = radius(factor.stencil)
+        self._factor = distribution.precision_cholesky.unexpanded().to(torch.float64)
+        self.reach = distribution.stencil.row_reach
 
     @property
     def diagonal(self) -> Tensor:
@@ -86,7 +85,7 @@ class CorrelatedNoise:
 
     def log_prob(self, noise: Tensor) -> Tensor:
         """Its log density, (*batch) in nats."""
-        return -negative_log_likelihood(noise - self.loc, self._factor.log_diag, self._factor.off_diag, self._factor.stencil)
+        return -negative_log_likelihood(noise - self.loc, *self._factor.coefficients)
 
     def blocks(self) -> tuple[Tensor, ...]:
         """What `gram` needs of each block of rows."""

@@ -1,4 +1,4 @@
-"""What a GMRF says about a field of which some sites are known, exactly or with noise.
+"""`ConditionalGMRF`: what a GMRF says about a field of which some sites are known, exactly or with noise.
 
 Let W = M Mᵀ be the precision of the noise of the observations y = x + noise (0 where there are none), and *free* the sites
 that are not known exactly. The free sites given all observations are a GMRF again, with the precision Λ_ff + W, and a mean
@@ -14,28 +14,19 @@ works on dense blocks of rows.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 import gmrf_kernels
-from gmrf_kernels.checks import broadcast_batch, check_device
 
-from .cholesky import StencilCholesky, negative_log_likelihood
-from .marginals import check_exact_is_affordable
+from ..cholesky import StencilCholesky, negative_log_likelihood, squares_matvec
+from ..recursions.covariances import check_exact_is_affordable
+from ..recursions.strips import block_coefficients, block_rows, scan, strip
+from ..stencil import as_integer
+from .conjugate_gradients import Convergence, ImplicitGradient, conjugate_gradients
 from .noise import CorrelatedNoise, IndependentNoise
-from .stencil import as_integer
-from .strips import block_coefficients, block_rows, radius, scan, strip
-
-
-class Convergence(NamedTuple):
-    """How a solve ended: ``iterations``, and the largest ``residual`` of its systems relative to their right-hand sides."""
-
-    iterations: int
-    residual: float
 
 
 class ConditionalGMRF:
@@ -83,8 +74,7 @@ class ConditionalGMRF:
         self.event_shape = grid
         self._prior = prior.expand(self.batch_shape)
         self._tolerance, self._max_iterations = tolerance, max_iterations
-        factor = prior._factor
-        self._factor = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil)
+        self._factor = prior.precision_cholesky.unexpanded().to(torch.float64)
         self._known, self._noise = known, noise
         values = values.double()
         self._values = values.where(known, noise.observed(values))
@@ -115,12 +105,11 @@ class ConditionalGMRF:
             ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and stencils, of the prior and of
                 correlated noise, that reach r rows.
         """
-        check_exact_is_affordable("log_evidence", self._factor, max(radius(self._factor.stencil), self._noise.reach))
+        check_exact_is_affordable("log_evidence", self._factor, max(self._factor.stencil.row_reach, self._noise.reach))
         with torch.no_grad():
             mean = self.mean.double()  # where the derivative by x is 0
         mean = self._values.where(self._known, mean)
-        residual, factor = mean - self._prior.loc.double(), self._factor
-        log_prior = -negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
+        log_prior = -negative_log_likelihood(mean - self._prior.loc.double(), *self._factor.coefficients)
         log_likelihood = self._noise.log_prob(self._values - mean)
         free = (~self._known).double().flatten(-len(self.event_shape)).sum(-1)
         return log_prior + log_likelihood + 0.5 * (free * math.log(2 * math.pi) - self._logdet())
@@ -170,12 +159,10 @@ class ConditionalGMRF:
         What a free site owes to the columns of known ones counts like the noise: it is missing from the product with Lᵀ.
         """
         factor, known = self._factor, self._known.double()
-        exists = factor.stencil.mask(factor.grid, device=factor.device)
-        squares = factor._off_diag.where(exists, 0).square()
-        owed = gmrf_kernels.matvec(factor.diag.square(), squares, known, factor.stencil.offsets, factor.stencil.ndim)
+        owed = squares_matvec(factor, known)
         diag = (factor.diag.square() + self._noise.diagonal + owed).sqrt()
         _, both_free = gmrf_kernels.outer(1 - known, 1 - known, factor.stencil.offsets, factor.stencil.ndim)
-        off_diag = factor._off_diag.where(both_free > 0, 0)
+        off_diag = factor.coefficients.off_diag.where(both_free > 0, 0)
         return StencilCholesky(diag.log().masked_fill(self._known, 0), off_diag, factor.stencil)
 
     def _solve(self, rhs: Tensor) -> Tensor:
@@ -201,120 +188,5 @@ class ConditionalGMRF:
 
         x = solve(rhs)
         if torch.is_grad_enabled():
-            x = x + _ImplicitGradient.apply(rhs - self._operator(x), solve)
+            x = x + ImplicitGradient.apply(rhs - self._operator(x), solve)
         return x
-
-
-class _ImplicitGradient(torch.autograd.Function):
-    """Zero, with the derivative of A⁻¹ r for a symmetric A: of a residual r = b - A x it gives x that of A⁻¹ b."""
-
-    @staticmethod
-    def forward(ctx, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.solve = solve
-        return torch.zeros_like(residual)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, g: Tensor):
-        return ctx.solve(g), None
-
-
-def conjugate_gradients(
-    operator: Callable[[Tensor], Tensor],
-    b: Tensor,
-    preconditioner: Callable[[Tensor], Tensor],
-    ndim: int,
-    tolerance: float,
-    max_iterations: int,
-) -> tuple[Tensor, Convergence]:
-    """Solve many symmetric positive definite systems A x = b at once, from x = 0.
-
-    Args:
-        operator, preconditioner: A, and an approximation of A⁻¹.
-        b: right-hand sides (*batch, *grid).
-        ndim: axes of the grid.
-        tolerance: for ‖b - A x‖ / ‖b‖.
-        max_iterations: the most products with A, one more for the residual not counted.
-
-    Returns:
-        x, and its convergence, the residual computed from x itself.
-    """
-    axes = tuple(range(-ndim, 0))
-
-    def dot(u: Tensor, v: Tensor) -> Tensor:
-        return (u * v).sum(axes, keepdim=True)
-
-    x, residual = torch.zeros_like(b), b.clone()
-    limit = tolerance**2 * dot(b, b)
-    direction = preconditioned = preconditioner(residual)
-    rho = dot(residual, preconditioned)
-    iterations = 0
-    while iterations < max_iterations:
-        active = dot(residual, residual) > limit
-        if not active.any():
-            break
-        product = operator(direction)
-        step = (rho / dot(direction, product)).where(active, 0)
-        x += step * direction
-        residual -= step * product
-        preconditioned = preconditioner(residual)
-        rho, previous = dot(residual, preconditioned), rho
-        direction = preconditioned + (rho / previous).where(active, 0) * direction
-        iterations += 1
-    error = b - operator(x)
-    norm = dot(b, b)
-    relative = (dot(error, error) / norm).where(norm != 0, 0).sqrt()
-    return x, Convergence(iterations, float(relative.max()) if relative.numel() else 0.0)
-
-
-def condition(prior, mask: Tensor, values: Tensor, **solver) -> ConditionalGMRF:
-    """See `GMRF.condition`."""
-    prior._check_field("values", values)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask is {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}, expected a bool tensor")
-    grid = prior.event_shape
-    if mask.ndim < len(grid) or mask.shape[mask.ndim - len(grid) :] != grid:
-        raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {', '.join(map(str, grid))})")
-    check_device("mask", mask, "values", values)
-    _broadcast_batches(prior, values=values.shape, mask=mask.shape)
-    return ConditionalGMRF(prior, mask, values, IndependentNoise(values.new_zeros((), dtype=torch.float64), grid), **solver)
-
-
-def posterior(prior, observation: Tensor, noise_variance: Tensor | float | None, noise, **solver) -> ConditionalGMRF:
-    """See `GMRF.posterior`."""
-    prior._check_field("observation", observation)
-    if (noise_variance is None) == (noise is None):
-        raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
-    grid = prior.event_shape
-    if noise is not None:
-        from .gmrf import GMRF  # which imports this module
-
-        if not isinstance(noise, GMRF):
-            raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
-        if noise.event_shape != grid:
-            raise ValueError(f"noise is on the grid {tuple(noise.event_shape)}, the distribution on {tuple(grid)}")
-        check_device("noise", noise.loc, "observation", observation)
-        _broadcast_batches(prior, observation=observation.shape, noise=(*noise.batch_shape, *grid))
-        known = torch.zeros(grid, dtype=torch.bool, device=observation.device)
-        return ConditionalGMRF(prior, known, observation, CorrelatedNoise(noise), **solver)
-    variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
-    shape = (*prior.batch_shape, *grid)
-    try:
-        torch.broadcast_shapes(variance.shape, shape)
-    except RuntimeError:
-        raise ValueError(f"noise_variance has shape {tuple(variance.shape)}, which does not broadcast with {shape}") from None
-    if not (variance >= 0).all():
-        raise ValueError("noise_variance has negative or NaN entries, expected at least 0")
-    variance = variance.expand(torch.broadcast_shapes(variance.shape, grid))
-    _broadcast_batches(prior, observation=observation.shape, noise_variance=variance.shape)
-    known = variance == 0
-    weight = (1 / variance.masked_fill(known, 1)).masked_fill(known, 0)
-    return ConditionalGMRF(prior, known, observation, IndependentNoise(weight, grid), **solver)
-
-
-def _broadcast_batches(prior, **shapes: Sequence[int]) -> None:
-    """Check that the batches of all shapes (*batch, *grid) broadcast with the distribution's and with each other."""
-    batch, others = prior.batch_shape, "the distribution"
-    for name, shape in shapes.items():
-        batch = broadcast_batch(name, shape[: len(shape) - len(prior.event_shape)], others, batch)
-        others += f" and {name}"

@@ -17,15 +17,10 @@ from torch.utils.checkpoint import checkpoint
 from gmrf_kernels.checks import accumulate_dtype
 from gmrf_kernels.stencils import overlap
 
-from .cholesky import StencilCholesky
-from .stencil import Stencil
+from ..coefficients import HasCoefficients
+from ..stencil import Stencil
 
 _MIN_BLOCK_SITES = 32  # smaller matrices cost more in calls than in arithmetic
-
-
-def radius(stencil: Stencil) -> int:
-    """How many rows below its own a column of the factor reaches."""
-    return max((offset[0] for offset in stencil.offsets), default=0)
 
 
 def block_rows(grid: torch.Size) -> list[tuple[int, int]]:
@@ -34,13 +29,14 @@ def block_rows(grid: torch.Size) -> list[tuple[int, int]]:
     return [(start, min(start + step, grid[0])) for start in range(0, grid[0], step)]
 
 
-def block_coefficients(factor: StencilCholesky) -> tuple[Tensor, ...]:
+def block_coefficients(factor: HasCoefficients) -> tuple[Tensor, ...]:
     """The factor's coefficients, cut into blocks: (*batch, K, rows, ...), the diagonal of L first.
 
     The batch is that of the tensors behind the factor: what was expanded is not repeated.
     """
-    ndim = factor.stencil.ndim
-    log_diag, off_diag = (t.to(accumulate_dtype(t.dtype)) for t in (factor._log_diag, factor._off_diag))
+    log_diag, off_diag, stencil = factor.coefficients
+    ndim = stencil.ndim
+    log_diag, off_diag = (t.to(accumulate_dtype(t.dtype)) for t in (log_diag, off_diag))
     diag = log_diag.exp().unsqueeze(-ndim - 1)
     batch = torch.broadcast_shapes(diag.shape[: -ndim - 1], off_diag.shape[: -ndim - 1])
     coefficients = torch.cat([t.expand(*batch, *t.shape[-ndim - 1 :]) for t in (diag, off_diag)], -ndim - 1)
@@ -85,7 +81,7 @@ def strip(coefficients: Tensor, stencil: Stencil, rows_left: int) -> Tensor:
     """
     rows, *rest = coefficients.shape[-stencil.ndim :]
     row = math.prod(rest)
-    height, width = (rows + radius(stencil)) * row, rows * row
+    height, width = (rows + stencil.row_reach) * row, rows * row
     source, target = _strip_index(stencil, rows, tuple(rest), coefficients.device)
     entries = coefficients.flatten(-stencil.ndim - 1).index_select(-1, source)
     dense = entries.new_zeros(*entries.shape[:-1], height * width).index_copy(-1, target, entries)

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from gmrf_kernels.checks import accumulate_dtype
 
-from .cholesky import StencilCholesky
-from .marginals import check_exact_is_affordable
-from .stencil import as_integer
-from .strips import block_coefficients, block_rows, radius, scan, strip
+from ..cholesky import StencilCholesky
+from ..recursions.covariances import check_exact_is_affordable
+from ..recursions.strips import block_coefficients, block_rows, scan, strip
+from ..stencil import as_integer
+from .roots import bracketed_secant
 
 _TOLERANCE = 1e-6
 _MAX_COUNTS = 100
@@ -40,13 +41,11 @@ def leading_eigenpairs(factor: StencilCholesky, k: int) -> Eigenpairs:
     ndim = len(factor.grid)
     _check_k(factor, k)
     batch = factor.batch_shape
-    double = StencilCholesky(factor._log_diag.double(), factor._off_diag.double(), factor.stencil).expand(batch)
-    log_diag = double.log_diag.detach().reshape(-1, *factor.grid)
-    off_diag = double.off_diag.detach().reshape(batch.numel(), len(factor.stencil), *factor.grid)
-    vectors = log_diag.new_empty(batch.numel(), k, *factor.grid)
-    for out, *one in zip(vectors, log_diag, off_diag, strict=True):
-        out.copy_(_leading_eigenvectors(StencilCholesky(*one, factor.stencil), k))
-    vectors = vectors.reshape(*batch, k, *factor.grid).movedim(len(batch), 0)
+    double = factor.to(torch.float64)
+    vectors = double.log_diag.new_empty(*batch, k, *factor.grid)
+    for index in np.ndindex(*batch):
+        vectors[index] = _leading_eigenvectors(double[index], k)
+    vectors = vectors.movedim(len(batch), 0)
     # ‖L⁻¹v‖² with a fixed v is the eigenvalue, and its derivative is the eigenvalue's.
     half = double.solve(vectors)
     values = half.square().flatten(-ndim).sum(-1)
@@ -85,9 +84,8 @@ def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) 
     _check_k(factor, k)
     if as_integer("degree", degree) < 1:
         raise ValueError(f"degree is {degree}, expected at least 1")
-    check_exact_is_affordable("project_on_leading", factor, radius(factor.stencil))
+    check_exact_is_affordable("project_on_leading", factor, factor.stencil.row_reach)
     with torch.no_grad():
-        factor = factor.expand(factor.batch_shape)
         factor = StencilCholesky(factor.log_diag, factor.off_diag, factor.stencil)
         bound, cut = _largest_eigenvalue_bound(factor), _cut_after(factor, k)
         angle = (2 * cut / bound - 1).clamp(-1, 1).arccos()
@@ -158,8 +156,8 @@ def _largest_eigenvalue_bound(factor: StencilCholesky) -> Tensor:
 def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
     """A value that exactly k eigenvalues of Λ are below, (*batch) in float64; where the k-th and the next are one, that one.
 
-    By the secant method, within the interval that is left, on log λ against the logit of the share of eigenvalues below λ,
-    which is nearly a line for smooth fields; from about the eigenvalues' geometric mean, which log |L| tells.
+    Sought on the scale of log λ, for the logit of the share of eigenvalues below λ, which is nearly a line for smooth fields;
+    from about the eigenvalues' geometric mean, which log |L| tells.
     """
     n, batch = factor.grid.numel(), factor.batch_shape
 
@@ -169,30 +167,18 @@ def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
 
     log_diag = factor.log_diag.reshape(-1, *factor.grid)
     off_diag = factor.off_diag.reshape(len(log_diag), len(factor.stencil), *factor.grid)
-    point = 2 * log_diag.double().flatten(1).mean(1)
-    low, high = torch.full_like(point, -math.inf), torch.full_like(point, math.inf)
-    slope, last_point, last_error = torch.ones_like(point), point.clone(), torch.zeros_like(point)
-    active = torch.arange(len(point), device=point.device)
-    for _ in range(_MAX_COUNTS):
-        if not len(active):
-            break
-        part = StencilCholesky(log_diag[active], off_diag[active], factor.stencil)
-        here = point[active]
-        count = count_eigenvalues_below(part, here.exp())
-        error = logit(count) - logit(torch.tensor(k))
-        low[active] = here.where(count <= k, low[active])
-        high[active] = here.where(count >= k, high[active])
-        secant = (error - last_error[active]) / (here - last_point[active])
-        slope[active] = secant.where(secant.isfinite() & (secant > 0), slope[active])
-        last_point[active], last_error[active] = here, error
-        guess = here - error / slope[active]
-        inside = (guess > low[active]) & (guess < high[active])
-        middle = 0.5 * (low[active] + high[active])
-        point[active] = guess.where(inside | (count == k), middle.where(middle.isfinite(), here - error.sign()))
-        active = active[(count != k) & (high[active] - low[active] > torch.finfo(accumulate_dtype(factor.dtype)).eps)]
-    if len(active):
+    flat = StencilCholesky(log_diag, off_diag, factor.stencil)
+    counts = torch.zeros(len(log_diag), dtype=torch.int64, device=factor.device)
+
+    def excess(elements: Tensor, log_threshold: Tensor) -> Tensor:
+        counts[elements] = count_eigenvalues_below(flat[elements], log_threshold.exp())
+        return logit(counts[elements]) - logit(torch.tensor(k))
+
+    start = 2 * log_diag.double().flatten(1).mean(1)
+    point, missed = bracketed_secant(excess, start, torch.finfo(accumulate_dtype(factor.dtype)).eps, _MAX_COUNTS)
+    if len(missed):
         warnings.warn(
-            f"no value was found that {k} eigenvalues of the precision are below; the nearest has {count.max()}",
+            f"no value was found that {k} eigenvalues of the precision are below; the nearest has {counts[missed].max()}",
             RuntimeWarning,
             stacklevel=4,
         )

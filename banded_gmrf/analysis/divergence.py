@@ -3,7 +3,7 @@
     KL(q‖p) = ½ (tr Λ_p Σ_q - n + ‖L_pᵀ(μ_q - μ_p)‖²) + log |L_q| - log |L_p|
 
 Everything but the trace costs an operation or two. tr Λ_p Σ_q is the sum of lᵀ Σ_q l over the columns l of L_p, for which the
-covariances of rows within p's reach are enough (`marginals.scan_covariance`); or, for large grids, it is E ‖L_pᵀ L_q⁻ᵀ u‖² over
+covariances of rows within p's reach are enough (`scan_covariance`); or, for large grids, it is E ‖L_pᵀ L_q⁻ᵀ u‖² over
 random signs u (Hutchinson, 1990), an estimate that is exact where q = p.
 """
 
@@ -15,9 +15,10 @@ from torch.distributions import register_kl
 
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_dtype
 
-from .gmrf import GMRF
-from .marginals import exact_is_affordable, scan_covariance
-from .strips import block_coefficients, block_rows, radius, strip
+from ..cholesky import StencilCholesky
+from ..gmrf import GMRF
+from ..recursions.covariances import exact_is_affordable, scan_covariance
+from ..recursions.strips import block_coefficients, block_rows, strip
 
 _CHUNK_ELEMENTS = 2**25
 
@@ -52,39 +53,42 @@ def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64)
         raise ValueError(f"method is {method!r}, expected 'auto', 'exact' or 'monte_carlo'")
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+    of, to = (distribution.precision_cholesky.unexpanded() for distribution in (q, p))
     if method == "auto":
-        reach = max(radius(q.stencil), radius(p.stencil))
-        method = "exact" if exact_is_affordable(q._factor, reach) else "monte_carlo"
-    trace = _exact_trace(q, p) if method == "exact" else _monte_carlo_trace(q, p, num_samples)
+        method = "exact" if exact_is_affordable(of, _reach(of, to)) else "monte_carlo"
+    trace = _exact_trace(of, to) if method == "exact" else _monte_carlo_trace(of, to, num_samples)
     distance = p.whiten(q.loc).square().flatten(-len(q.event_shape)).sum(-1)
-    logdets = q._factor.logdet() - p._factor.logdet()
+    logdets = of.logdet() - to.logdet()
     return (0.5 * (trace - q.event_shape.numel() + distance) + logdets).expand(batch)
 
 
 register_kl(GMRF, GMRF)(kl_divergence)
 
 
-def _exact_trace(q: GMRF, p: GMRF) -> Tensor:
-    rows = q.event_shape[0]
-    blocks = block_rows(q.event_shape)
-    coefficients = dict(zip(blocks, block_coefficients(p._factor), strict=True))
+def _reach(q: StencilCholesky, p: StencilCholesky) -> int:
+    return max(q.stencil.row_reach, p.stencil.row_reach)
+
+
+def _exact_trace(q: StencilCholesky, p: StencilCholesky) -> Tensor:
+    rows = q.grid[0]
+    coefficients = dict(zip(block_rows(q.grid), block_coefficients(p), strict=True))
 
     def part(start: int, stop: int, covariance: Tensor) -> Tensor:
         columns = strip(coefficients[start, stop], p.stencil, rows - start)
         size = columns.shape[-2]
         return (covariance[..., :size, :size] @ columns).mul(columns).sum((-2, -1))
 
-    return sum(scan_covariance(q._factor, max(radius(q.stencil), radius(p.stencil)), part))
+    return sum(scan_covariance(q, _reach(q, p), part))
 
 
-def _monte_carlo_trace(q: GMRF, p: GMRF, num_samples: int) -> Tensor:
+def _monte_carlo_trace(q: StencilCholesky, p: StencilCholesky, num_samples: int) -> Tensor:
     """The mean of ‖L_pᵀ L_q⁻ᵀ u‖² over vectors u of random signs."""
-    shape = (*torch.broadcast_shapes(q._factor.batch_shape, p._factor.batch_shape), *q.event_shape)
-    dtype = accumulate_dtype(q.log_diag.dtype)
+    shape = (*torch.broadcast_shapes(q.batch_shape, p.batch_shape), *q.grid)
+    dtype = accumulate_dtype(q.dtype)
     size = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape)))
-    total = torch.zeros((), dtype=dtype, device=q.loc.device)
+    total = torch.zeros((), dtype=dtype, device=q.device)
     for start in range(0, num_samples, size):
-        signs = torch.randint(2, (min(size, num_samples - start), *shape), device=q.loc.device).to(dtype) * 2 - 1
-        whitened = p._factor.matvec(q._factor.solve(signs, transpose=True), transpose=True)
-        total = total + whitened.square().flatten(-len(q.event_shape)).sum((0, -1))
+        signs = torch.randint(2, (min(size, num_samples - start), *shape), device=q.device).to(dtype) * 2 - 1
+        whitened = p.matvec(q.solve(signs, transpose=True), transpose=True)
+        total = total + whitened.square().flatten(-len(q.grid)).sum((0, -1))
     return total / num_samples

@@ -1,39 +1,26 @@
-"""Factors of known covariances and precisions. `StencilCholesky` offers these as class methods.
+"""The factor with a given stencil that is nearest to a known covariance, column by column.
 
-**Covariances.** Among all factors with a given stencil, the one that minimises
-KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j and those of its forward neighbours that exist,
+Among all factors with a given stencil, the one that minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j
+and those of its forward neighbours that exist,
 
     L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
 
 (Schäfer, Katzfuss and Owhadi, Sparse Cholesky factorization by Kullback-Leibler minimization, SIAM J. Sci. Comput. 2021;
 Vecchia's approximation). With site j last in s and Σ[s, s] = G Gᵀ, this is the last column of G⁻ᵀ.
-
-**Precisions.** The Cholesky factor of a sparse Λ fills in: eliminating a site couples all its later neighbours, so that the
-differences of two offsets become offsets, differences of these as well, and so on. All of them come, in raster order, between
-the origin and the last offset of Λ, and L is no wider a band matrix than Λ: a block of as many sites as the band is wide
-reaches into the next block only.
 """
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from gmrf_kernels.checks import accumulate_dtype, check_tensor
 
-from .precisions import StencilPrecision
-from .stencil import Stencil, check_stencil, flat_index
-
-if TYPE_CHECKING:
-    from .cholesky import StencilCholesky
+from ..stencil import Stencil, check_stencil, flat_index
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
 _CHUNK_ELEMENTS = 2**20
-_MIN_BLOCK_SITES = 32  # smaller matrices cost more in calls than in arithmetic
 
 
 def factor_of_covariance(
@@ -41,7 +28,7 @@ def factor_of_covariance(
 ) -> tuple[Tensor, Tensor]:
     """``log_diag`` and ``off_diag`` of `StencilCholesky.from_covariance`."""
     check_stencil(stencil)
-    stencil._check_grid(grid)
+    stencil.check_grid(grid)
     grid = torch.Size(grid)
     if isinstance(covariance, Tensor):
         blocks = _entries_of_matrix(covariance, grid)
@@ -66,88 +53,6 @@ def _entries_of_matrix(covariance: Tensor, grid: torch.Size) -> CovarianceFuncti
     if covariance.ndim < 2 or covariance.shape[-2:] != (n, n):
         raise ValueError(f"covariance has shape {tuple(covariance.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
     return lambda a, b: covariance[..., flat_index(a, grid), flat_index(b, grid)]
-
-
-def factor_of_precision(precision: StencilPrecision) -> tuple[Tensor, Tensor, Stencil]:
-    """``log_diag``, ``off_diag`` and stencil of `StencilCholesky.from_precision`, the exact factor."""
-    if not isinstance(precision, StencilPrecision):
-        raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
-    grid, ndim, device = precision.grid, precision.stencil.ndim, precision.diag.device
-    n, dtype = grid.numel(), accumulate_dtype(precision.off_diag.dtype)
-    filled, reach = _filled_stencil(precision.stencil, grid)
-    block = max(reach, _MIN_BLOCK_SITES)
-    read, written = (_places_in_strip(offsets, grid, block).to(device) for offsets in (precision.stencil, filled))
-
-    padding = (0, -n % block)  # by sites on their own, to whole blocks
-    exists = precision.stencil.mask(grid, device)
-    diag = pad(precision.diag.flatten(-ndim), padding, value=1.0)
-    off_diag = pad(torch.where(exists, precision.off_diag, 0).flatten(-ndim), padding)
-    batch = torch.broadcast_shapes(diag.shape[:-1], off_diag.shape[:-2])
-    entries = torch.cat([t.expand(*batch, *t.shape[-2:]) for t in (diag.unsqueeze(-2), off_diag)], -2).to(dtype)
-
-    explained, columns = 0, []  # of a block by the ones before it
-    for start, own in zip(range(0, n, block), entries.split(block, -1), strict=True):
-        strip = own.new_zeros(*batch, 2 * block * block).index_add(-1, read, own.flatten(-2)).unflatten(-1, (2 * block, block))
-        lower, below = strip[..., :block, :], strip[..., block:, :]
-        factor, failed = torch.linalg.cholesky_ex(lower + lower.tril(-1).mT - explained)
-        bad = failed.nonzero()
-        if len(bad):
-            site = torch.unravel_index(start + failed[tuple(bad[0])] - 1, grid)
-            raise ValueError(f"precision is not positive definite{_of_batch(bad[0])} at site {tuple(int(i) for i in site)}")
-        below = torch.linalg.solve_triangular(factor.mT, below, upper=True, left=False)
-        explained = below @ below.mT
-        columns.append(torch.cat([factor, below], -2).flatten(-2)[..., written].unflatten(-1, (-1, block)))
-    columns = torch.cat(columns, -1)[..., :n].unflatten(-1, grid).movedim(-ndim - 1, 0)
-    off_diag = torch.where(filled.mask(grid, device), columns[1:].movedim(0, -ndim - 1), 0)
-    return columns[0].log().to(precision.diag.dtype), off_diag.to(precision.off_diag.dtype), filled
-
-
-def _filled_stencil(stencil: Stencil, grid: torch.Size) -> tuple[Stencil, int]:
-    """The offsets at which the factor of a precision with this stencil may have entries, and the width of the band."""
-    origin = (0,) * stencil.ndim
-    existing = [offset for offset in stencil.offsets if all(abs(o) < n for o, n in zip(offset, grid, strict=True))]
-    if not existing:
-        return Stencil([], stencil.ndim), 0
-    reach = int(flat_index(torch.tensor(existing), grid).max())
-    box = itertools.product(range(existing[-1][0] + 1), *(range(1 - n, n) for n in grid[1:]))
-    between = [offset for offset in box if origin < offset <= existing[-1]]
-    within = flat_index(torch.tensor(between), grid) <= reach
-    return Stencil(itertools.compress(between, within.tolist()), stencil.ndim), reach
-
-
-def _places_in_strip(stencil: Stencil, grid: torch.Size, block: int) -> Tensor:
-    """Where in a block's columns (2 block, block) the diagonal and the offsets' entries (K, block) are, both flattened."""
-    down = flat_index(torch.tensor([(0,) * stencil.ndim, *stencil.offsets]), grid)
-    column = torch.arange(block)
-    return ((down[:, None] + column) * block + column).flatten()
-
-
-def nearest_factor(factor: "StencilCholesky", stencil: Stencil) -> tuple[Tensor, Tensor]:
-    """``log_diag`` and ``off_diag`` of the factor with another stencil that is nearest to the distribution of ``factor``."""
-    from .marginals import scan_covariance  # which is built on factors
-    from .strips import radius
-
-    grid = factor.grid
-    check_stencil(stencil, ndim=len(grid))
-    row = grid[1:].numel()
-
-    def columns_of_block(start: int, stop: int, covariance: Tensor) -> Tensor:
-        def of_sites(a: Tensor, b: Tensor) -> Tensor:
-            return covariance[..., flat_index(a, grid) - start * row, flat_index(b, grid) - start * row]
-
-        return nearest_columns(
-            "the covariance of the precision",
-            of_sites,
-            stencil,
-            grid,
-            covariance.shape[:-2],
-            covariance.device,
-            range(start * row, stop * row),
-        )
-
-    reach = max(radius(factor.stencil), radius(stencil))
-    columns = torch.cat(scan_covariance(factor, reach, columns_of_block), -2)
-    return as_factor(columns.to(factor.dtype), grid)
 
 
 def nearest_columns(
@@ -223,14 +128,15 @@ def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) ->
     if len(bad):
         number = bad[0, -1]
         raise ValueError(
-            f"{name} is not positive definite{_of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
+            f"{name} is not positive definite{of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
             f"and its {int(exists[number].sum()) - 1} neighbours"
         )
     columns = torch.linalg.solve_triangular(factors.mT, eye[:, -1:], upper=True)[..., 0]
     return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
 
 
-def _of_batch(element: Tensor) -> str:
+def of_batch(element: Tensor) -> str:
+    """How an error names a batch element; empty where there is no batch."""
     return f" of batch element {tuple(element.tolist())}" if len(element) else ""
 
 

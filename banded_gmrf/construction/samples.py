@@ -1,4 +1,4 @@
-"""Factors estimated from samples. `StencilCholesky` offers this as a class method.
+"""The maximum-likelihood factor of samples.
 
 The mean negative log likelihood of samples depends on the factor as KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) does, Σ their covariance, so
 that the maximum-likelihood factor is the one nearest to Σ: column j is the least-squares regression of x_j on its forward
@@ -15,8 +15,8 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.checks import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
-from .construction import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
-from .stencil import Stencil, check_stencil, flat_index
+from ..stencil import Stencil, check_stencil, flat_index
+from .covariance import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
 
 _CHUNK_ELEMENTS = 2**24
 

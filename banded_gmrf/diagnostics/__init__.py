@@ -1,0 +1,20 @@
+"""How well a GMRF fits data: is the whitened residual white, are its norms those that the model expects, how far are samples.
+
+The residual map itself is `GMRF.whiten`: y = Lᵀ(x - loc) is standard normal, independent from site to site, if x follows the
+model. `whitened_moments`, `autocorrelation` and `quantiles` say where and how y departs from that, `chi_squared_coverage` looks
+at its norm, and the energy and the variogram score compare x with samples of the model (both proper, lower is better).
+"""
+
+from .scores import energy_score, variogram_score
+from .whiteness import Moments, Quantiles, autocorrelation, chi_squared_coverage, quantiles, whitened_moments
+
+__all__ = [
+    "Moments",
+    "Quantiles",
+    "autocorrelation",
+    "chi_squared_coverage",
+    "energy_score",
+    "quantiles",
+    "variogram_score",
+    "whitened_moments",
+]

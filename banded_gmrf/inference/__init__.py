@@ -1,0 +1,1 @@
+"""What is inferred with a field: posteriors given observations, the models of these observations, and the solver."""

@@ -1,0 +1,28 @@
+"""What the builders share: differences of fields as sparse matrices, and checks of their parameters."""
+
+import math
+from collections.abc import Sequence
+
+import scipy.sparse
+import torch
+from torch import Tensor
+
+
+def differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_array:
+    """The first differences along each of these axes in turn, wherever they exist: (places, n)."""
+    sizes = list(grid)
+    matrix = scipy.sparse.eye_array(math.prod(grid), format="csr")
+    for axis in axes:
+        parts = sizes[:axis], sizes[axis : axis + 1], sizes[axis + 1 :]
+        before, along, after = (scipy.sparse.eye_array(math.prod(part), format="csr") for part in parts)
+        matrix = scipy.sparse.kron(scipy.sparse.kron(before, along[1:] - along[:-1]), after, format="csr") @ matrix
+        sizes[axis] = max(sizes[axis] - 1, 0)
+    return matrix
+
+
+def positive(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """A parameter as a tensor (*batch, 1, ..., 1) with as many axes of size 1 as the grid has."""
+    value = torch.as_tensor(value, dtype=dtype, device=device)
+    if not ((value.detach() > 0) & value.detach().isfinite()).all():
+        raise ValueError(f"{name} is {value.tolist()}, expected finite and positive")
+    return value.reshape(*value.shape, *[1] * ndim)

@@ -1,0 +1,43 @@
+"""Thin plates: fields whose energy is that of bending."""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..precision_matrix import StencilPrecision
+from .parameters import differences, positive
+
+
+def thin_plate_precision(
+    grid: Sequence[int],
+    bending: float | Tensor,
+    ridge: float | Tensor,
+    *,
+    dtype: torch.dtype = torch.float64,
+    device: torch.device | str | None = None,
+) -> StencilPrecision:
+    """The prior behind thin plate splines: the energy of a bent plate, made proper by a ridge.
+
+    xᵀΛx = bending · Σ (x_aa² + 2 x_ab² + ...) + ridge · Σ x², the second differences x_ab, of each pair of axes, taken wherever
+    they exist. Without the ridge Λ is intrinsic: constants and planes have no energy. Rue and Held, Gaussian Markov random
+    fields, 2005.
+
+    Args:
+        grid: numbers of sites along each axis.
+        bending: the weight of the squared second differences.
+        ridge: the weight of the squared values.
+        dtype: of the result. In float32 the factorisation fails for ridges far below ``bending``.
+        device: of the result.
+
+    Raises:
+        ValueError: a weight that is not positive.
+    """
+    ndim = len(grid)
+    bending = positive("bending", bending, ndim, dtype, device)
+    ridge = positive("ridge", ridge, ndim, dtype, device)
+    energy = sum(D.T @ D for D in (differences(grid, pair) for pair in itertools.product(range(ndim), repeat=2)))
+    plate = StencilPrecision.from_matrix(energy, grid)
+    diag, off_diag = plate.diag.to(bending), plate.off_diag.to(bending)
+    return StencilPrecision(bending * diag + ridge, bending.unsqueeze(-ndim - 1) * off_diag, plate.stencil)
