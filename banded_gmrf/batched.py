@@ -71,7 +71,7 @@ class Batched:
         try:
             shape = torch.zeros(()).expand(batch)[index].shape
         except IndexError as error:
-            raise IndexError(f"{name} has batch shape {tuple(batch)}, of which the index {index} is none: {error}") from None
+            raise IndexError(f"{name} has batch shape {tuple(batch)}, and only the batch can be indexed: {error}") from None
         parts = [_indexed(part, axes, batch, index) for part, axes in self._parts().values()]
         return self._from_parts(self._static(), parts, shape)
 

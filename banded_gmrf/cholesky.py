@@ -31,8 +31,8 @@ class StencilCholesky(Batched):
             tensors are broadcast.
         stencil: the stencil, with as many axes as the grid.
 
-    float16 and bfloat16 coefficients are computed with in float32. `to`, `detach` and indexing, of the batch axes alone, are
-    those of tensors, and a factor is a pytree node of two tensors.
+    float16 and bfloat16 coefficients are computed with in float32. `to`, `detach` and indexing work as
+    for a tensor that has the batch axes alone. A factor is a pytree node of two tensors.
 
     Raises:
         TypeError: not floating-point tensors of one dtype.
@@ -87,8 +87,8 @@ class StencilCholesky(Batched):
     ) -> "StencilCholesky":
         """The maximum-likelihood factor with a given stencil, in closed form.
 
-        Each column is the least-squares regression of a site on its existing forward neighbours: `from_covariance` of the
-        samples' covariance (divided by S), of which only the entries between sites of one column are computed, in float64.
+        Each column is the least-squares regression of a site on its existing forward neighbours. This is `from_covariance` of
+        the samples' covariance (divided by S). Only its entries between sites of one column are computed, in float64.
         Differentiable in the samples.
 
         Args:
@@ -98,10 +98,10 @@ class StencilCholesky(Batched):
                 one for the whole grid.
             ridge: this is added to the variance of every site, in squared units of the samples; the factor then minimises the
                 mean negative log likelihood plus ½ ridge ‖L‖²_F.
-            stationary: sites share their coefficients. A site near an edge of the grid, some of whose neighbours do not exist,
-                shares those of all sites with the same existing neighbours; they are estimated wherever on the grid these
-                neighbours exist. Nothing makes such a factor stable: if its stencil is too small for what the samples show,
-                its own samples may grow from one edge of the grid to the other.
+            stationary: sites share their coefficients. Near an edge of the grid some neighbours do not exist: a site shares
+                its coefficients with all sites that have the same existing neighbours. They are estimated wherever on the
+                grid these neighbours exist. Nothing makes such a factor stable: if the stencil is too small for the samples,
+                samples of the factor may grow from one edge of the grid to the other.
 
         Returns:
             The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.
@@ -119,7 +119,7 @@ class StencilCholesky(Batched):
         """The Cholesky factor of a sparse precision Λ, exact or with a given stencil. Differentiable in Λ.
 
         The exact factor fills in: its stencil is that of Λ and all offsets between the origin and Λ's last one, in raster
-        order, that fit the grid. With a reach of r rows of W sites these are about 2 r W offsets, and a few n (r W)²
+        order, that fit the grid. With a reach of r rows of W sites it has about 2 r W offsets, and takes a few n (r W)²
         operations. For r = 2 and 256 x 256 sites in float64 it has 1,022 offsets and 536 MB. On CPUs its operations loop over
         the offsets; the kernels for GPUs have code for each of them, and compile accordingly long.
 

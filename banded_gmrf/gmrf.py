@@ -26,7 +26,8 @@ _MAX_DENSE_SITES = 2**13
 class GMRF(Distribution, Batched):
     """Gaussian Markov random field x ~ N(loc, Λ⁻¹), Λ = L Lᵀ, on a grid of 1 to 3 axes.
 
-    A `torch.distributions.Distribution` with ``event_shape`` = grid; log densities and entropies are in nats.
+    A `torch.distributions.Distribution` with ``event_shape`` = grid; log densities and entropies are in nats. `to`, `detach`
+    and indexing work as for a tensor that has the batch axes alone, and a distribution is a pytree node.
 
     In a Pyro model use ``banded_gmrf.pyro.GMRF``, the same with the methods that Pyro needs: ``pyro.sample`` takes no plain
     torch distribution. ``import banded_gmrf`` itself never imports Pyro.
@@ -109,14 +110,14 @@ class GMRF(Distribution, Batched):
 
     @property
     def variance(self) -> Tensor:
-        """Marginal variances, the diagonal of Λ⁻¹: (*batch, *grid); those of `marginal_variance` with its defaults."""
+        """Marginal variances, the diagonal of Λ⁻¹: (*batch, *grid), by `marginal_variance` with its defaults."""
         return self.marginal_variance().variance
 
     def marginal_variance(self, method: str = "auto", num_samples: int = 256) -> VarianceEstimate:
         """Marginal variances, the diagonal of Λ⁻¹, with their standard errors; differentiable in the factor.
 
         With n sites in rows of W = n / grid[0] and a stencil that reaches r rows down, exact variances take about
-        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows: the first axis had better be the longest.
+        2 n (r + 1)² W² operations, and memory for a few matrices of (r + 1) W rows. A first axis that is the longest is best.
         A row of a colour image (3, 64, 64) is a whole channel, W = 4096; of the same image as (64, 64, 3), a line of pixels,
         W = 192. Monte Carlo takes one solve and one product with L per sample.
 
@@ -157,9 +158,10 @@ class GMRF(Distribution, Batched):
     def correlation_with(self, site: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
         """Correlations of one site, or of m, with all sites; arguments, shapes and errors as for `covariance_columns`.
 
-        In [-1, 1] up to rounding where `variance` is exact. Where it is not, the variances of these sites are still exact, from
-        their own columns; those of the others are Monte Carlo estimates from 256 samples, drawn from torch's generator, so that
-        the correlations with them may leave [-1, 1] and have a relative standard error of about √(1 / 512) = 4.4 % at most.
+        In [-1, 1] up to rounding where `variance` is exact. Elsewhere the variances of these sites are still exact, from their
+        own columns, but the variances of the other sites are Monte Carlo estimates from 256 samples, drawn from torch's
+        generator. The correlations with them have a relative standard error of at most √(1 / 512) = 4.4 %, and may leave
+        [-1, 1].
         """
         ndim = len(self._event_shape)
         sites = as_sites(site, self._event_shape, self._factor.device)
@@ -251,10 +253,11 @@ class GMRF(Distribution, Batched):
     def project_on_leading(self, x: Tensor, k: int, degree: int = 2000) -> Tensor:
         """x projected on the k leading eigenvectors of Σ, without computing them: `leading_eigenpairs` takes longer.
 
-        A polynomial of Λ is applied to x that is 1 on the k smallest eigenvalues of Λ and 0 on the others, up to 10⁻³, but for
-        those near the cut. The cut lies between the k-th and the next, by counts of the eigenvalues below a threshold, which
-        see what differs by more than rounding of the largest one. Around the cut the weights fall from 0.999 to 0.001 within
-        ±12 / degree on the scale of arccos(1 - 2 λ / b), b the largest row sum of |L| |L|ᵀ, which bounds the eigenvalues.
+        A polynomial of Λ is applied to x. Up to 10⁻³, it is 1 on the k smallest eigenvalues of Λ and 0 on the others, except
+        near the cut. The cut lies between the k-th and the next eigenvalue. It is found by counting eigenvalues below a
+        threshold; eigenvalues closer than rounding of the largest one count as equal. Around the cut the weights fall from
+        0.999 to 0.001 within ±12 / degree on the scale of arccos(1 - 2 λ / b); b, the largest row sum of |L| |L|ᵀ, bounds the
+        eigenvalues.
         Differentiable in x, with no gradient in the factor. A degree too low to give the leading eigenvectors their weight
         warns (RuntimeWarning).
 
@@ -282,7 +285,7 @@ class GMRF(Distribution, Batched):
 
         Args:
             mask: bool (*batch, *grid), true where a site is observed; its batch is broadcast against the distribution's.
-            values: (*batch, *grid), of which the observed sites are read.
+            values: (*batch, *grid); only the observed sites are read.
             tolerance: residual, relative to the right-hand side, at which the solver stops; between 0 and 1.
             max_iterations: of the solver, at least 1; if they do not suffice, it warns with the residual (RuntimeWarning).
 

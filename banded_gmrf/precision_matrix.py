@@ -23,7 +23,7 @@ class StencilPrecision(Batched):
     Column j holds ``diag[j]`` on the diagonal and ``off_diag[k, j]`` at row ``j + offsets[k]`` (and again, mirrored, above the
     diagonal). Entries whose row lies outside the grid do not exist: what is stored there is ignored.
 
-    `to`, `detach` and indexing, of the batch axes alone, are those of tensors, and a precision is a pytree node of two tensors.
+    `to`, `detach` and indexing work as for a tensor that has the batch axes alone. A precision is a pytree node of two tensors.
 
     Args:
         diag: (*batch, *grid).

@@ -48,7 +48,7 @@ class Stencil:
 
     @classmethod
     def from_json(cls, value: dict) -> "Stencil":
-        """The stencil of which `to_json` gave ``value``."""
+        """The stencil that `to_json` turned into ``value``."""
         return cls(value["offsets"], value["ndim"])
 
     def to_json(self) -> dict:

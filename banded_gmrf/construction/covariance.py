@@ -1,7 +1,7 @@
 """The factor with a given stencil that is nearest to a known covariance, column by column.
 
-Among all factors with a given stencil, the one that minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has, in column j, with s the site j
-and those of its forward neighbours that exist,
+Among all factors with a given stencil, the one that minimises KL(N(0, Σ) ‖ N(0, (L Lᵀ)⁻¹)) has in column j, with s the site j
+and its existing forward neighbours,
 
     L[s, j] = Σ[s, s]⁻¹ e / sqrt(eᵀ Σ[s, s]⁻¹ e),   e the unit vector of site j
 
@@ -92,8 +92,8 @@ def neighbourhoods(
     ``numbers`` are the raster numbers of the sites, by default all.
 
     Yields:
-        The indices (m, K, ndim) of the neighbours, those of the site itself in place of one that does not exist, and which of
-        them exist, (m, K) bool. ``batch`` blocks of K x K numbers for each of the m sites are of bounded size.
+        The indices (m, K, ndim) of the neighbours, and whether they exist, (m, K) bool. In place of a neighbour that does not
+        exist stands the site itself. ``batch`` blocks of K x K numbers for each of the m sites are of bounded size.
     """
     offsets = torch.tensor([*stencil.offsets, (0,) * stencil.ndim], device=device)
     size = torch.tensor(grid, device=device)

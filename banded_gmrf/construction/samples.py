@@ -89,7 +89,7 @@ def _lag_covariances(
 
 
 def _chunks(samples: Tensor | Iterable[Tensor], ndim: int) -> Iterator[Tensor]:
-    """The samples in chunks (S, *batch, *grid), S ≥ 1; those of a tensor are of bounded size."""
+    """The samples in chunks (S, *batch, *grid), S ≥ 1; chunks of a tensor are of bounded size."""
     if not isinstance(samples, Iterable):
         raise TypeError(f"samples is a {type(samples).__name__}, expected a torch.Tensor or an iterable of them")
     for chunk in [samples] if isinstance(samples, Tensor) else samples:

@@ -50,7 +50,7 @@ class IndependentNoise:
         return [weight[(..., slice(*rows), *[slice(None)] * (len(self._grid) - 1))] for rows in block_rows(self._grid)]
 
     def gram(self, block: Tensor, rows_left: int) -> Tensor:
-        """What a block adds to W: (*batch, h, h) for its sites and those of rows after it, ``rows_left`` at most."""
+        """What a block adds to W: (*batch, h, h) for its sites and the next rows, at most ``rows_left`` in all."""
         return torch.diag_embed(block.flatten(-len(self._grid)))
 
 
@@ -92,6 +92,6 @@ class CorrelatedNoise:
         return block_coefficients(self._factor)
 
     def gram(self, block: Tensor, rows_left: int) -> Tensor:
-        """What a block adds to W: (*batch, h, h) for its sites and those of rows after it, ``rows_left`` at most."""
+        """What a block adds to W: (*batch, h, h) for its sites and the next rows, at most ``rows_left`` in all."""
         columns = strip(block, self._factor.stencil, rows_left)
         return columns @ columns.mT

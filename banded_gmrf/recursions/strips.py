@@ -77,7 +77,7 @@ def strip(coefficients: Tensor, stencil: Stencil, rows_left: int) -> Tensor:
         rows_left: rows of the grid from the block's first one on.
 
     Returns:
-        (*batch, h, w): w the block's sites, h those of the block and of the next rows that it reaches on the grid.
+        (*batch, h, w): w is the number of sites of the block; h also counts the sites of the next rows that it reaches.
     """
     rows, *rest = coefficients.shape[-stencil.ndim :]
     row = math.prod(rest)

@@ -147,3 +147,10 @@ def test_entries_are_those_of_the_dense_factor(name, grid):
     raster = torch.arange(torch.tensor(grid).prod()).reshape(grid)
     expected = [(k, raster[there].item(), raster[here].item()) for k, here, there in neighbours(stencil.offsets, grid)]
     assert list(zip(k.tolist(), row.tolist(), column.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("name", STENCILS)
+def test_reach_and_json(name):
+    stencil = STENCILS[name]
+    assert stencil.row_reach == max([0, *(offset[0] for offset in stencil.offsets)])
+    assert bg.Stencil.from_json(stencil.to_json()) == stencil
