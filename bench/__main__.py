@@ -1,16 +1,18 @@
 """``python -m bench``: measure a preset, or what the options say. ``compare`` two such runs; ``toolbox``; ``training-step``."""
 
-import datetime
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from programs.commands import errors_of, finish, interruptible
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.callback(invoke_without_command=True)
+@interruptible
 def main(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="quick, full, peers or gpu; the options below replace its values.")] = "quick",
@@ -49,45 +51,43 @@ def main(
     """Which stencil can I afford at which resolution, and is this as fast as it can be?"""
     if context.invoked_subcommand is not None:
         return
-    try:
-        # Imported here: torch takes seconds, and processes for trials import this file too.
-        from . import run
-        from .presets import PRESETS, override, plan
-        from .quality import load_photographs, scikit_image_photographs
-        from .rows import GIB, Limits
+    # Imported here: torch takes seconds, and processes for trials import this file too.
+    from programs.devices import usable_device
+    from programs.files import new_folder
 
+    from .presets import PRESETS, override, plan
+    from .quality import load_photographs, scikit_image_photographs
+    from .rows import GIB, Limits
+    from .run import run_works
+
+    with errors_of("--preset"):
         if preset not in PRESETS:
-            raise typer.BadParameter(f"{preset!r}, expected one of {', '.join(PRESETS)}", param_hint="--preset")
-        chosen = PRESETS[preset]
-        device = device or chosen.device
-        try:
-            given = {
-                "stencils": stencils,
-                "resolutions": resolutions,
-                "batches": batch,
-                "samples": samples,
-                "operations": ops,
-                "dtypes": dtype,
-                "backends": backends,
-                "peers": peers,
-            }
-            run.check_device(device)
-            works = plan([override(sweep, given) for sweep in chosen.sweeps], device)
-            photographs = scikit_image_photographs() if data is None else load_photographs(data)
-            folder = _new_folder(preset, out)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        _set_threads(threads)
-        limits = Limits(chosen.seconds if seconds is None else seconds, memory_limit * GIB, time_limit)
-        results = run.run(works, limits, device, preset, photographs, folder, _console())
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    typer.echo(f"Results: {folder}")
-    if results["interrupted"]:
-        raise typer.Exit(130)
+            raise ValueError(f"{preset!r}, expected one of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    device = device or chosen.device
+    given = {
+        "stencils": stencils,
+        "resolutions": resolutions,
+        "batches": batch,
+        "samples": samples,
+        "operations": ops,
+        "dtypes": dtype,
+        "backends": backends,
+        "peers": peers,
+    }
+    with errors_of():
+        usable_device(device)
+        works = plan([override(sweep, given) for sweep in chosen.sweeps], device)
+        photographs = scikit_image_photographs() if data is None else load_photographs(data)
+        folder = new_folder(f"bench-{preset}", out)
+    _set_threads(threads)
+    limits = Limits(chosen.seconds if seconds is None else seconds, memory_limit * GIB, time_limit)
+    results = run_works(works, limits, device, preset, photographs, folder, _console())
+    finish(folder, results["interrupted"])
 
 
 @app.command()
+@interruptible
 def compare(
     before: Annotated[Path, typer.Argument(help="results.json of the first run, or its folder.")],
     after: Annotated[Path, typer.Argument(help="The same of the second run.")],
@@ -95,12 +95,11 @@ def compare(
 ) -> None:
     """Show what got slower from one run to another; the exit status is 1 if anything did."""
     from .compare import comparison_table, differences, faster_rows, lost_rows, slower_rows
-    from .report import case_text, read_results
+    from .report import case_text
+    from .results import read_results
 
-    try:
+    with errors_of():
         first, second = read_results(before), read_results(after)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
     console = _console()
     for sentence in differences(first, second):
         console.print(sentence)
@@ -124,6 +123,7 @@ Out = Annotated[
 
 
 @app.command("toolbox")
+@interruptible
 def measure_toolbox(
     device: Device = "cpu",
     threads: Threads = None,
@@ -141,29 +141,26 @@ def measure_toolbox(
     out: Out = None,
 ) -> None:
     """What do marginals, conditioning, divergences, spectra and estimation cost?"""
-    try:
-        from . import toolbox
-        from .fields import load_fields, photograph_residuals
-        from .rows import GIB, Limits
-        from .run import check_device
+    from programs.devices import usable_device
+    from programs.files import new_folder
 
-        _set_threads(threads)
-        try:
-            check_device(device)
-            fields = photograph_residuals() if factors is None else load_fields(factors)
-            folder = _new_folder("toolbox", out)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        limits = Limits(seconds, memory_limit * GIB, time_limit)
-        results = toolbox.run(fields, toolbox.Sizes(), limits, device, folder, _console())
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    typer.echo(f"Results: {folder}")
-    if results["interrupted"]:
-        raise typer.Exit(130)
+    from .fields import load_fields, photograph_residuals
+    from .rows import GIB, Limits
+    from .toolbox import run_toolbox
+    from .tools import Sizes
+
+    with errors_of():
+        usable_device(device)
+        fields = photograph_residuals() if factors is None else load_fields(factors)
+        folder = new_folder("bench-toolbox", out)
+    _set_threads(threads)
+    limits = Limits(seconds, memory_limit * GIB, time_limit)
+    results = run_toolbox(fields, Sizes(), limits, device, folder, _console())
+    finish(folder, results["interrupted"])
 
 
 @app.command("training-step")
+@interruptible
 def profile_training_step(
     device: Device = "cpu",
     threads: Threads = None,
@@ -174,21 +171,18 @@ def profile_training_step(
     out: Out = None,
 ) -> None:
     """What share of training a covariance network do the library's operators take?"""
-    try:
-        from . import training_step
-        from .run import check_device
+    from programs.devices import usable_device
+    from programs.files import new_folder
 
-        _set_threads(threads)
-        try:
-            check_device(device)
-            folder = _new_folder("training-step", out)
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
-        setting = training_step.Setting(batch=batch, compiled=compiled, bfloat16=bfloat16)
-        training_step.run(setting, steps, device, folder, _console())
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-    typer.echo(f"Results: {folder}")
+    from .training_step import Setting, profile_training
+
+    with errors_of():
+        usable_device(device)
+        folder = new_folder("bench-training-step", out)
+    _set_threads(threads)
+    setting = Setting(batch=batch, compiled=compiled, bfloat16=bfloat16)
+    profile_training(setting, steps, device, folder, _console())
+    finish(folder)
 
 
 def _set_threads(threads: int | None) -> None:
@@ -196,12 +190,6 @@ def _set_threads(threads: int | None) -> None:
 
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _new_folder(name: str, out: Path | None) -> Path:
-    from .run import new_folder
-
-    return new_folder(out or Path("results") / f"bench-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
 
 
 def _console():

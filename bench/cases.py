@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 import banded_gmrf as bg
-from gmrf_kernels.checks import accumulate_dtype
 
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)}
 
 # Random coefficients repeat after this many: drawing them would take longer than timing them. Odd, so that images differ.
 _DRAWN = 2**22 + 1
+
+
+def vector_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the vectors beside coefficients of ``dtype``, in which the library computes: float32 beside 16 bits."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def parse_stencil(text: str, ndim: int | None = None) -> bg.Stencil:
@@ -87,7 +91,7 @@ class Case:
 
     @property
     def pixels(self) -> int:
-        """Pixels of all images of the batch, N of DESIGN section 4."""
+        """Pixels of all images of the batch: N in "What fast means" of docs/design.md."""
         return self.batch * math.prod(self.grid)
 
     @property
@@ -97,7 +101,7 @@ class Case:
     @property
     def vector_bytes(self) -> int:
         """Bytes of one vector for every sample of every factor; float32 beside 16-bit coefficients."""
-        return self.samples * self.pixels * accumulate_dtype(DTYPES[self.dtype]).itemsize
+        return self.samples * self.pixels * vector_dtype(DTYPES[self.dtype]).itemsize
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {"grid": list(self.grid), "num_coefficients": self.num_coefficients}
@@ -121,7 +125,7 @@ class Problem:
         coefficients = _draw(shape, generator).mul_(0.3 / max(1, len(self.stencil)) ** 0.5)  # well conditioned
         self.coefficients = coefficients.to(case.device, dtype)
         vectors = (case.samples, case.batch, *case.grid)
-        self.x, self.v = (_draw(vectors, generator).to(case.device, accumulate_dtype(dtype)) for _ in range(2))
+        self.x, self.v = (_draw(vectors, generator).to(case.device, vector_dtype(dtype)) for _ in range(2))
         self.factor = bg.StencilCholesky(self.coefficients[:, 0], self.coefficients[:, 1:], self.stencil)
 
     @functools.cached_property

@@ -2,7 +2,10 @@
 
 from rich.table import Table
 
-from .report import Results, case_text, identity, machine_text, measured
+from programs.environment import machine_text
+
+from .report import case_text, identity, measured
+from .results import Results
 from .rows import Row
 
 

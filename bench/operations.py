@@ -1,8 +1,8 @@
 """The operations that are timed: what each is given, what must come out, how the library is called, and the bytes it must move.
 
-The bytes are the fewest that DESIGN section 4 counts for the coefficients, and each vector once: a likelihood and a sample read
-the coefficients once, the gradient of a factor is written once, and every triangular solve of a backward pass reads the
-coefficients again. With many samples for each factor the vectors are most of what moves.
+The bytes are the fewest of "What fast means" in docs/design.md for the coefficients, and each vector once. A likelihood and a
+sample read the coefficients once, the gradient of a factor is written once, and every triangular solve of a backward pass reads
+the coefficients again. With many samples for each factor most of what moves are vectors.
 """
 
 import math
@@ -15,9 +15,8 @@ from torch import Tensor
 
 import banded_gmrf as bg
 import gmrf_kernels
-from gmrf_kernels.checks import accumulate_dtype
 
-from .cases import Case, Problem
+from .cases import Case, Problem, vector_dtype
 
 Tensors = tuple[Tensor, ...]
 
@@ -183,7 +182,7 @@ def difference(results: Tensors, expected: Tensors) -> float:
         if result.shape != right.shape:
             return math.inf
         if right.numel() > 0:
-            right = right.to(accumulate_dtype(right.dtype))
+            right = right.to(vector_dtype(right.dtype))
             relative = (result.to(right) - right).abs().max().item() / (right.abs().max().item() or 1.0)
             worst = max(worst, math.inf if math.isnan(relative) else relative)
     return worst
@@ -195,4 +194,4 @@ def tolerance(case_dtype: torch.dtype) -> float:
     Results are sums of at most K products, along chains that a well-conditioned factor shortens: right ones differ by some
     ten rounding errors, wrong ones by a sizeable part of the value.
     """
-    return max(1024 * torch.finfo(accumulate_dtype(case_dtype)).eps, 4 * torch.finfo(case_dtype).eps)
+    return max(1024 * torch.finfo(vector_dtype(case_dtype)).eps, 4 * torch.finfo(case_dtype).eps)

@@ -10,9 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullFormatter, NullLocator
 
+from programs.environment import machine_text
+
 from .operations import OPERATIONS
 from .peers import PEERS
-from .report import Results, case_text, headline_case, machine_text, measured
+from .report import case_text, headline_case, measured
+from .results import Results
 from .rows import Row
 
 _STYLE = {

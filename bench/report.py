@@ -1,19 +1,19 @@
-"""What a run leaves: results.json, report.md, and a table on the terminal."""
+"""The report of ``python -m bench`` in Markdown and as a table on the terminal: which stencil, the peers, all rows."""
 
-import json
 import math
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import rich.box
 from rich.table import Table
 
+from programs.environment import machine_text
+from programs.tables import markdown_table
+
 from .measure import GIB
 from .operations import OPERATIONS
+from .results import Results, about
 from .rows import Row
-
-Results = dict[str, Any]
 
 # What a user would ask first: a batch of 16 images of 256 x 256.
 _ASKED = {"grid": [256, 256], "batch": 16}
@@ -32,28 +32,6 @@ _NOTES = """\
   memory; on a GPU what torch allocated.
 * Conversion to a peer's format is not in its time. For cholespy it holds a factorisation.
 """
-
-
-def write_results(folder: Path, results: Results) -> None:
-    """results.json in ``folder``."""
-    text = json.dumps(results, indent=1, ensure_ascii=False)
-    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
-
-
-def read_results(path: Path) -> Results:
-    """A results.json, or the one in a folder.
-
-    Raises:
-        ValueError: there is none, or it is not one of this program's.
-    """
-    path = path / "results.json" if path.is_dir() else path
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    if not isinstance(results, dict) or not {"rows", "machine"} <= results.keys():
-        raise ValueError(f"{path} was not written by this program")
-    return results
 
 
 def measured(rows: Iterable[Row], **values: Any) -> list[Row]:
@@ -88,12 +66,6 @@ def case_text(row: Row) -> str:
     text = " × ".join(map(str, (row["batch"], *row["grid"])))
     text += f", {row['samples']} samples each" if row["samples"] > 1 else ""
     return text + ("" if row["dtype"] == "float32" else f", {row['dtype']}")
-
-
-def machine_text(results: Results) -> str:
-    machine = results["machine"]
-    text = f"{machine['processor']}, {machine['cpus']} cores, {machine['threads']} threads"
-    return f"{machine['gpu']}; {text}" if "gpu" in machine else text
 
 
 def terminal_table(results: Results) -> Table:
@@ -142,15 +114,6 @@ _PLOTS = {
     "bandwidth.png": "Bandwidth as a fraction of that of a copy; 1 is as fast as memory allows",
     "peers.png": "How many times as long other software takes for the same work",
 }
-
-
-def about(results: Results) -> str:
-    versions = ", ".join(f"{package} {version}" for package, version in results["versions"].items() if version)
-    interrupted = "**Interrupted: not everything was measured.**\n\n" if results["interrupted"] else ""
-    return (
-        f"{interrupted}{machine_text(results)}; Python {results['python']}; {versions}; commit {results['commit']}.\n\n"
-        f"`{results['command']}`, {results['seconds']:.0f} s.\n"
-    )
 
 
 def _stencil_table(results: Results) -> str | None:
@@ -272,8 +235,3 @@ _FIGURES = {
 }
 
 _SHOWN = ("ms", "GB/s", "of copy", "ns/pixel", "peak MiB", "× library")
-
-
-def markdown_table(header: Sequence[str], lines: Sequence[Sequence[str]], text_columns: int = 1) -> str:
-    rule = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
-    return "".join(f"| {' | '.join(line)} |\n" for line in (header, rule, *lines))

@@ -35,7 +35,7 @@ class NotMeasuredError(Exception):
         self.status = status
 
 
-def measure(work: Work, limits: Limits, tell: Callable[[str], None]) -> list[Row]:
+def measure_work(work: Work, limits: Limits, tell: Callable[[str], None]) -> list[Row]:
     """The rows of one operation on one case; an implementation that gives no right result has one that says why.
 
     Args:

@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import rich.box
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -22,11 +21,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import banded_gmrf as bg
+from programs.tables import markdown_table
 from supn_models import LatentCovarianceNetwork
 
-from .environment import environment
 from .measure import synchronize
-from .report import Results, about, machine_text, markdown_table, write_results
+from .results import Results, about, environment, table, write_results
 
 _STDDEV = 0.1  # of the residuals, gray levels in [-1, 1]
 _SHOWN = 20
@@ -138,7 +137,7 @@ def _within_operator(event: Any) -> bool:
     return False
 
 
-def run(setting: Setting, steps: int, device: str, folder: Path, console: Console) -> Results:
+def profile_training(setting: Setting, steps: int, device: str, folder: Path, console: Console) -> Results:
     """Profile ``steps`` steps, write results.json and results.md into ``folder``, and show the table.
 
     Raises:
@@ -175,8 +174,7 @@ def run(setting: Setting, steps: int, device: str, folder: Path, console: Consol
         "seconds": time.perf_counter() - start,
         "kernels": [asdict(kernel) for kernel in found],
     }
-    write_results(folder, results)
-    (folder / "results.md").write_text(markdown_report(results), encoding="utf-8")
+    write_results(folder, results, markdown_report(results))
     console.print(terminal_table(results))
     return results
 
@@ -205,12 +203,7 @@ def markdown_report(results: Results) -> str:
 
 def terminal_table(results: Results) -> Table:
     """The same table."""
-    table = Table(title=machine_text(results), caption=_summary(results), box=rich.box.SIMPLE_HEAD)
-    for number, name in enumerate(_HEADER):
-        table.add_column(name, justify="left" if number < 2 else "right", no_wrap=number > 1)
-    for line in _lines(results):
-        table.add_row(*line)
-    return table
+    return table(results, _HEADER, _lines(results), text_columns=2, caption=_summary(results))
 
 
 _HEADER = ("kernel", "of", "calls per step", "ms per step", "share")

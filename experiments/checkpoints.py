@@ -9,8 +9,7 @@ import safetensors.torch
 from torch import nn
 
 import supn_models
-
-from .results import written_whole
+from programs.files import written_whole
 
 # The file of a run that holds all its networks.
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,14 +35,34 @@ def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str,
         safetensors.torch.save_file(tensors, partial, metadata)
 
 
+def checkpoint_of_run(folder: Path, results: dict[str, Any]) -> Path:
+    """The networks of a finished run, a file for `load_checkpoint`.
+
+    Args:
+        folder: of the run.
+        results: what its results.json holds.
+
+    Raises:
+        ValueError: they are not there. They are left out of the repository, which keeps numbers and figures.
+    """
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        again = f", as this command did: {results['command']}" if "command" in results else ""
+        raise ValueError(f"{folder} has no {CHECKPOINT}, the networks of its run: train them again, into a new folder{again}")
+    return path
+
+
 def load_checkpoint(path: Path) -> tuple[dict[str, nn.Module], dict[str, Any]]:
     """The networks of `save_checkpoint`, in evaluation mode, and ``about``.
 
     Raises:
-        ValueError: a safetensors file that `save_checkpoint` did not write.
+        ValueError: a broken file, or one that `save_checkpoint` did not write.
     """
-    with safetensors.safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
     if not {"networks", "about"} <= metadata.keys():
         raise ValueError(f"{path} has no metadata of this library's checkpoints")
     tensors = safetensors.torch.load_file(path)

@@ -21,12 +21,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 import banded_gmrf as bg
+from programs.commands import InterruptedRunError
+from programs.tables import markdown_table
 from supn_models import ConvAutoencoder, CovarianceNetwork
 
 from . import photographs
 from .checkpoints import CHECKPOINT, save_checkpoint
 from .figures import Column, correlation_figure, image_grid, loss_figure
-from .results import environment, markdown_table, write_results
+from .results import environment, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
 from .whiteness import lag_one_autocorrelation
 
@@ -52,11 +54,7 @@ class DemoConfig:
     test_shrink: int = 2
 
 
-class InterruptedRunError(Exception):
-    """The run was interrupted; the message says what is left of it."""
-
-
-def run(config: DemoConfig, folder: Path, console: Console) -> dict[str, Any]:
+def run_demo(config: DemoConfig, folder: Path, console: Console) -> dict[str, Any]:
     """Train, evaluate and write everything into ``folder``; return what results.json holds.
 
     Raises:
@@ -64,7 +62,7 @@ def run(config: DemoConfig, folder: Path, console: Console) -> dict[str, Any]:
     """
     networks: dict[str, nn.Module] = {}
     try:
-        return _run(config, folder, console, networks)
+        return _train_and_evaluate(config, folder, console, networks)
     except KeyboardInterrupt:
         if not networks:
             raise InterruptedRunError(f"nothing was trained yet; {folder} is empty") from None
@@ -73,7 +71,7 @@ def run(config: DemoConfig, folder: Path, console: Console) -> dict[str, Any]:
         raise InterruptedRunError(f"{', '.join(networks)} as trained so far: {path}") from None
 
 
-def _run(config: DemoConfig, folder: Path, console: Console, networks: dict[str, nn.Module]) -> dict[str, Any]:
+def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, networks: dict[str, nn.Module]) -> dict[str, Any]:
     start = time.perf_counter()
     train, test, test_names = load_patches(config)
     console.print(f"train on {', '.join(photographs.TRAIN)}: {len(train)} patches of {config.patch_size} x {config.patch_size}")
@@ -145,7 +143,7 @@ def _run(config: DemoConfig, folder: Path, console: Console, networks: dict[str,
             "train": photographs.TRAIN,
             "test": {name: test_names.count(name) for name in photographs.TEST},
         },
-        **environment(),
+        **environment("cpu"),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_results(folder, results, markdown_report(results), console)

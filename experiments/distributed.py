@@ -1,8 +1,8 @@
 """Data-parallel training and evaluation in the processes that torchrun starts; in a single process nothing to be done.
 
-Each process has a copy of the networks, and its part of every batch: gradients are averaged over the processes, and batch
-normalisation takes its statistics over the whole batch, so that N processes compute what one would, up to rounding. Random
-numbers for a batch are drawn alike by all processes, each of which then takes its part of them.
+Each process has a copy of the networks, and its part of every batch. Gradients are averaged over the processes, and batch
+normalisation takes its statistics over the whole batch, so that N processes compute what one would, up to rounding. All
+processes draw the same random numbers for a batch, and each takes its part of them.
 """
 
 import os
@@ -22,7 +22,7 @@ def processes(device: torch.device) -> Iterator[torch.device]:
     """Join the other processes if torchrun started this one: by NCCL on CUDA devices, by Gloo on others.
 
     Args:
-        device: where to compute; of "cuda" each process takes the GPU with its number on this machine.
+        device: where to compute. On "cuda" each process takes the GPU with its local rank.
 
     Yields:
         This process's device.
@@ -44,13 +44,13 @@ def processes(device: torch.device) -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes work together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def number() -> int:
-    """Which of them this is. Number 0 writes the results."""
+def rank() -> int:
+    """Which of them this is. The process of rank 0 writes the results."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -61,7 +61,7 @@ def barrier() -> None:
 
 
 def from_first(value: Value) -> Value:
-    """What process 0 has given: any value that can be pickled."""
+    """The value that the process of rank 0 has given: anything that can be pickled."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values)
@@ -69,45 +69,45 @@ def from_first(value: Value) -> Value:
 
 
 def from_all(value: Value) -> list[Value]:
-    """What each process has given, in their order: values that can be pickled."""
-    values = [value] * count()
+    """The values that the processes have given, by rank: anything that can be pickled."""
+    values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
 
 
 def own_part(batch: Tensor) -> Tensor:
-    """This process's part of a batch (B, ...): (B / count(), ...).
+    """This process's part of a batch (B, ...): (B / world_size(), ...).
 
     Raises:
         ValueError: B is not a multiple of the number of processes.
     """
-    if len(batch) % count():
-        raise ValueError(f"a batch has {len(batch)} examples, expected a multiple of {count()}, the number of processes")
-    return batch.chunk(count())[number()]
+    if len(batch) % world_size():
+        raise ValueError(f"a batch has {len(batch)} examples, expected a multiple of {world_size()}, the number of processes")
+    return batch.chunk(world_size())[rank()]
 
 
 def own_batches(total: int, batch_size: int) -> Iterator[tuple[int, slice]]:
-    """Number and rows of each batch of ``total`` rows that is this process's to evaluate.
+    """Number and rows of each batch that this process evaluates, of ``total`` rows in all.
 
     The batches themselves are the same for any number of processes.
     """
-    for batch in range(number(), -(-total // batch_size), count()):
+    for batch in range(rank(), -(-total // batch_size), world_size()):
         yield batch, slice(batch * batch_size, min((batch + 1) * batch_size, total))
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
     """The sum of what the processes hold, in each of them; differentiable."""
-    return _Sum.apply(tensor) if count() > 1 else tensor
+    return _Sum.apply(tensor) if world_size() > 1 else tensor
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace gradients by their means over the processes, in one message."""
-    if count() == 1:
+    if world_size() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     # Gradients in memory format channels_last cannot be viewed as vectors, only flattened.
-    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients])) / count()
+    flat = sum_over_processes(torch.cat([gradient.flatten() for gradient in gradients])) / world_size()
     for gradient, mean in zip(gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True):
         gradient.copy_(mean.view_as(gradient))
 
@@ -117,7 +117,7 @@ def synchronise_batch_norm(module: nn.Module) -> None:
 
     Parameters and buffers keep their names. torch's own SyncBatchNorm refuses tensors on a CPU.
     """
-    if count() == 1:
+    if world_size() == 1:
         return
     for name, child in module.named_children():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -155,11 +155,11 @@ class _SynchronisedBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         axes = (0, *range(2, input.ndim))
         x = input.to(self.weight.dtype)
-        mean = sum_over_processes(x.mean(axes, keepdim=True)) / count()
+        mean = sum_over_processes(x.mean(axes, keepdim=True)) / world_size()
         centred = x - mean
-        variance = sum_over_processes(centred.square().mean(axes, keepdim=True)) / count()
+        variance = sum_over_processes(centred.square().mean(axes, keepdim=True)) / world_size()
         with torch.no_grad():
-            values = count() * x.numel() // x.shape[1]
+            values = world_size() * x.numel() // x.shape[1]
             self.running_mean.lerp_(mean.flatten(), self.momentum)
             self.running_var.lerp_(variance.flatten() * values / (values - 1), self.momentum)
             self.num_batches_tracked.add_(1)

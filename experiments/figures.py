@@ -107,7 +107,7 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
         smooth: steps in each mean.
     """
     with mpl.rc_context(_STYLE):
-        fig = Figure(figsize=(3.6 * len(panels), 2.6), layout="constrained")
+        fig = Figure(figsize=(5.2 * len(panels), 2.6), layout="constrained")
         for ax, (label, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for name, losses in curves.items():
                 ends = range(smooth, len(losses) + 1, smooth)
@@ -115,7 +115,8 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
             ax.set_xlabel("step")
             ax.set_ylabel(label)
             ax.spines[["top", "right"]].set_visible(False)
-            ax.legend(frameon=False)
+            # Beside the axes: within them it would lie over one curve or another.
+            ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         fig.savefig(path)
 
 

@@ -22,10 +22,11 @@ from rich.console import Console
 from torch import Tensor
 
 import banded_gmrf as bg
+from programs.tables import markdown_table
 
 from . import photographs
 from .figures import Column, image_grid
-from .results import environment, machine_text, markdown_table, write_results
+from .results import environment, where_text, write_results
 from .training import seeded_generator
 
 TEXTURES = ("grass", "brick")
@@ -52,7 +53,7 @@ class Field:
     nats_per_pixel: list[float]
 
 
-def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]:
+def run_gallery(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]:
     """Construct, sample and write everything into ``folder``; return what results.json holds."""
     start = time.perf_counter()
     grid = (config.size, config.size)
@@ -82,7 +83,7 @@ def run(config: GalleryConfig, folder: Path, console: Console) -> dict[str, Any]
             for kind, members in fields.items()
         },
         "config": asdict(config),
-        **environment(),
+        **environment("cpu"),
         "device": "cpu",
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -182,5 +183,5 @@ def markdown_report(results: dict[str, Any]) -> str:
         + "\n-log p / n, nats per pixel: its expectation for the swirl; for a texture that of the photograph from which the "
         "factor was estimated (gray values in [0, 1]):\n\n"
         + table("likelihood")
-        + f"\nSeed {results['config']['seed']}; `{results['command']}`, {results['seconds']} s on {machine_text(results)}.\n"
+        + f"\nSeed {results['config']['seed']}; `{results['command']}`, {results['seconds']} s on {where_text(results)}.\n"
     )

@@ -4,29 +4,23 @@ from collections.abc import Collection, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
+
+from programs.progress import progress_bar
 
 Batch = TypeVar("Batch")
 
 
-def progress_bar(console: Console | None, *columns: ProgressColumn) -> Progress:
+def batches_bar(console: Console | None, *columns: ProgressColumn) -> Progress:
     """A bar of batches, with ``columns`` behind their number; each task has a field ``batch``, the examples in a batch.
 
     Args:
         console: where it is shown; None for nowhere.
         columns: others to show.
     """
-    return Progress(
-        TextColumn("{task.description:28}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        *columns,
-        _ExamplesPerSecond(),
-        TimeRemainingColumn(elapsed_when_finished=True),
-        console=console,
-        disable=console is None,
-    )
+    behind = (*columns, _ExamplesPerSecond(), TimeRemainingColumn(elapsed_when_finished=True))
+    return progress_bar(console, *behind, before=(TextColumn("{task.description:28}"),))
 
 
 def tracked(batches: Collection[Batch], examples: int, title: str, console: Console | None) -> Iterator[Batch]:
@@ -38,7 +32,7 @@ def tracked(batches: Collection[Batch], examples: int, title: str, console: Cons
         title: shown beside the bar.
         console: where it is shown; None for nowhere.
     """
-    with progress_bar(console) as progress:
+    with batches_bar(console) as progress:
         task = progress.add_task(title, total=len(batches), batch=examples)
         for batch in batches:
             yield batch

@@ -1,17 +1,10 @@
 """The folder in which an experiment leaves its results, and from which an interrupted one goes on."""
 
-import datetime
 import itertools
 import json
-import os
-import platform
-import shlex
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +12,9 @@ import torch
 from rich.console import Console
 from rich.markdown import Markdown
 
-from banded_gmrf.checkout import commit
+import programs.environment
+from programs.environment import machine_text
+from programs.files import write_json
 
 from . import distributed
 
@@ -27,6 +22,8 @@ CONFIG = "config.json"
 RESULTS = "results.json"
 # The states of the trainings of an unfinished run.
 STATES = "training"
+
+_PACKAGES = ("banded-gmrf", "torch", "numpy", "numba", "scikit-image")
 
 
 class Config(Protocol):
@@ -36,23 +33,7 @@ class Config(Protocol):
         """As values that JSON can hold."""
 
 
-def new_results_folder(experiment: str, out: Path | None) -> Path:
-    """Make the folder for one run: ``out``, or by default results/EXPERIMENT-DATE-TIME.
-
-    Raises:
-        ValueError: ``out`` exists and is a file or a folder with anything in it.
-    """
-    folder = out or Path("results") / f"{experiment}-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}"
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} already exists and is not an empty folder; nothing was changed there")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be made: {error.strerror}") from None
-    return folder
-
-
-def start(config: Config, folder: Path, device: torch.device) -> None:
+def begin_run(config: Config, folder: Path, device: torch.device) -> None:
     """Note in the empty ``folder`` what is about to be run there, on what kind of device."""
     write_json(folder / CONFIG, {**config.as_dict(), "device": device.type})
 
@@ -88,16 +69,18 @@ def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, A
         yield name or "it", there, here
 
 
-def finished_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a finished run.
+def finished_results(folder: Path) -> dict[str, Any]:
+    """What results.json of a finished run holds; "config" is among it.
 
     Raises:
         ValueError: no finished run in ``folder``.
     """
     try:
-        return json.loads((folder / RESULTS).read_text(encoding="utf-8"))["config"]
-    except (OSError, ValueError, KeyError) as error:
+        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
+        results["config"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} holds no finished run: {error}") from None
+    return results
 
 
 def numbered_states(folder: Path) -> Iterator[Path]:
@@ -106,10 +89,12 @@ def numbered_states(folder: Path) -> Iterator[Path]:
 
 
 class Stopwatch:
-    """The seconds of each part of a run, summed over its interruptions; what was done after the last state is lost with them.
+    """The seconds of each part of a run, summed over its interruptions.
+
+    An interruption loses the seconds since the last state that was kept, as it loses the work.
 
     Args:
-        folder: of the run; kept among its states.
+        folder: of the run. The seconds are kept among its states.
     """
 
     def __init__(self, folder: Path):
@@ -117,16 +102,16 @@ class Stopwatch:
         self._seconds: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
         self._last = time.perf_counter()
 
-    def count(self, part: str) -> None:
+    def add_time(self, part: str) -> None:
         """Add the time since the last call, or since the beginning, to ``part``."""
         now = time.perf_counter()
         self._seconds[part] = self._seconds.get(part, 0.0) + now - self._last
         self._last = now
 
-    def keep(self, part: str) -> None:
-        """`count`, where a state has just been kept that a resumed run goes on from; of several processes the first writes."""
-        self.count(part)
-        if distributed.number() == 0:
+    def save_time(self, part: str) -> None:
+        """`add_time`, and keep all seconds on disk; called where a state has just been kept. The process of rank 0 writes."""
+        self.add_time(part)
+        if distributed.rank() == 0:
             write_json(self._path, self._seconds)
 
     def seconds(self) -> dict[str, float]:
@@ -134,25 +119,17 @@ class Stopwatch:
         return {part: round(value, 1) for part, value in self._seconds.items()}
 
 
-def environment() -> dict[str, Any]:
+def environment(device: torch.device | str) -> dict[str, Any]:
     """Versions, commit, machine and command line: what is needed to judge a number or to get it again."""
-    packages = ("banded-gmrf", "torch", "numpy", "numba", "scikit-image")
-    return {
-        "command": shlex.join(["python", "-m", "experiments", *sys.argv[1:]]),
-        "commit": commit(),
-        "python": platform.python_version(),
-        "versions": {package: version(package) for package in packages},
-        "machine": {"platform": platform.platform(), "cpus": os.cpu_count(), "torch_threads": torch.get_num_threads()},
-    }
+    about = programs.environment.environment("experiments", _PACKAGES, device)
+    # Under this name in all results of experiments.
+    about["machine"]["torch_threads"] = about["machine"].pop("threads")
+    return about
 
 
-def machine_text(results: dict[str, Any]) -> str:
-    """Device, machine and release of torch, from the `environment` and the ``device`` of results."""
-    machine = results["machine"]
-    return (
-        f"{results['device']} with {machine['torch_threads']} threads, {machine['platform']}, {machine['cpus']} cores, torch "
-        f"{results['versions']['torch']}"
-    )
+def where_text(results: dict[str, Any]) -> str:
+    """Machine and release of torch, from the `environment` of results."""
+    return f"{machine_text(results)}, torch {results['versions']['torch']}"
 
 
 def left_out_text(results: dict[str, Any]) -> str:
@@ -168,20 +145,6 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A file beside ``path`` to write to, which then replaces it in one step: ``path`` is never there in part."""
-    partial = path.with_name(path.name + ".partial")
-    yield partial
-    os.replace(partial, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
-    with written_whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def write_results(folder: Path, results: dict[str, Any], report: str, console: Console) -> None:
     """End a run: write results.md, then results.json, with which the run is finished; show the report.
 
@@ -192,9 +155,3 @@ def write_results(folder: Path, results: dict[str, Any], report: str, console: C
     if (folder / STATES).exists():
         shutil.rmtree(folder / STATES)
     console.print(Markdown(report))
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, its first column to the left and the others to the right."""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -14,9 +14,10 @@ from rich.progress import TextColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from programs.files import written_whole
+
 from . import distributed
-from .progress import progress_bar
-from .results import written_whole
+from .progress import batches_bar
 
 _SECONDS_BETWEEN_STATES = 30
 _STEPS_BETWEEN_LOGS = 20
@@ -143,13 +144,13 @@ def fit(
     model.train()
     saved = time.monotonic()
     logs = nullcontext()
-    if log is not None and distributed.number() == 0:
+    if log is not None and distributed.rank() == 0:
         # Forgets what an interrupted run had logged after its last state.
         logs = summary_writer()(log, purge_step=len(losses))
-    with progress_bar(console, TextColumn("loss {task.fields[loss]:9.4f}")) as progress, logs as writer:
+    with batches_bar(console, TextColumn("loss {task.fields[loss]:9.4f}")) as progress, logs as writer:
         task = progress.add_task(title, total=steps, completed=len(losses), loss=_recent_mean(losses), batch=0)
         for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
-            examples = len(batch[0]) * distributed.count()
+            examples = len(batch[0]) * distributed.world_size()
             if prepare is not None:
                 with torch.no_grad():
                     batch = prepare(*batch)
@@ -162,14 +163,14 @@ def fit(
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step)
             optimizer.step()
-            losses.append((distributed.sum_over_processes(value.detach()) / distributed.count()).item())
+            losses.append((distributed.sum_over_processes(value.detach()) / distributed.world_size()).item())
             progress.update(task, advance=1, loss=_recent_mean(losses), batch=examples)
             if writer is not None and (step + 1) % _STEPS_BETWEEN_LOGS == 0:
                 writer.add_scalar("loss", losses[-1], step + 1)
                 writer.add_scalar("learning rate", learning_rate(step), step + 1)
                 writer.add_scalar("examples per second", examples * (progress.tasks[task].speed or 0), step + 1)
             due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
-            if state is not None and due and distributed.number() == 0:
+            if state is not None and due and distributed.rank() == 0:
                 _save(state, model, optimizer, losses)
                 if on_state is not None:
                     on_state()

@@ -81,7 +81,7 @@ def load_files(
 
     files = train + test
     # Parts of one size: were the first process to check all, the others might give up waiting for it.
-    own = files[distributed.number() :: distributed.count()]
+    own = files[distributed.rank() :: distributed.world_size()]
     with ThreadPool() as pool:
         reasons = track(
             pool.imap(problem, own, chunksize=64),

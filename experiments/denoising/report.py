@@ -6,7 +6,9 @@ import numpy as np
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
-from ..results import left_out_text, machine_text, markdown_table
+from programs.tables import markdown_table
+
+from ..results import left_out_text, where_text
 from .estimators import DENOISER, PROJECTION
 from .inpainting import DRAWS
 from .presets import Config
@@ -87,7 +89,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"Training images {faces.base_images:,} and their mirror images, {faces.base_epochs} passes; networks "
         f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
         f"{faces.seed}; `{results['command']}`, training {seconds['training']:.0f} s, all else {seconds['evaluation']:.0f} s"
-        f" on {machine_text(results)}.\n",
+        f" on {where_text(results)}.\n",
     ]
     return "\n".join(parts)
 

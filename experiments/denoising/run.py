@@ -11,6 +11,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import Subset
 
+from programs.files import write_json
 from supn_models import ConvAutoencoder, StructuredLikelihood
 
 from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
@@ -18,7 +19,7 @@ from ..datasets import ImageData, stack
 from ..faces.images import images_for_training
 from ..faces.networks import MEMORY_FORMAT, Options, build_base, fit_on_images, train_all
 from ..figures import loss_figure
-from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_json, write_results
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
 from ..training import seeded_generator
 from . import figures, inpainting
 from .estimators import BM3D, Estimator, bm3d_estimates, estimator
@@ -30,12 +31,13 @@ _BATCH = 10  # few enough for the coefficients to stay in a cache
 _SHOWN = 4
 
 
-def run(
+def run_denoising(
     config: Config, data: ImageData, trained: Path | None, folder: Path, device: torch.device, console: Console
 ) -> dict[str, Any]:
     """Train, evaluate and write everything into ``folder``; return what results.json holds.
 
-    Goes on from what is in ``folder``: after `results.start` from the beginning, after an interruption from a recent state.
+    The run starts from the beginning after `results.begin_run`, and from a recent state after an interruption: both are in
+    ``folder``.
 
     Args:
         config: from `presets.config_for` for ``data``.
@@ -47,14 +49,14 @@ def run(
     """
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
-    stopwatch, about = Stopwatch(folder), environment()
+    stopwatch, about = Stopwatch(folder), environment(device)
     faces = config.faces
     console.print(data.summary())
     images, covariance_images = images_for_training(faces, data, device, workers=0, console=console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
-        return {"state": next(states), "console": console, "on_state": partial(stopwatch.keep, "training")}
+        return {"state": next(states), "console": console, "on_state": partial(stopwatch.save_time, "training")}
 
     if trained is None:
         networks = train_all(faces, images, covariance_images, device, options)
@@ -74,7 +76,7 @@ def run(
     loss_figure(
         folder / "training.png", [("mean squared error", losses)], smooth=max(1, len(next(iter(losses.values()))) // 100)
     )
-    stopwatch.keep("training")
+    stopwatch.save_time("training")
 
     test = stack(Subset(data.test, range(config.images)), title="reading test images", console=console).to(device)
     rows, shown = {}, {}
@@ -84,14 +86,14 @@ def run(
         kept = folder / STATES / f"noise {number}.json"
         if not kept.exists():
             write_json(kept, _rows(config, test, noisy, sampler, estimates, console))
-            stopwatch.keep("evaluation")
+            stopwatch.save_time("evaluation")
         rows[name] = json.loads(kept.read_text(encoding="utf-8"))
         few = slice(0, _SHOWN)
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
     inpainted = _inpaint(config, structured, images[0], test[: config.inpainted], folder, console)
-    stopwatch.count("evaluation")
+    stopwatch.add_time("evaluation")
     results = {
         "definition": "mse is the mean squared error per pixel, black 0 and white 1, mean over images; ratio that of its mean "
         "to the denoising autoencoder's on the same images; psnr in dB; inpainting: mse of the unknown pixels",

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from programs.files import written_whole
 from supn_models import StructuredLikelihood
 
 from ..checkpoints import CHECKPOINT, load_checkpoint
 from ..datasets import ImageData
-from ..results import written_whole
 from .images import images_for_testing
 from .presets import Config
 

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from .. import distributed
-from ..checkpoints import CHECKPOINT
+from ..checkpoints import checkpoint_of_run
 from ..datasets import ImageData
-from ..results import finished_config
+from ..results import finished_results
 
 # The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
 BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0}
@@ -163,10 +163,9 @@ _CPU = replace(
     test=1_000,
     batch_size=32,
 )
-_PAPER = Config(
-    experiment="faces",
+_PAPER = replace(
+    _QUICK,
     preset="paper",
-    size=64,
     latent_size=128,
     channels=(32, 64, 128, 256, 512),
     features=32,
@@ -176,6 +175,9 @@ _PAPER = Config(
     samples=500,
     bound_images=None,
     pairs_at_once=1024,
+    train=None,
+    test=None,
+    learning_rate=1e-3,
 )
 
 
@@ -227,8 +229,8 @@ def config_for(
     if epochs is not None:
         replaced |= {"base_epochs": epochs, "covariance_epochs": epochs}
     config = replace(config, **{key: value for key, value in replaced.items() if value is not None})
-    if config.batch_size % distributed.count():
-        raise ValueError(f"batch_size is {config.batch_size}, expected a multiple of {distributed.count()}, the processes")
+    if config.batch_size % distributed.world_size():
+        raise ValueError(f"batch_size is {config.batch_size}, expected a multiple of {distributed.world_size()}, the processes")
     if not 0 <= config.held_out < 1:
         raise ValueError(f"held_out is {config.held_out}, expected a share of at least 0 and below 1")
     train, test = (
@@ -250,9 +252,9 @@ def finished_run(folder: Path) -> Config:
     Raises:
         ValueError: no such run in ``folder``.
     """
-    values = finished_config(folder)
+    results = finished_results(folder)
+    values = results["config"]
     if values.get("experiment") not in PRESETS:
         raise ValueError(f"{folder} holds a run of {values.get('experiment')}, expected one of {' or '.join(PRESETS)}")
-    if not (folder / CHECKPOINT).is_file():
-        raise ValueError(f"{folder} has no {CHECKPOINT}: run its command again, results.md has it")
+    checkpoint_of_run(folder, results)
     return Config.from_dict(values)

@@ -5,7 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..results import left_out_text, machine_text, markdown_table
+from programs.tables import markdown_table
+
+from ..results import left_out_text, where_text
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
@@ -106,7 +108,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
         f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
-        f"{machine_text(results)}.\n"
+        f"{where_text(results)}.\n"
     )
 
 

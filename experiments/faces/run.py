@@ -24,7 +24,7 @@ from .scores import score
 _LOGS = "tensorboard"
 
 
-def run(
+def run_faces(
     config: Config,
     data: ImageData,
     folder: Path,
@@ -35,8 +35,8 @@ def run(
 ) -> dict[str, Any]:
     """Train, evaluate and write everything into ``folder``; return what results.json holds.
 
-    Training goes on from what is in ``folder``: after `results.start` from the beginning, after an interruption from a recent
-    state. In the processes of torchrun, the first one writes.
+    Training starts from the beginning after `results.begin_run`, and from a recent state after an interruption: both are in
+    ``folder``. In the processes of torchrun, the first one writes.
 
     Args:
         config: from `presets.config_for` for ``data``.
@@ -50,19 +50,19 @@ def run(
     (folder / STATES).mkdir(exist_ok=True)
     distributed.barrier()
     resumed = any((folder / STATES).iterdir())
-    stopwatch, about = Stopwatch(folder), environment()
+    stopwatch, about = Stopwatch(folder), environment(device)
     console.print(data.summary())
     base_images, covariance_images = images_for_training(config, data, device, workers, console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
         log = folder / _LOGS / name if tensorboard else None
-        on_state = partial(stopwatch.keep, "training")
+        on_state = partial(stopwatch.save_time, "training")
         return {"state": next(states), "console": console, "workers": workers, "log": log, "on_state": on_state}
 
     networks = train_all(config, base_images, covariance_images, device, options)
     bases, likelihoods = networks.bases, networks.likelihoods
-    stopwatch.keep("training")
+    stopwatch.save_time("training")
 
     console.print("scores of test images ...")
     test = images_for_testing(config, data, device, workers, console)
@@ -83,7 +83,7 @@ def run(
         name: {"base_images": residual_stddev(base, base_images), "test": residual_stddev(base, (test,))}
         for name, base in bases.items()
     }
-    stopwatch.count("scores")
+    stopwatch.add_time("scores")
     results = {
         "definition": "nats is -log p(x | z), z the mean of the encoder; bound is an upper bound of -log p(x) by importance "
         "sampling: nats per image, ½ and constant included, pixels in [-1, 1], over test images; gains are nats per pixel over "
@@ -97,11 +97,11 @@ def run(
         "config": config.as_dict(),
         **about,
         "device": device_name(device),
-        "processes": distributed.count(),
+        "processes": distributed.world_size(),
         "resumed": resumed,
         "seconds": stopwatch.seconds(),
     }
-    if distributed.number() == 0:
+    if distributed.rank() == 0:
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)
         draw_losses(folder / "training.png", networks)

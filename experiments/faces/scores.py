@@ -102,7 +102,7 @@ def importance_bound(
 def _own_batches(total: int, title: str, console: Console | None) -> Iterator[tuple[int, slice]]:
     """`distributed.own_batches` with their progress."""
     batches = list(distributed.own_batches(total, _BATCH))
-    return tracked(batches, min(_BATCH * distributed.count(), total), title, console)
+    return tracked(batches, min(_BATCH * distributed.world_size(), total), title, console)
 
 
 def _now(images: Tensor) -> float:

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 
 from banded_gmrf import diagnostics
+from programs.tables import markdown_table
 
-from ..results import machine_text, markdown_table
+from ..results import where_text
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER
 from .presets import Config
@@ -95,7 +96,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + ".\n\n"
         + (f"Range of -log p(x) over the networks of a kind: {spread}.\n\n" if spread else "")
         + f"{config.train} training signals; networks and schedules in results.json. Preset {config.preset}, seed "
-        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {machine_text(results)}.\n"
+        f"{config.seed}; `{results['command']}`, {results['seconds']['all']:.0f} s on {where_text(results)}.\n"
     )
 
 

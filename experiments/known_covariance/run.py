@@ -1,6 +1,5 @@
 """Train the networks of a synthetic experiment, compare what they predict with the truth, and write tables and figures."""
 
-import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -14,9 +13,9 @@ from torch import Tensor
 import banded_gmrf as bg
 from supn_models import CovarianceMLP
 
-from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
+from ..checkpoints import CHECKPOINT, checkpoint_of_run, load_checkpoint, save_checkpoint
 from ..figures import loss_figure
-from ..results import RESULTS, STATES, Stopwatch, device_name, environment, write_results
+from ..results import STATES, Stopwatch, device_name, environment, finished_results, write_results
 from ..training import ShuffledEpochs, derived_seed, fit
 from . import figures
 from .presets import Config, Model, layout
@@ -24,15 +23,16 @@ from .report import floor_name, markdown_report, summarise
 from .scores import Examples, Scores, factor_of_truth, score
 
 
-def run(config: Config, folder: Path, device: torch.device, console: Console) -> dict[str, Any]:
+def run_known_covariance(config: Config, folder: Path, device: torch.device, console: Console) -> dict[str, Any]:
     """Train, evaluate and write everything into ``folder``; return what results.json holds.
 
-    Training goes on from what is in ``folder``: after `start` from the beginning, after an interruption from a recent state.
+    Training starts from the beginning after `results.begin_run`, and from a recent state after an interruption: both are in
+    ``folder``.
     """
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
-    stopwatch, about = Stopwatch(folder), environment()
-    on_state = partial(stopwatch.keep, "training")
+    stopwatch, about = Stopwatch(folder), environment(device)
+    on_state = partial(stopwatch.save_time, "training")
     train, test = (examples(config, purpose, device) for purpose in ("train", "test"))
     console.print(f"{config.experiment}: {config.train} signals to train on, {config.test} to test on, on {device}")
     initial_stddev = (train.x - train.means).square().mean().sqrt().item()
@@ -44,7 +44,7 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
             networks[name] = build(config, model, seed, initial_stddev).to(device)
             state = folder / STATES / f"{number}-{seed}.pt"
             losses[name] = train_network(config, model, seed, networks[name], train, state, console, on_state)
-    stopwatch.keep("training")
+    stopwatch.save_time("training")
 
     console.print("comparing with the truth ...")
     scores = compare(config, networks, test)
@@ -66,25 +66,25 @@ def run(config: Config, folder: Path, device: torch.device, console: Console) ->
     first = {model.name: losses[model.network_name(0)] for model in config.models}
     loss_figure(folder / "training.png", [("nats per site", first)], smooth=per_curve)
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
-    stopwatch.count("evaluation")
+    stopwatch.add_time("evaluation")
     seconds = stopwatch.seconds()
     results["seconds"] = {**seconds, "all": round(sum(seconds.values()), 1)}
     write_results(folder, results, markdown_report(config, results), console)
     return results
 
 
-def report(folder: Path) -> None:
+def write_report_again(folder: Path) -> None:
     """Write the table and the figures of a finished run again, but for the curves of its training.
 
     Raises:
-        ValueError: ``folder`` holds no finished run of these experiments.
+        ValueError: ``folder`` holds no finished run of these experiments, or not its networks.
     """
+    results = finished_results(folder)
     try:
-        results = json.loads((folder / RESULTS).read_text(encoding="utf-8"))
         config = Config.from_dict(results["config"])
-        networks, _ = load_checkpoint(folder / CHECKPOINT)
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{folder} holds no finished run of splines or ellipses: {error}") from error
+    networks, _ = load_checkpoint(checkpoint_of_run(folder, results))
     test = examples(config, "test", torch.device("cpu"))
     figures.draw(config, networks, test, results["rows"], folder)
     (folder / "results.md").write_text(markdown_report(config, results), encoding="utf-8")

@@ -13,7 +13,7 @@ from bench.cases import Case
 from bench.measure import GIB, TrialError, in_own_process, take_turns
 from bench.operations import OPERATIONS
 from bench.presets import Work
-from bench.rows import Limits, measure
+from bench.rows import Limits, measure_work
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the limit is enforced on Linux alone")
 CASE = Case("3", (6, 7), batch=2)
@@ -75,7 +75,7 @@ def test_trial_says_why_there_is_no_result(function, arguments, seconds, message
 
 def test_rows_of_one_operation():
     work = Work(CASE, "log_prob", ("cpu", "reference", "shifts"))
-    measured = {row["implementation"]: row for row in measure(work, Limits(0.0), ignore) if row["operation"] == "log_prob"}
+    measured = {row["implementation"]: row for row in measure_work(work, Limits(0.0), ignore) if row["operation"] == "log_prob"}
     assert set(measured) == {"cpu", "reference", "shifts"}
     for row in measured.values():
         assert row["status"] == "measured"
@@ -91,13 +91,13 @@ def test_rows_of_one_operation():
 
 
 def test_copies_are_rows():
-    copies = {row["operation"]: row for row in measure(Work(CASE, "sample", ("cpu",)), Limits(0.0), ignore)}
+    copies = {row["operation"]: row for row in measure_work(Work(CASE, "sample", ("cpu",)), Limits(0.0), ignore)}
     assert copies["copy_"]["fraction_of_copy"] == copies["copy_"]["times_copy"] == copies["sum"]["times_sum"] == 1
     assert copies["copy_"]["bytes"] == 2 * copies["sum"]["bytes"] == 2 * 2 * 6 * 7 * 5 * 4
 
 
 def reason(work, limits=None):
-    (row,) = (row for row in measure(work, limits or Limits(0.0), ignore) if row["operation"] == work.operation)
+    (row,) = (row for row in measure_work(work, limits or Limits(0.0), ignore) if row["operation"] == work.operation)
     assert row["status"] == "failed"
     assert "seconds" not in row
     return row["reason"]
@@ -126,14 +126,14 @@ def test_failure_of_one_leaves_the_others(monkeypatch):
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(peer, "prepare", prepare)
-    outcome = {row["implementation"]: row for row in measure(Work(CASE, "sample", ("cpu", "scipy")), Limits(0.0), ignore)}
+    outcome = {row["implementation"]: row for row in measure_work(Work(CASE, "sample", ("cpu", "scipy")), Limits(0.0), ignore)}
     assert outcome["cpu"]["status"] == "measured"
     assert outcome["scipy"]["reason"] == "RuntimeError: no luck"
 
 
 def test_what_cannot_run_is_skipped():
     work = Work(CASE, "sample", ("cpu", "cupy"))
-    outcome = {row["implementation"]: row for row in measure(work, Limits(0.0), ignore)}
+    outcome = {row["implementation"]: row for row in measure_work(work, Limits(0.0), ignore)}
     assert outcome["cupy"]["status"] == "skipped"
     assert outcome["cupy"]["reason"] in ("cupy is not installed", "does not run on cpu")
     assert set(outcome["cpu"]["peers"]) == set()

@@ -11,7 +11,7 @@ from bench import run
 from bench.__main__ import app
 from bench.compare import faster_rows, slower_rows
 from bench.quality import PATCH
-from bench.report import read_results, write_results
+from bench.results import read_results, write_results
 
 TINY = ["--resolutions", "8,16", "--batch", "2", "--stencils", "3,5", "--ops", "log_prob_grad,sample", "--seconds", "0"]
 
@@ -74,16 +74,16 @@ def test_three_axes_and_a_diagonal_alone_make_a_report(tmp_path, photographs):
 
 
 def test_ctrl_c_keeps_what_was_measured(tmp_path, monkeypatch):
-    measure, calls = run.measure, 0
+    measure_work, calls = run.measure_work, 0
 
     def interrupted(*arguments):
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return measure_work(*arguments)
 
-    monkeypatch.setattr(run, "measure", interrupted)
+    monkeypatch.setattr(run, "measure_work", interrupted)
     outcome = bench(*TINY, "--peers", "none", "--out", tmp_path)
     assert outcome.exit_code == 130
     results = read_results(tmp_path)
@@ -133,7 +133,7 @@ def test_compare_finds_slower_and_failed_rows(finished, tmp_path):
 
     for name, results in (("a", before), ("b", after)):
         (tmp_path / name).mkdir()
-        write_results(tmp_path / name, results)
+        write_results(tmp_path / name, results, "")
     outcome = bench("compare", tmp_path / "a", tmp_path / "b" / "results.json")
     assert outcome.exit_code == 1
     assert "1 slower, 1 faster, 1 failed." in outcome.output

@@ -9,13 +9,13 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from bench import toolbox
+from bench import toolbox, tools
 from bench.__main__ import app
 from bench.fields import load_fields, photograph_residuals
 from bench.measure import GIB
 from bench.rows import Limits
 
-TINY = toolbox.Sizes(large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3)
+TINY = tools.Sizes(large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3)
 
 
 def bench(*arguments):
@@ -41,10 +41,10 @@ def test_every_tool_is_measured(saved, tmp_path):
     output = io.StringIO()
     folder = tmp_path / "new"
     folder.mkdir()
-    results = toolbox.run(fields, TINY, Limits(0.0, 4 * GIB, 600), "cpu", folder, Console(file=output, width=200))
+    results = toolbox.run_toolbox(fields, TINY, Limits(0.0, 4 * GIB, 600), "cpu", folder, Console(file=output, width=200))
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
     rows = {row["tool"]: row for row in results["tools"]}
-    assert rows.keys() == toolbox.tools(TINY, fields).keys()
+    assert rows.keys() == tools.tools(TINY, fields).keys()
     for row in rows.values():
         assert row["status"] == "measured", row
         assert row["first_seconds"] > 0
@@ -66,9 +66,9 @@ def test_every_tool_is_measured(saved, tmp_path):
 def test_failure_of_one_leaves_the_others(saved, tmp_path, monkeypatch):
     fields = load_fields(saved())
     sizes = replace(TINY, eigenpairs=42)  # as many as there are sites
-    some = {name: toolbox.tools(sizes, fields)[name] for name in ("leading_eigenpairs", "covariance_columns")}
+    some = {name: tools.tools(sizes, fields)[name] for name in ("leading_eigenpairs", "covariance_columns")}
     monkeypatch.setattr(toolbox, "tools", lambda sizes, fields: some)
-    results = toolbox.run(fields, sizes, Limits(0.0, 4 * GIB, 600), "cpu", tmp_path, Console(file=io.StringIO()))
+    results = toolbox.run_toolbox(fields, sizes, Limits(0.0, 4 * GIB, 600), "cpu", tmp_path, Console(file=io.StringIO()))
     failed, measured = results["tools"]
     assert failed["reason"].startswith("ValueError: k is 42, expected at least 1 and less than")
     assert measured["status"] == "measured"

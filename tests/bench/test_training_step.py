@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from bench import training_step
 from bench.__main__ import app
-from bench.training_step import Kernel, Setting, kernels, run
+from bench.training_step import Kernel, Setting, kernels, profile_training
 
 TINY = Setting(batch=2, pixels=16, stencil_size=3, latent_size=4, decoder_channels=(4, 4), channels=4)
 
@@ -68,7 +68,7 @@ def test_operators_on_a_cpu_are_known_by_what_calls_them():
 def test_a_step_of_a_tiny_network(tmp_path, bfloat16):
     output = io.StringIO()
     setting = replace(TINY, bfloat16=bfloat16)
-    results = run(setting, 2, "cpu", tmp_path, Console(file=output, width=200))
+    results = profile_training(setting, 2, "cpu", tmp_path, Console(file=output, width=200))
     assert json.loads((tmp_path / "results.json").read_text(encoding="utf-8")) == json.loads(json.dumps(results))
     calls = {kernel["name"]: kernel["calls"] for kernel in results["kernels"] if kernel["ours"]}
     assert calls["gmrf_kernels::nll"] >= 2
@@ -84,12 +84,12 @@ def test_a_step_of_a_tiny_network(tmp_path, bfloat16):
 def test_a_profile_without_kernels_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(training_step, "kernels", lambda events, device: [])
     with pytest.raises(RuntimeError, match="saw nothing run on cpu"):
-        run(TINY, 1, "cpu", tmp_path, Console(file=io.StringIO()))
+        profile_training(TINY, 1, "cpu", tmp_path, Console(file=io.StringIO()))
 
 
 def test_options_reach_the_measurement(tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(training_step, "run", lambda *arguments: given.append(arguments))
+    monkeypatch.setattr(training_step, "profile_training", lambda *arguments: given.append(arguments))
     arguments = ["--batch", "3", "--compile", "--bfloat16", "--steps", "4", "--out", str(tmp_path / "new")]
     outcome = CliRunner().invoke(app, ["training-step", *arguments])
     assert outcome.exit_code == 0, outcome.output

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from experiments.faces.presets import PRESETS, config_for
 from experiments.faces.run import CHECKPOINT
 from supn_models import StructuredLikelihood
 from tests.experiments.tiny_faces import PRESET, image_data, train_and_score
+from tests.marks import needs_inductor
 
 
 @pytest.fixture(autouse=True)
@@ -243,7 +243,7 @@ def test_bfloat16_and_compilation_train(monkeypatch):
     assert not torch.equal(fast["covariance"], exact["covariance"])
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@needs_inductor
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when inductor is first imported
 def test_training_compiled_by_inductor(keep_torch_defaults):
     def losses(compiled):

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import banded_gmrf as bg
 from experiments.__main__ import app
-from experiments.checkpoints import load_checkpoint
+from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.known_covariance import scores as scoring
 from experiments.known_covariance.calibration import calibrate, evenly_spread_latents, expected_rows, paper_rows
 from experiments.known_covariance.presets import PRESETS, Config, config_for, layout
@@ -21,6 +21,7 @@ from experiments.known_covariance.report import summarise
 from experiments.known_covariance.run import examples
 from experiments.known_covariance.scores import Examples, factor_of_truth, score
 from experiments.known_covariance.signals import Ellipses, Splines
+from experiments.results import begin_run
 
 FAMILIES = [Splines(), Ellipses()]
 TINY = ["--train", "256", "--test", "12", "--epochs", "2", "--seeds", "1"]
@@ -220,6 +221,24 @@ def test_report_writes_table_and_figures_again(finished, tmp_path):
     assert "holds no finished run" in " ".join(outcome.output.replace("│", " ").split())
 
 
+def test_report_needs_the_networks_and_says_how_to_get_them(finished, tmp_path):
+    """As in the folders of results that the repository has: numbers and figures, no networks."""
+    folder = tmp_path / "copy"
+    shutil.copytree(finished, folder)
+    (folder / CHECKPOINT).unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    outcome = invoke("report", folder)
+    assert outcome.exit_code == 2
+    message = " ".join(outcome.output.replace("│", " ").split())
+    assert f"has no {CHECKPOINT}, the networks of its run: train them again, into a new folder" in message
+    assert "as this command did: python -m experiments" in message
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    (folder / CHECKPOINT).write_bytes(b"not whole")
+    outcome = invoke("report", folder)
+    assert outcome.exit_code == 2
+    assert "cannot be read: Error while deserializing" in " ".join(outcome.output.replace("│", " ").split())
+
+
 def test_splines_run(tmp_path):
     """With the reference backend: compiling code for 49 offsets takes longer than this run."""
     with bg.use_backend("reference"):
@@ -252,9 +271,7 @@ def test_killed_run_resumes_to_the_same_numbers(finished, tmp_path):
 
 
 def test_other_configuration_is_not_resumed(tmp_path, finished):
-    from experiments.results import start
-
-    start(config_for("ellipses", "quick", train=256), tmp_path, torch.device("cpu"))
+    begin_run(config_for("ellipses", "quick", train=256), tmp_path, torch.device("cpu"))
     before = (tmp_path / "config.json").read_bytes()
     outcome = invoke("ellipses", "--out", tmp_path, "--resume", "--train", "300")
     assert outcome.exit_code == 2

@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 
 from experiments import results
+from programs.files import new_folder
 
 
 class Config:
@@ -16,7 +17,7 @@ class Config:
 
 def test_a_run_killed_as_it_ends_can_be_resumed_or_is_finished(tmp_path, monkeypatch):
     cpu = torch.device("cpu")
-    results.start(Config(), tmp_path, cpu)
+    results.begin_run(Config(), tmp_path, cpu)
     (tmp_path / results.STATES).mkdir()
 
     class KilledError(Exception):
@@ -43,7 +44,7 @@ def test_a_run_killed_as_it_ends_can_be_resumed_or_is_finished(tmp_path, monkeyp
     with pytest.raises(ValueError, match="is finished"):
         results.check_resumable(Config(), tmp_path, cpu)
     with pytest.raises(ValueError, match="not an empty folder"):
-        results.new_results_folder("tiny", tmp_path)
+        new_folder("tiny", tmp_path)
     end()
     assert not (tmp_path / results.STATES).exists()
 
@@ -53,13 +54,13 @@ def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
     clock = iter([100, 103, 104, 500, 502, 507, 507.04])
     monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
     first = results.Stopwatch(tmp_path)
-    first.keep("training")
-    first.count("training")
+    first.save_time("training")
+    first.add_time("training")
     assert first.seconds() == {"training": 4}
     resumed = results.Stopwatch(tmp_path)
-    resumed.keep("training")
-    resumed.count("scores")
-    resumed.count("scores")
+    resumed.save_time("training")
+    resumed.add_time("scores")
+    resumed.add_time("scores")
     # The second between 103 and 104 was not kept.
     assert resumed.seconds() == {"training": 5, "scores": 5}
 

@@ -79,5 +79,5 @@ if __name__ == "__main__":
     PRESETS["faces"]["quick"] = PRESET
     with distributed.processes(torch.device("cpu")):
         found = {str(dtype): train_and_score(dtype=dtype) for dtype in (torch.float32, torch.float64)}
-        if distributed.number() == 0:
+        if distributed.rank() == 0:
             torch.save(found, sys.argv[1])

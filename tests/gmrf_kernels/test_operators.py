@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import shutil
 
 import pytest
 import torch
@@ -30,6 +29,7 @@ from tests.gmrf_kernels.operators import (
     tensors,
     with_tensors,
 )
+from tests.marks import needs_inductor
 
 # Samples, images: one; several; an odd number, which a backend that takes images in pairs must not trip over.
 SIZES = [(1, 1), (3, 2), (1, 3)]
@@ -381,7 +381,7 @@ def test_compiled_for_any_grid(device, keep_torch_defaults):
     _assert_compiled_equals_eager(_everything, device, [(3, 4), (5, 3), (2, 7)], backend="aot_eager", dynamic=True)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@needs_inductor
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when inductor is first imported
 def test_compiled_by_inductor(device, keep_torch_defaults):
     _assert_compiled_equals_eager(_everything, device)

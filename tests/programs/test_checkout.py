@@ -2,7 +2,7 @@
 
 import subprocess
 
-from banded_gmrf import checkout
+from programs import checkout
 
 
 def test_commit_of_a_checkout_with_changes(tmp_path, monkeypatch):

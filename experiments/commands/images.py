@@ -1,0 +1,189 @@
+"""The experiments with images: faces, cifar10, denoising, and factors for the bench."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from programs.commands import errors_of, finish
+
+from . import options
+
+
+class Preset(StrEnum):
+    """Sizes of the experiments with real images."""
+
+    QUICK = "quick"
+    CPU = "cpu"
+    PAPER = "paper"
+
+
+_Preset = Annotated[
+    Preset,
+    typer.Option(
+        help="quick: to see it work; cpu: narrow networks and few steps, for two cores; paper: the full size, for a GPU."
+    ),
+]
+_Data = Annotated[
+    str | None,
+    typer.Option(help="A data set: file or folder, or 'builtin' for patches of photographs.", show_default="$BANDED_GMRF_DATA"),
+]
+_Note = Annotated[str | None, typer.Option(help="What readers of the numbers must know of the data; replaces its own note.")]
+_Workers = Annotated[
+    int, typer.Option(min=0, help="Processes that read training images from disk during training; 0: all into memory before.")
+]
+_Bfloat16 = Annotated[bool, typer.Option("--bfloat16", help="Train networks in bfloat16, with likelihoods in float32.")]
+_Compile = Annotated[bool, typer.Option("--compile", help="Compile the training with torch.compile.")]
+_Samples = Annotated[
+    int | None, typer.Option(min=1, help="Importance samples of each test image.", show_default="the preset's")
+]
+_HeldOut = Annotated[
+    float | None,
+    typer.Option(
+        help="Share of the training images for covariance networks alone, unseen by base models.", show_default="the preset's"
+    ),
+]
+_Models = Annotated[
+    str | None, typer.Option(help="The only base models to train, of AE,VAE,β-VAE.", show_default="the preset's")
+]
+_Stencils = Annotated[
+    str | None,
+    typer.Option(help="Sizes f of f x f stencils, as in 3,9, predicted from z beside a diagonal.", show_default="the preset's"),
+]
+_Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
+
+
+def image_experiment(experiment: str) -> Callable[..., None]:
+    """The command of "faces" or "cifar10"."""
+
+    def command(
+        preset: _Preset = Preset.QUICK,
+        data: _Data = None,
+        note: _Note = None,
+        out: options.Out = None,
+        resume: options.Resume = False,
+        device: options.Device = None,
+        workers: _Workers = 0,
+        tensorboard: _Tensorboard = False,
+        bfloat16: _Bfloat16 = False,
+        compiled: _Compile = False,
+        seed: options.Seed = None,
+        train: options.Train = None,
+        test: options.Test = None,
+        epochs: options.Epochs = None,
+        samples: _Samples = None,
+        held_out: _HeldOut = None,
+        models: _Models = None,
+        stencils: _Stencils = None,
+    ) -> None:
+        replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
+        replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
+        replaced |= {"models": None if models is None else models.split(","), "stencils": _sizes(stencils)}
+
+        from rich.console import Console
+
+        from .. import distributed
+        from ..faces.presets import PRESETS, config_for
+        from ..faces.run import run_faces
+        from ..training import summary_writer
+
+        if tensorboard:
+            with errors_of("--tensorboard", ImportError):
+                summary_writer()
+        with distributed.processes(options.device_option(device)) as where:
+            first = distributed.rank() == 0
+            console = Console(quiet=not first)
+            images = _load_images(data, PRESETS[experiment][preset.value].size, note, console)
+            with errors_of():
+                config = config_for(experiment, preset.value, images, **replaced)
+            folder = distributed.from_first(options.run_folder(config, out, resume, where) if first else None)
+            with options.resumable(folder):
+                run_faces(config, images, folder, where, console, workers, tensorboard)
+            if first:
+                finish(folder)
+
+    return command
+
+
+def denoising(
+    faces: Annotated[
+        Path | None,
+        typer.Option(help="Results of a finished run of faces, for the VAE and its covariances.", show_default="train them"),
+    ] = None,
+    preset: _Preset = Preset.QUICK,
+    data: _Data = None,
+    note: _Note = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    device: options.Device = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Test images.", show_default="2000")] = None,
+) -> None:
+    """Denoise and inpaint faces with a structured covariance: Table 4 and Figure 11 of the SUPN paper.
+
+    The images must be those that the run of faces had. The preset is that of networks which are to be trained.
+    """
+    from rich.console import Console
+
+    from ..denoising.presets import config_for, trained_faces
+    from ..denoising.run import run_denoising
+    from ..faces.presets import PRESETS
+
+    console = Console()
+    with errors_of("--faces"):
+        trained = None if faces is None else trained_faces(faces)
+    size = PRESETS["faces"][preset.value].size if trained is None else trained.size
+    where = options.device_option(device)
+    found = _load_images(data, size, note, console)
+    with errors_of():
+        config = config_for(found, preset.value, faces, images)
+    folder = options.run_folder(config, out, resume, where)
+    with options.resumable(folder):
+        run_denoising(config, found, faces, folder, where, console)
+    finish(folder)
+
+
+def factors(
+    faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, with its checkpoint.")],
+    out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
+    data: _Data = None,
+    base: Annotated[str, typer.Option(help="The base model: AE, VAE or β-VAE.")] = "VAE",
+    images: Annotated[int, typer.Option(min=1, help="Test images, or as many as there are.")] = 16,
+) -> None:
+    """Factors and residuals of test images, for `python -m bench toolbox --factors`."""
+    from ..faces.factors import save_factors
+    from ..faces.presets import finished_run
+
+    with errors_of("FACES"):
+        config = finished_run(faces)
+    with errors_of("--base"):
+        if base not in config.bases:
+            raise ValueError(f"{faces} has no {base}, expected one of {', '.join(config.bases)}")
+    with errors_of("OUT"):
+        if not out.parent.is_dir():
+            raise ValueError(f"{out.parent} is no folder")
+    found = _load_images(data, config.size)
+    with errors_of("--data"):
+        if found.name != config.data:
+            raise ValueError(f"{faces} was trained on {config.data}, the data is {found.name}")
+    save_factors(config, faces, found, base, images, out)
+    typer.echo(f"Factors: {out}")
+
+
+def _load_images(data: str | None, size: int, note: str | None = None, console=None):
+    """The data set of ``--data``, with another note if one is given."""
+    from ..datasets import load_images
+
+    with errors_of("--data"):
+        images = load_images(data, size, console)
+    return images if note is None else replace(images, note=note)
+
+
+def _sizes(stencils: str | None) -> list[int] | None:
+    with errors_of("--stencils"):
+        try:
+            return None if stencils is None else [int(size) for size in stencils.split(",")]
+        except ValueError:
+            raise ValueError(f"{stencils!r}, expected sizes as in 3,9") from None

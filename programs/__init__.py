@@ -1,0 +1,1 @@
+"""What the command-line programs `bench` and `experiments` have in common: how commands end, folders, tables, the machine."""
