@@ -1,6 +1,6 @@
 """Gaussian Markov random fields on grids, with precision Λ = L Lᵀ and L a sparse, stencil-shaped Cholesky factor.
 
-Where things are; every file imports only what stands above it:
+Where things are; every file imports only what stands above it, but for analysis/divergence, which takes two `GMRF`s:
 
     stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
     precision_matrix, precisions/     sparse precisions Λ, and the classical fields defined by one, a file each
@@ -9,7 +9,7 @@ Where things are; every file imports only what stands above it:
     cholesky                          `StencilCholesky`, the factor
     analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
-    gmrf, pyro                        `GMRF`, the distribution, and the same for Pyro
+    validation, gmrf, pyro            `GMRF`, the distribution, with checks of what it is given; the same for Pyro
     diagnostics/                      how well a model fits data
 """
 

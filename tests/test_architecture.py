@@ -1,6 +1,7 @@
 """No circle of imports, and downwards only, as read from the source with what is deferred; and no file too long."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -94,6 +95,18 @@ def test_imports_run_downwards_only(package):
     for module in modules_of(package):
         reached = {target.partition(".")[0] for target in GRAPH[module]}
         assert reached <= BELOW[package] | {package}, module
+
+
+def test_the_map_of_the_library_is_true():
+    """The docstring of `banded_gmrf` names every file and folder, each below all that it imports."""
+    text = ast.get_docstring(ast.parse(MODULES["banded_gmrf"].read_text(encoding="utf-8")))
+    order = [name.rstrip("/") for names in re.findall(r"^    (.+?)  ", text, flags=re.MULTILINE) for name in names.split(", ")]
+    inside = {module: module.split(".")[1] for module in modules_of("banded_gmrf") if "." in module}
+    assert set(order) == set(inside.values())
+    for module, name in inside.items():
+        for target in GRAPH[module] & inside.keys():
+            if (module, target) != ("banded_gmrf.analysis.divergence", "banded_gmrf.gmrf"):
+                assert order.index(inside[target]) <= order.index(name), f"{module} imports {target}"
 
 
 @pytest.mark.parametrize("package", ["banded_gmrf", "supn_models", "programs", "experiments", "bench"])
