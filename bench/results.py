@@ -14,7 +14,7 @@ from rich.table import Table
 import programs.environment
 import programs.progress
 from programs.environment import machine_text
-from programs.files import write_json
+from programs.files import write_json, write_text
 
 from .peers import PEERS
 
@@ -35,7 +35,7 @@ def environment(device: torch.device | str) -> dict[str, Any]:
 def write_results(folder: Path, results: Results, report: str, name: str = "results.md") -> None:
     """Write ``report`` under its name, and results.json, into ``folder``."""
     write_json(folder / RESULTS, results, indent=1)
-    (folder / name).write_text(report, encoding="utf-8")
+    write_text(folder / name, report)
 
 
 def read_results(path: Path) -> Results:

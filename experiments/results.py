@@ -14,7 +14,7 @@ from rich.markdown import Markdown
 
 import programs.environment
 from programs.environment import machine_text
-from programs.files import write_json
+from programs.files import write_json, write_text
 
 from . import distributed
 
@@ -132,12 +132,17 @@ def where_text(results: dict[str, Any]) -> str:
     return f"{machine_text(results)}, torch {results['versions']['torch']}"
 
 
-def left_out_text(results: dict[str, Any]) -> str:
-    """A space and a sentence on the files of ``left_out`` in results; nothing if there are none, as in older results."""
-    count = len(results.get("left_out", ()))
-    if not count:
-        return ""
-    return f" Left out {count:,} file{'s' if count > 1 else ''} that could not be used: results.json names them, with reasons."
+def data_text(results: dict[str, Any]) -> str:
+    """Sentences, each after a space, on the files of ``left_out`` and on the ``warnings`` in results.
+
+    Nothing if there are none, as in older results.
+    """
+    text, count = "", len(results.get("left_out", ()))
+    if count:
+        text = (
+            f" Left out {count:,} file{'s' if count > 1 else ''} that could not be used: results.json names them, with reasons."
+        )
+    return text + "".join(f" Warning: {warning}." for warning in results.get("warnings", ()))
 
 
 def device_name(device: torch.device) -> str:
@@ -150,7 +155,7 @@ def write_results(folder: Path, results: dict[str, Any], report: str, console: C
 
     The states of its trainings go last: while the results are not there whole, the run can still be resumed.
     """
-    (folder / "results.md").write_text(report, encoding="utf-8")
+    write_text(folder / "results.md", report)
     write_json(folder / RESULTS, results)
     if (folder / STATES).exists():
         shutil.rmtree(folder / STATES)

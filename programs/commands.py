@@ -11,6 +11,8 @@ from typing import ParamSpec
 
 import typer
 
+from .files import printable
+
 INTERRUPTED = 130  # the exit status that a shell gives a program ended by Ctrl-C
 
 Arguments = ParamSpec("Arguments")
@@ -28,7 +30,7 @@ def interruptible(command: Callable[Arguments, None]) -> Callable[Arguments, Non
         try:
             return command(*args, **kwargs)
         except InterruptedRunError as interrupted:
-            typer.echo(f"Interrupted: {interrupted}", err=True)
+            typer.echo(printable(f"Interrupted: {interrupted}"), err=True)
         except KeyboardInterrupt:
             pass
         raise typer.Exit(INTERRUPTED)
@@ -47,11 +49,11 @@ def errors_of(option: str | None = None, kind: type[Exception] = ValueError) -> 
     try:
         yield
     except kind as error:
-        raise typer.BadParameter(str(error), param_hint=option) from None
+        raise typer.BadParameter(printable(error), param_hint=option) from None
 
 
-def finish(folder: Path, interrupted: bool = False) -> None:
+def finish(place: Path, interrupted: bool = False, what: str = "Results") -> None:
     """Say where the results are; with status 130 if Ctrl-C ended the run before it was complete."""
-    typer.echo(f"Results: {folder}")
+    typer.echo(printable(f"{what}: {place}"))
     if interrupted:
         raise typer.Exit(INTERRUPTED)

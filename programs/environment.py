@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .checkout import commit
+from .files import printable
 
 
 def environment(program: str, packages: Iterable[str], device: torch.device | str) -> dict[str, Any]:
@@ -24,7 +25,7 @@ def environment(program: str, packages: Iterable[str], device: torch.device | st
         device: on which it computes.
     """
     return {
-        "command": shlex.join(["python", "-m", program, *sys.argv[1:]]),
+        "command": printable(shlex.join(["python", "-m", program, *sys.argv[1:]])),
         "commit": commit(),
         "machine": _machine(torch.device(device)),
         "python": platform.python_version(),

@@ -25,6 +25,16 @@ def new_folder(name: str, out: Path | None) -> Path:
     return folder
 
 
+def printable(text: object) -> str:
+    r"""A path, or a text with one, as UTF-8 can hold it: bytes of names that are not UTF-8 become \xe9 and the like."""
+    return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` as UTF-8, whatever names are in it: nobody's results are lost for them."""
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A file beside ``path`` to write to, which then replaces it in one step: ``path`` is never there in part."""
@@ -36,4 +46,4 @@ def written_whole(path: Path) -> Iterator[Path]:
 def write_json(path: Path, value: Any, indent: int = 2) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with written_whole(path) as partial:
-        partial.write_text(json.dumps(value, indent=indent, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_text(partial, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")

@@ -31,6 +31,15 @@ _Data = Annotated[
     str | None,
     typer.Option(help="A data set: file or folder, or 'builtin' for patches of photographs.", show_default="$BANDED_GMRF_DATA"),
 ]
+_Range = Annotated[
+    str | None,
+    typer.Option(
+        "--range",
+        metavar="LOW,HIGH",
+        help="The values in image files or arrays that are black and white, as 0,4095 for 12 bits.",
+        show_default="0 and the largest of 8 or 16 bits",
+    ),
+]
 _Note = Annotated[str | None, typer.Option(help="What readers of the numbers must know of the data; replaces its own note.")]
 _Workers = Annotated[
     int, typer.Option(min=0, help="Processes that read training images from disk during training; 0: all into memory before.")
@@ -62,6 +71,7 @@ def image_experiment(experiment: str) -> Callable[..., None]:
     def command(
         preset: _Preset = Preset.QUICK,
         data: _Data = None,
+        levels: _Range = None,
         note: _Note = None,
         out: options.Out = None,
         resume: options.Resume = False,
@@ -96,7 +106,7 @@ def image_experiment(experiment: str) -> Callable[..., None]:
         with distributed.processes(options.device_option(device)) as where:
             first = distributed.rank() == 0
             console = Console(quiet=not first)
-            images = _load_images(data, PRESETS[experiment][preset.value].size, note, console)
+            images = _load_images(data, PRESETS[experiment][preset.value].size, levels, note, console)
             with errors_of():
                 config = config_for(experiment, preset.value, images, **replaced)
             folder = distributed.from_first(options.run_folder(config, out, resume, where) if first else None)
@@ -115,6 +125,7 @@ def denoising(
     ] = None,
     preset: _Preset = Preset.QUICK,
     data: _Data = None,
+    levels: _Range = None,
     note: _Note = None,
     out: options.Out = None,
     resume: options.Resume = False,
@@ -136,7 +147,7 @@ def denoising(
         trained = None if faces is None else trained_faces(faces)
     size = PRESETS["faces"][preset.value].size if trained is None else trained.size
     where = options.device_option(device)
-    found = _load_images(data, size, note, console)
+    found = _load_images(data, size, levels, note, console)
     with errors_of():
         config = config_for(found, preset.value, faces, images)
     folder = options.run_folder(config, out, resume, where)
@@ -149,12 +160,13 @@ def factors(
     faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, with its checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],
     data: _Data = None,
+    levels: _Range = None,
     base: Annotated[str, typer.Option(help="The base model: AE, VAE or β-VAE.")] = "VAE",
     images: Annotated[int, typer.Option(min=1, help="Test images, or as many as there are.")] = 16,
 ) -> None:
     """Factors and residuals of test images, for `python -m bench toolbox --factors`."""
     from ..faces.factors import save_factors
-    from ..faces.presets import finished_run
+    from ..faces.presets import check_same_data, finished_run
 
     with errors_of("FACES"):
         config = finished_run(faces)
@@ -164,20 +176,25 @@ def factors(
     with errors_of("OUT"):
         if not out.parent.is_dir():
             raise ValueError(f"{out.parent} is no folder")
-    found = _load_images(data, config.size)
+    found = _load_images(data, config.size, levels)
     with errors_of("--data"):
-        if found.name != config.data:
-            raise ValueError(f"{faces} was trained on {config.data}, the data is {found.name}")
+        check_same_data(config, found)
     save_factors(config, faces, found, base, images, out)
-    typer.echo(f"Factors: {out}")
+    finish(out, what="Factors")
 
 
-def _load_images(data: str | None, size: int, note: str | None = None, console=None):
-    """The data set of ``--data``, with another note if one is given."""
-    from ..datasets import load_images
+def _load_images(data: str | None, size: int, levels: str | None, note: str | None = None, console=None):
+    """The data set of ``--data``, with another note if one is given; warns of values that make bad gray levels."""
+    from .. import distributed
+    from ..datasets import Levels, load_images
 
+    with errors_of("--range"):
+        black_and_white = None if levels is None else Levels.parse(levels)
     with errors_of("--data"):
-        images = load_images(data, size, console)
+        images = load_images(data, size, console, black_and_white)
+    if distributed.rank() == 0:
+        for warning in images.warnings:
+            typer.echo(f"Warning: {warning}", err=True)
     return images if note is None else replace(images, note=note)
 
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from . import arrays, builtin, celeba, cifar10
 from .files import load_folder
 from .images import DataError, Dequantised, ImageData, stack
+from .levels import Levels
 
-__all__ = ["BUILTIN", "VARIABLE", "DataError", "Dequantised", "ImageData", "load_images", "stack"]
+__all__ = ["BUILTIN", "VARIABLE", "DataError", "Dequantised", "ImageData", "Levels", "load_images", "stack"]
 
 VARIABLE = "BANDED_GMRF_DATA"
 BUILTIN = "builtin"
@@ -30,42 +31,45 @@ _WHAT_TO_GET = f"""no data: give --data PATH or set ${VARIABLE} to one of
 or try it without any: --data {BUILTIN} takes patches of the photographs in scikit-image"""
 
 
-def load_images(data: str | os.PathLike | None, size: int, console: Console | None = None) -> ImageData:
+def load_images(
+    data: str | os.PathLike | None, size: int, console: Console | None = None, levels: Levels | None = None
+) -> ImageData:
     """Find and open a data set.
 
     Args:
         data: a file, a folder that holds a data set, or "builtin"; None for what $BANDED_GMRF_DATA says.
         size: pixels along each side of an image. CelebA and folders of images are resized to it, others must have it.
         console: where the progress of checking many files is shown; None for nowhere.
+        levels: the values of image files and arrays that become black and white; None for all that 8 or 16 bits can hold.
 
     Raises:
-        DataError: nothing given, nothing there, several data sets, or one that cannot be used.
+        DataError: nothing given, nothing there, several data sets, or one that cannot be used, as it is or with ``levels``.
     """
     data = data or os.environ.get(VARIABLE)
     if not data:
         raise DataError(_WHAT_TO_GET)
     if data == BUILTIN:
-        return builtin.load(size)
+        return builtin.load(size, levels)
     path = Path(data).expanduser().absolute()
     if path.is_file():
         if path.suffix != ".npz":
             raise DataError(f"{path} is a file but no .npz; a folder of images is given as the folder")
-        return arrays.load(path, size)
+        return arrays.load(path, size, levels)
     if not path.is_dir():
         raise DataError(f"{path} does not exist\n{_WHAT_TO_GET}")
-    return _load_from_folder(path, size, console)
+    return _load_from_folder(path, size, levels, console)
 
 
-def _load_from_folder(folder: Path, size: int, console: Console | None) -> ImageData:
+def _load_from_folder(folder: Path, size: int, levels: Levels | None, console: Console | None) -> ImageData:
     """The one data set in a folder, or one level deeper, that comes in the size asked for; if none is there, all images."""
     places = [folder, *sorted(child for child in folder.iterdir() if child.is_dir())]
     found = dict.fromkeys((kind, place) for kind in _KINDS for around in places for place in kind.find(around))
     if not found:
-        return load_folder(folder, size, console)
+        return load_folder(folder, size, levels, console)
     fitting, reasons = [], []
     for kind, place in found:
         try:
-            kind.check(place, size)
+            kind.check(place, size, levels)
         except DataError as error:
             reasons.append(str(error))
         else:
@@ -76,4 +80,4 @@ def _load_from_folder(folder: Path, size: int, console: Console | None) -> Image
         names = ", ".join(str(place) for _, place in fitting)
         raise DataError(f"{folder} has several data sets of {size} x {size} pixels: {names}; give one of them with --data")
     kind, place = fitting[0]
-    return kind.load(place, size, console)
+    return kind.load(place, size, levels, console)

@@ -8,6 +8,7 @@ import numpy as np
 from rich.console import Console
 
 from .images import ArrayImages, DataError, ImageData, gray
+from .levels import Levels, Seen
 
 _READ_HEADER = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
@@ -17,7 +18,7 @@ def find(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.npz"))
 
 
-def check(path: Path, size: int) -> None:
+def check(path: Path, size: int, levels: Levels | None = None) -> None:
     """Look at the arrays' headers only: whether `load` would take them.
 
     Raises:
@@ -37,19 +38,21 @@ def check(path: Path, size: int) -> None:
         raise DataError(f"{path} holds {', '.join(shapes) or 'nothing'}; expected images and is_test, or train and test")
     for name in names:
         shape, dtype = shapes[name]
-        if dtype != np.uint8:
-            raise DataError(f"{path}: {name} has type {dtype}, expected uint8")
+        if dtype != np.uint8 and levels is None:
+            raise DataError(f"{path}: {name} has type {dtype}, expected uint8; --range LOW,HIGH takes other numbers")
+        if dtype.kind not in "uif":
+            raise DataError(f"{path}: {name} has type {dtype}, expected integers or floating-point numbers")
         if shape[1:] not in ((size, size), (size, size, 1), (size, size, 3)):
             raise DataError(f"{path}: {name} has shape {shape}, expected (count, {size}, {size}), (..., 1) or (..., 3)")
 
 
-def load(path: Path, size: int, console: Console | None = None) -> ImageData:
+def load(path: Path, size: int, levels: Levels | None = None, console: Console | None = None) -> ImageData:
     """The images of one file, in gray; the file's text ``note`` says where they come from. Shows no progress.
 
     Raises:
-        DataError: as for `check`, a file that is cut off, or no training or no test images.
+        DataError: as for `check`, a file that is cut off, values that are NaN, or no training or no test images.
     """
-    check(path, size)
+    check(path, size, levels)
     try:
         with np.load(path) as file:
             if {"images", "is_test"} <= set(file):
@@ -60,7 +63,16 @@ def load(path: Path, size: int, console: Console | None = None) -> ImageData:
             note = str(file["note"]) if "note" in file else f"{path.name} does not say where its images come from"
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    return ImageData(path.stem, *(ArrayImages(_one_channel(part)) for part in (train, test)), note)
+    if levels:
+        note += f"; {levels}"
+    seen, parts = Seen(), []
+    for part in (train, test):
+        seen.note("the arrays", 255, part)
+        try:
+            parts.append(ArrayImages(_one_channel(levels.to_uint8(part) if levels else part)))
+        except ValueError as error:
+            raise DataError(f"{path}: {error}") from None
+    return ImageData(path.stem, *parts, note, warnings=seen.warnings(levels), levels=levels)
 
 
 def _one_channel(images: np.ndarray) -> np.ndarray:

@@ -9,20 +9,22 @@ from torch import Tensor
 from .. import photographs
 from ..training import seeded_generator
 from .images import ArrayImages, ImageData
+from .levels import Levels, refuse_levels
 
 _TRAIN_PATCHES = 24_000
 _TRAIN_SHRINKS = (1, 2, 3)
 _TEST_SHRINKS = (1,)
 
 
-def load(size: int) -> ImageData:
+def load(size: int, levels: Levels | None = None) -> ImageData:
     """Patches of size x size pixels: random ones of `photographs.TRAIN`, all of a tiling of `photographs.TEST`.
 
     They are the same in every run. Training photographs come at several resolutions, unless smaller than a patch.
 
     Raises:
-        DataError: ``size`` is larger than every photograph.
+        DataError: ``size`` is larger than every photograph, or ``levels`` are given.
     """
+    refuse_levels("builtin", levels)
     generator = seeded_generator(0, "patches")
     sources = _photographs(photographs.TRAIN, _TRAIN_SHRINKS, size)
     count = -(-_TRAIN_PATCHES // max(1, len(sources)))

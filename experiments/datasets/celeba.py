@@ -11,8 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .files import load_files, read_gray
+from .files import load_files, split_by_file
 from .images import DataError, ImageData, listed
+from .levels import Levels
+from .pixels import read_gray
 
 _IMAGES, _PARTITION = "img_align_celeba", "list_eval_partition.txt"
 # The original download has the images, and the partition, one folder deeper.
@@ -30,7 +32,7 @@ def find(folder: Path) -> list[Path]:
     return [folder] if _images(folder).is_dir() else []
 
 
-def check(folder: Path, size: int) -> None:
+def check(folder: Path, size: int, levels: Levels | None = None) -> None:
     """CelebA can be had in any size up to that of its crop.
 
     Raises:
@@ -41,7 +43,7 @@ def check(folder: Path, size: int) -> None:
         raise DataError(f"CelebA's crop has {side} x {side} pixels, fewer than {size} x {size}")
 
 
-def load(folder: Path, size: int, console: Console | None = None) -> ImageData:
+def load(folder: Path, size: int, levels: Levels | None = None, console: Console | None = None) -> ImageData:
     """CelebA with the official partition.
 
     Raises:
@@ -60,12 +62,14 @@ def load(folder: Path, size: int, console: Console | None = None) -> ImageData:
             "Extract the archive again, or take both from one release."
         )
     left, upper, right, lower = _BOX
+    scale = f", {levels}" if levels else ""
     note = (
-        f"aligned and cropped JPEGs, rows {upper} to {lower} and columns {left} to {right} in gray, resized to "
-        f"{size} x {size}; official partition, train and validation together for training"
+        f"aligned and cropped JPEGs, rows {upper} to {lower} and columns {left} to {right} in gray{scale}, resized "
+        f"to {size} x {size}; official partition, train and validation together for training"
     )
-    read = partial(read_gray, size=size, expected=_WIDTH_AND_HEIGHT, box=_BOX)
-    return load_files("CelebA", images, train, test, read, note, console)
+    read = partial(read_gray, size=size, expected=_WIDTH_AND_HEIGHT, box=_BOX, levels=levels)
+    split = partial(split_by_file, test=frozenset(test))
+    return load_files("CelebA", images, train + test, split, read, note, levels, console)
 
 
 def _images(folder: Path) -> Path:
@@ -81,7 +85,7 @@ def _read_partition(folder: Path) -> tuple[list[str], list[str]]:
     train: list[str] = []
     test: list[str] = []
     parts = {"0": train, "1": train, "2": test}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="surrogateescape").splitlines(), start=1):
         words = line.split()
         if not words:
             continue

@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 
 from .images import ArrayImages, DataError, ImageData, gray
+from .levels import Levels, refuse_levels
 
 _SIZE = 32
 _PIXELS = 3 * _SIZE * _SIZE
@@ -29,26 +30,27 @@ def find(folder: Path) -> list[Path]:
     return [folder] if any(path.is_file() for path in _batches(folder)) else []
 
 
-def check(folder: Path, size: int) -> None:
+def check(folder: Path, size: int, levels: Levels | None = None) -> None:
     """CIFAR10 has one size and six files.
 
     Raises:
-        DataError: another ``size``, or files that are missing.
+        DataError: another ``size``, ``levels``, or files that are missing.
     """
     if size != _SIZE:
         raise DataError(f"CIFAR10 has {_SIZE} x {_SIZE} pixels, not {size} x {size}")
+    refuse_levels("CIFAR10", levels)
     missing = [path.name for path in _batches(folder) if not path.is_file()]
     if missing:
         raise DataError(f"{folder} lacks {', '.join(missing)} of CIFAR10's six batches")
 
 
-def load(folder: Path, size: int, console: Console | None = None) -> ImageData:
+def load(folder: Path, size: int, levels: Levels | None = None, console: Console | None = None) -> ImageData:
     """CIFAR10 in gray, its five training batches and its test batch, held in memory. Shows no progress.
 
     Raises:
-        DataError: another ``size``, files that are missing, or one whose content is not a batch.
+        DataError: another ``size``, ``levels``, files that are missing, or one whose content is not a batch.
     """
-    check(folder, size)
+    check(folder, size, levels)
     *train, test = (gray(_read(path)) for path in _batches(folder))
     note = "original pixels in gray; official training and test images"
     return ImageData("CIFAR10", ArrayImages(np.concatenate(train)), ArrayImages(test), note)

@@ -12,12 +12,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..progress import tracked
 from ..training import seeded_generator
+from .levels import DataError, Levels
 
 _READ_AT_ONCE = 256
-
-
-class DataError(ValueError):
-    """Data that is missing or does not fit; the message says what was expected, what came, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,9 @@ class ImageData:
         train: the training images.
         test: the test images.
         note: where the images come from and what was done to them, to be read beside any number from them.
-        left_out: the files that could not be used, each with the reason.
+        left_out: the files, and frames of files, that could not be used, each with the reason.
+        warnings: what must be known of the values that became gray levels, as that all images are dark.
+        levels: the values that became black and white; None for all that 8 or 16 bits can hold.
 
     Raises:
         DataError: no training image or no test image.
@@ -40,6 +39,8 @@ class ImageData:
     test: Dataset[Tensor]
     note: str
     left_out: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    levels: Levels | None = None
 
     def __post_init__(self):
         if len(self.train) == 0 or len(self.test) == 0:

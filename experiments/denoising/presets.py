@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoints import CHECKPOINT
 from ..datasets import ImageData
 from ..faces.presets import Config as Faces
-from ..faces.presets import Covariance, finished_run
+from ..faces.presets import Covariance, check_same_data, finished_run
 from ..faces.presets import config_for as faces_config_for
 from .noise import Noise
 
@@ -46,7 +46,7 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        return {"experiment": self.experiment, **asdict(self)}
+        return {"experiment": self.experiment, **asdict(self), "faces": self.faces.as_dict()}
 
 
 def trained_faces(folder: Path) -> Faces:
@@ -78,8 +78,7 @@ def config_for(data: ImageData, preset: str, folder: Path | None, images: int | 
         config = Config(replace(faces_config_for("faces", preset, data), covariances=(DIAGONAL, STRUCTURED)), checkpoint=None)
     else:
         faces = trained_faces(folder)
-        if faces.data != data.name:
-            raise ValueError(f"the networks were trained on {faces.data}, the data is {data.name}")
+        check_same_data(faces, data)
         config = Config(faces, hashlib.sha256((folder / CHECKPOINT).read_bytes()).hexdigest())
     count = min(config.images if images is None else images, len(data.test))
     pixels = config.faces.size**2

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from programs.tables import markdown_table
 
-from ..results import left_out_text, where_text
+from ..results import data_text, where_text
 from .estimators import DENOISER, PROJECTION
 from .inpainting import DRAWS
 from .presets import Config
@@ -78,7 +78,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{faces.data}: {faces.note}. The first {config.images:,} test images, without dequantisation noise; black is 0 and "
         "white 1 in errors; nothing is clipped. MSE is mean ± standard deviation over images; the ratio is that of means to "
         f"the {DENOISER}'s. BM3D: the first {config.bm3d_images:,} of them; its ratio is to the {DENOISER} on the same ones. "
-        f"PSNR and SSIM are means over images.{left_out_text(results)}\n",
+        f"PSNR and SSIM are means over images.{data_text(results)}\n",
         f"The VAE and its covariance networks never saw noise; code and Σ come from the noisy image. {PROJECTION}: of the "
         f"residual on the {config.eigenvectors:,} leading eigenvectors of Σ (f = 7, from z), by a polynomial of degree "
         f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the first "

@@ -100,6 +100,7 @@ def run_denoising(
         "denoising": rows,
         "inpainting": inpainted,
         "left_out": list(data.left_out),
+        "warnings": list(data.warnings),
         "config": config.as_dict(),
         "networks": None if trained is None else str(trained),
         **about,

@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import distributed
 from ..checkpoints import checkpoint_of_run
-from ..datasets import ImageData
+from ..datasets import ImageData, Levels
 from ..results import finished_results
 
 # The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
@@ -59,6 +59,7 @@ class Config:
         seed: the same seed gives the same numbers.
         bfloat16, compiled: how the networks are trained.
         data, note: name and origin of the images.
+        levels: the values of files that became black and white; None for all that 8 or 16 bits can hold.
     """
 
     experiment: str
@@ -83,6 +84,7 @@ class Config:
     compiled: bool = False
     data: str = ""
     note: str = ""
+    levels: Levels | None = None
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -106,14 +108,15 @@ class Config:
         return by_size[0], by_size[-1]
 
     def as_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
-        return asdict(self)
+        """As values that JSON can hold; without ``levels`` if none were given, as before there was such a choice."""
+        return {name: value for name, value in asdict(self).items() if name != "levels" or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":
         """From `as_dict`, also by way of JSON."""
         covariances = tuple(Covariance(**covariance) for covariance in values["covariances"])
-        return cls(**{**values, "covariances": covariances, "channels": tuple(values["channels"])})
+        levels = Levels(*values["levels"]) if values.get("levels") else None
+        return cls(**{**values, "covariances": covariances, "channels": tuple(values["channels"]), "levels": levels})
 
 
 def _networks(base: str, sizes: Sequence[int], sources: Sequence[str] = ("z",)) -> tuple[Covariance, ...]:
@@ -238,7 +241,9 @@ def config_for(
         for part, most in ((data.train, config.train), (data.test, config.test))
     )
     bound_images = test if config.bound_images is None else min(config.bound_images, test)
-    config = replace(config, train=train, test=test, bound_images=bound_images, data=data.name, note=data.note)
+    config = replace(
+        config, train=train, test=test, bound_images=bound_images, data=data.name, note=data.note, levels=data.levels
+    )
     for purpose, count in (("base models", config.base_images), ("covariance networks", config.covariance_images)):
         # A training example is an image or its mirror image.
         if 2 * count < config.batch_size:
@@ -258,3 +263,12 @@ def finished_run(folder: Path) -> Config:
         raise ValueError(f"{folder} holds a run of {values.get('experiment')}, expected one of {' or '.join(PRESETS)}")
     checkpoint_of_run(folder, results)
     return Config.from_dict(values)
+
+
+def check_same_data(config: Config, data: ImageData) -> None:
+    """Raise ValueError unless ``data`` is what the networks of a finished run were trained on."""
+    if config.data != data.name:
+        raise ValueError(f"the networks were trained on {config.data}, the data is {data.name}")
+    if config.levels != data.levels:
+        there, here = (levels or "no --range" for levels in (config.levels, data.levels))
+        raise ValueError(f"the networks were trained on images with {there}, the data has {here}")

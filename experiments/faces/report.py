@@ -7,7 +7,7 @@ from torch import Tensor
 
 from programs.tables import markdown_table
 
-from ..results import left_out_text, where_text
+from ..results import data_text, where_text
 from ..whiteness import lag_one_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
@@ -93,7 +93,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + f"\n{config.data}: {config.note}. Training images, and their mirror images: {config.base_images:,} for base models, "
         f"{config.covariance_images:,} {'others' if config.held_out else '(the same)'} for covariance networks. "
         f"{config.test:,} test images, of which {config.bound_images:,} for the bound, with {config.samples} samples each."
-        f"{left_out_text(results)}\n\n"
+        f"{data_text(results)}\n\n"
         "Nats per image, mean ± standard deviation over test images; lower is better. z is the mean of the encoder. Gains are "
         "nats per pixel over the diagonal likelihood that the VAE was trained with, for AE over its diagonal network; in the "
         f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "

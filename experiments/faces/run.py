@@ -94,6 +94,7 @@ def run_faces(
         "residual_rms": residual_rms,
         "cost": {name: of_images.cost for name, of_images in scores.items()},
         "left_out": list(data.left_out),
+        "warnings": list(data.warnings),
         "config": config.as_dict(),
         **about,
         "device": device_name(device),

@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader
 
 from experiments import photographs
 from experiments.datasets import DataError, builtin, load_images, stack
-from experiments.datasets.files import read_gray
 from experiments.datasets.images import gray
+from experiments.datasets.pixels import read_gray
 
 
 @pytest.fixture(autouse=True)
@@ -308,7 +308,7 @@ def test_kinds_of_pixels(tmp_path):
     }
     for name, (pixels, mode, expected) in files.items():
         save(tmp_path / name, pixels, mode)
-        read = read_gray(tmp_path / name, 8)
+        read = read_gray(tmp_path / name, size=8)
         assert read.dtype == np.uint8
         # Pillow rounds once for the blending and once for the luma.
         assert np.abs(read - expected.astype(float)).max() <= 1.5, name
@@ -318,10 +318,10 @@ def test_shapes_of_images(tmp_path):
     wide = np.tile(np.repeat(np.array([0, 90, 255], np.uint8), [3, 16, 2]), (16, 1))
     save(tmp_path / "wide.png", wide)
     # The central 16 of 21 columns are 2 to 18.
-    assert np.array_equal(read_gray(tmp_path / "wide.png", 16), wide[:, 2:18])
+    assert np.array_equal(read_gray(tmp_path / "wide.png", size=16), wide[:, 2:18])
     save(tmp_path / "turned.png", wide, exif=bytes_of_orientation(6))
-    assert np.array_equal(read_gray(tmp_path / "turned.png", 16), np.rot90(wide, -1)[2:18])
-    assert np.array_equal(read_gray(tmp_path / "wide.png", 5)[:, 2], [90] * 5)
+    assert np.array_equal(read_gray(tmp_path / "turned.png", size=16), np.rot90(wide, -1)[2:18])
+    assert np.array_equal(read_gray(tmp_path / "wide.png", size=5)[:, 2], [90] * 5)
 
 
 def bytes_of_orientation(value: int) -> Image.Exif:

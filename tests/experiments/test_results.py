@@ -70,6 +70,12 @@ def test_seconds_add_up_over_interruptions(tmp_path, monkeypatch):
     [([], ""), (["a: broken"], " Left out 1 file that"), (1200 * ["a: broken"], " Left out 1,200 files that")],
 )
 def test_files_left_out_are_counted(left_out, text):
-    found = results.left_out_text({"left_out": left_out})
+    found = results.data_text({"left_out": left_out})
     assert found.startswith(text)
     assert bool(found) == bool(left_out)
+
+
+def test_warnings_stand_in_the_report():
+    assert results.data_text({"warnings": ["all images are dark", "others are clipped"]}) == (
+        " Warning: all images are dark. Warning: others are clipped."
+    )

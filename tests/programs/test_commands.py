@@ -1,5 +1,7 @@
 """How commands end: done, interrupted, or with an error that is the user's."""
 
+import os
+
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -42,6 +44,18 @@ def test_the_end_names_the_folder(tmp_path):
     outcome = run(lambda: finish(tmp_path))
     assert (outcome.exit_code, outcome.output) == (0, f"Results: {tmp_path}\n")
     assert run(lambda: finish(tmp_path, interrupted=True)).exit_code == INTERRUPTED
+
+
+def test_names_that_are_not_utf8_are_said(tmp_path):
+    place = tmp_path / os.fsdecode(b"caf\xe9")
+    assert r"caf\xe9" in run(lambda: finish(place)).output
+    assert r"caf\xe9" in run(raises(InterruptedRunError(f"{place} is kept"))).stderr
+
+    def body():
+        with errors_of("--out"):
+            raise ValueError(f"{place.name} is a file")
+
+    assert r"caf\xe9 is a file" in run(body).output
 
 
 @pytest.mark.parametrize("option", [None, "--size"])

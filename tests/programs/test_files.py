@@ -1,10 +1,11 @@
 """Folders that are new, and files that are whole."""
 
 import json
+import os
 
 import pytest
 
-from programs.files import new_folder, write_json, written_whole
+from programs.files import new_folder, printable, write_json, write_text, written_whole
 
 
 def test_a_new_folder_is_made(tmp_path, monkeypatch):
@@ -41,3 +42,13 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(RuntimeError):
         write_half_of(path)
     assert json.loads(path.read_text(encoding="utf-8")) == {"µ": 1}
+
+
+def test_names_that_are_not_utf8_can_be_shown_and_written(tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    assert printable(name) == r"caf\xe9"
+    assert printable("β = 1") == "β = 1"
+    write_json(tmp_path / "x.json", [name])
+    assert json.loads((tmp_path / "x.json").read_text(encoding="utf-8")) == [name]
+    write_text(tmp_path / "x.md", f"{name}, β")
+    assert (tmp_path / "x.md").read_text(encoding="utf-8") == "caf\\udce9, β"
