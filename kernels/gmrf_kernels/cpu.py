@@ -1,7 +1,7 @@
 """CPU backend: Numba kernels with threads over images or rows, specialised to the stencil unless it has many offsets.
 
-`cpu_source`, or `cpu_loops` for many offsets, writes the source of a kernel and says what it does; here it is compiled, kept
-on disk, and called. Shapes are those of `reference`.
+`cpu_unrolled` and `cpu_solve`, or `cpu_loops` for many offsets, write the source of a kernel and say what it does; here it is
+compiled, kept on disk, and called. Shapes are those of `reference`.
 
 Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or in ``banded_gmrf`` in the user's cache directory; where that cannot be
 written, each process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own
@@ -24,7 +24,7 @@ import numba
 import torch
 from torch import Tensor
 
-from . import cpu_loops, cpu_source, simd
+from . import cpu_loops, cpu_solve, cpu_unrolled, simd
 from .memory import empty
 from .stencils import Offsets
 from .threads import run_in_threads
@@ -47,6 +47,9 @@ _STREAMING_BYTES = 2**26
 # Kernels compare positions in a row as int32.
 _LONGEST_ROW = 2**31 - 2**10
 
+# What writes the kernels that are specialised to a stencil.
+_UNROLLED = {"matvec": cpu_unrolled.matvec, "solve": cpu_solve.solve, "outer": cpu_unrolled.outer}
+
 _compile_lock = threading.Lock()
 
 
@@ -67,7 +70,7 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     threads = min(_num_threads(off_diag.numel() * b.shape[0]), images)
     if _unrolled(offsets):
         in_step = 2 if images >= 2 * threads else 1
-        options, scratch_size = {"chains": in_step}, cpu_source.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
+        options, scratch_size = {"chains": in_step}, cpu_solve.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
     else:
         in_step = min(b.shape[0], -(-images // threads))
         options, scratch_size = {}, cpu_loops.solve_scratch()
@@ -196,7 +199,7 @@ def _kernel(operation: str, offsets: Offsets, dtype: str, **options) -> tuple[Ca
     """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
     with _compile_lock:
         if _unrolled(offsets):
-            return _compiled(getattr(cpu_source, operation), dtype, (("offsets", offsets), *options.items())), []
+            return _compiled(_UNROLLED[operation], dtype, (("offsets", offsets), *options.items())), []
         stencil = [_table(offsets).data_ptr(), len(offsets)]
         return _compiled(getattr(cpu_loops, operation), dtype, tuple(options.items())), stencil
 

@@ -1,15 +1,14 @@
 """Python source of the CPU kernels for stencils of many offsets: loops over a table of them, compiled once for all stencils.
 
-`cpu_source` has code for each offset, which for hundreds of them takes minutes to compile. Here a kernel takes a few offsets
-after the other, and adds their terms to whole rows of the result: these stay in the nearest cache, while coefficients are read
-in runs of a row or more.
+`cpu_unrolled` and `cpu_solve` have code for each offset, which for hundreds of them takes minutes to compile. Here a kernel
+takes a few offsets after the other, and adds their terms to whole rows of the result: these stay in the nearest cache, while
+coefficients are read in runs of a row or more.
 
-Kernels, items and arguments are those of `cpu_source`. Before the other arguments come the address of the table, int64 (plane,
-line, column) of each offset in raster order, and the number of offsets.
+Items and arguments are those that `cpu_source` describes. Before the other arguments come the address of the table, int64
+(plane, line, column) of each offset in raster order, and the number of offsets.
 """
 
 from collections.abc import Callable
-from textwrap import indent
 
 from .cpu_source import (
     PLACE,
@@ -17,6 +16,7 @@ from .cpu_source import (
     band_rows,
     diagonal_value,
     element_bytes,
+    inside,
     kernel_source,
     load,
     outer_source,
@@ -47,7 +47,7 @@ def table(offsets: Offsets) -> list[tuple[int, int, int]]:
 def _each_group(transpose: bool, first: str, last: str, body: str) -> str:
     """A loop over the offsets in groups: by their term ``i``, sites read ``shift{i}`` elements further on.
 
-    As in `cpu_source`, Lᵀx gathers at j from j + o, with the coefficient of j, and L x at i from i - o, with that of i - o.
+    As in `cpu_unrolled`, Lᵀx gathers at j from j + o, with the coefficient of j, and L x at i from i - o, with that of i - o.
     """
     sign = "" if transpose else "-"
     code = "".join(
@@ -57,7 +57,7 @@ def _each_group(transpose: bool, first: str, last: str, body: str) -> str:
         f"shift{i} = (plane{i} * height + line{i}) * width + column{i}\n"
         for i in range(_GROUP)
     )
-    return f"for t in range({first}, {last}, {_GROUP}):\n" + indent(code + body, " " * 4)
+    return f"for t in range({first}, {last}, {_GROUP}):\n" + inside(code + body)
 
 
 def _limits(last: str) -> str:
@@ -110,7 +110,7 @@ def _add_terms(dtype: str, transpose: bool, operation: str, result: str, source:
 
 
 def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False) -> str:
-    """As `cpu_source.matvec`."""
+    """As `cpu_unrolled.matvec`."""
     vector, _ = element_bytes(dtype)
     d_row = f"d_row = diag + (b * diag_b + r * width) * {vector}\n"
 
@@ -119,7 +119,7 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
             f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\n"
             f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
         )
-        return "for s in range(samples):\n" + indent(rows + body, " " * 4)
+        return "for s in range(samples):\n" + inside(rows + body)
 
     def diagonal(masked):
         value = f"multiply({diagonal_value(masked, log)}, {load('load', 'x_row', 'w', masked)})"
@@ -143,7 +143,7 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
 
 
 def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
-    """As `cpu_source.solve`, with a division a site; the samples of an image in a span are solved in step.
+    """As `cpu_solve.solve`, with a division a site; the samples of an image in a span are solved in step.
 
     The result begins as the right-hand side. What other rows contribute is subtracted from a whole row, what other blocks of
     the row contribute from a block. The recursion within the block reads its coefficients from scratch.
@@ -153,7 +153,7 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
 
     def each_sample(body):
         row = f"x_row = x + ((s * batch + b) * n + r * width) * {vector}\n"
-        return "for s in range(first_sample, last_sample):\n" + indent(row + body, " " * 4)
+        return "for s in range(first_sample, last_sample):\n" + inside(row + body)
 
     def copy(masked):
         return store("store", "x_row", "w", load("load", "b_row", "w", masked), masked)
@@ -197,7 +197,7 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
         f"right = min(left + {_BLOCK}, width)\n"
         + _each_group(transpose, "0", "own", outside_limits + subtract_terms)
         + "for t in range(own):\n"
-        + indent(keep_coefficients, " " * 4)
+        + inside(keep_coefficients)
         + row_blocks(step, "left", "right", keep_diagonal)
         + each_sample(recursion)
     )
@@ -208,7 +208,7 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
         + each_sample(right_side)
         + _each_group(transpose, "own", "terms", _limits("terms") + subtract_terms)
         + "for block in range(blocks):\n"
-        + indent(per_block, " " * 4)
+        + inside(per_block)
     )
     setup = (
         "own = 0\n"
@@ -224,7 +224,7 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
         "    first_sample = item - b * samples\n"
         "    last_sample = min(samples, first_sample + stop - item)\n"
         "    item += last_sample - first_sample\n"
-        "    for j in range(rows):\n" + indent(per_row, " " * 8)
+        "    for j in range(rows):\n" + inside(inside(per_row))
     )
     arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch"
     return kernel_source(dtype, cache, _STENCIL + arguments, setup, body)
@@ -239,7 +239,7 @@ def solve_scratch() -> int:
 
 
 def outer(dtype: str, cache: bool, streaming: bool) -> str:
-    """As `cpu_source.outer`."""
+    """As `cpu_unrolled.outer`."""
 
     def block(masked):
         code = "".join(f"entry{i} = zeros()\n" for i in range(_GROUP))

@@ -7,7 +7,9 @@ An *address* is the int64 of a tensor's ``data_ptr()``; an index counts elements
 yields 0 there and touches no memory, a masked store leaves memory as it is.
 """
 
+import inspect
 import math
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
@@ -19,8 +21,8 @@ _NAN, _INFINITE, _SUBNORMAL, _ZERO = 0x3, 0x204, 0x90, 0x60
 
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 
-_I1, _I32, _I64 = ir.IntType(1), ir.IntType(32), ir.IntType(64)
-_STORED = {"float16": ir.HalfType(), "bfloat16": ir.IntType(16), "float32": ir.FloatType(), "float64": ir.DoubleType()}
+_I1, _I32, _I64, _DOUBLE = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.DoubleType()
+_STORED = {"float16": ir.HalfType(), "bfloat16": ir.IntType(16), "float32": ir.FloatType(), "float64": _DOUBLE}
 
 
 class _Vector(types.Type):
@@ -53,399 +55,325 @@ def lanes(dtype: str) -> int:
 def operations(dtype: str) -> dict:
     """The intrinsics for coefficients of ``dtype`` (float16, bfloat16, float32, float64), by the names generated code uses.
 
-    ``load_c`` and ``store_c`` convert between ``dtype`` and the dtype of arithmetic (float64 for float64, else float32); all
+    Those whose names have ``_c`` convert between ``dtype`` and the dtype of arithmetic (float64 for float64, else float32); all
     others work on the latter.
     """
-    scalar_type = types.float64 if dtype == "float64" else types.float32
-    scalar = _STORED["float64" if dtype == "float64" else "float32"]
-    n = lanes(dtype)
-    vector_type = _Vector(str(scalar_type), scalar, n)
-    mask_type = _Vector("bool", _I1, n)
-    vector = vector_type.llvm
+    table = _Table(dtype)
+    for suffix, stored in (("", table.computed), ("_c", dtype)):
+        _add_loads(table, suffix, stored)
+        _add_stores(table, suffix, stored)
+    _add_scalars(table)
+    _add_masks(table)
+    _add_vectors(table)
+    _add_arithmetic(table)
+    _add_exponential(table)
+    _add_sums(table)
+    return dict(table)
 
-    def pointer(builder, address, index, element):
-        base = builder.inttoptr(address, ir.PointerType())
-        return builder.gep(base, [index], source_etype=element)
 
-    def call(builder, name, result, arguments):
-        function_type = ir.FunctionType(result, [a.type for a in arguments])
-        return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments)
+class _Table(dict):
+    """Intrinsics by name, and the types that those of one dtype share."""
 
-    def widen(builder, stored, stored_llvm):
+    def __init__(self, dtype: str):
+        self.computed = "float64" if dtype == "float64" else "float32"
+        self.lanes = lanes(dtype)
+        self.scalar_type = getattr(types, self.computed)
+        self.scalar = _STORED[self.computed]
+        self.vector_type = _Vector(self.computed, self.scalar, self.lanes)
+        self.mask_type = _Vector("bool", _I1, self.lanes)
+        # Sums over a row, one float64 for each lane.
+        self.sums_type = _Vector("float64", _DOUBLE, self.lanes)
+        self.vector = self.vector_type.llvm
+
+    def add(self, result: types.Type, *arguments: types.Type, name: str = "") -> Callable:
+        """Decorates ``emit(builder, *values)``, which emits an operation's instructions and returns its result's LLVM value.
+
+        The operation has the name of the function unless another is given; ``result`` and ``arguments`` are Numba's types.
+        """
+
+        def define(emit):
+            def typing(typingctx, *given):
+                def codegen(context, builder, signature, values):
+                    value = emit(builder, *values)
+                    return context.get_dummy_value() if result is types.void else value
+
+                return result(*arguments), codegen
+
+            typing.__name__ = typing.__qualname__ = name or emit.__name__
+            # The function's own parameters, with Numba's typing context in the place of the builder.
+            typing.__signature__ = inspect.signature(emit)
+            self[typing.__name__] = intrinsic(typing)
+            return emit
+
+        return define
+
+    def constant(self, number: float, kind: ir.Type | None = None) -> ir.Constant:
+        """A vector of one number in all lanes; ``kind`` is its LLVM type, by default that of arithmetic."""
+        return ir.Constant(kind or self.vector, [number] * self.lanes)
+
+    def call(self, builder, name: str, result: ir.Type, arguments: list, element: ir.Type | None = None, **options):
+        """Call LLVM's intrinsic ``name``, overloaded for vectors of ``element`` (that of arithmetic) and named so."""
+        return _call(builder, f"{name}.v{self.lanes}{_mangled(element or self.scalar)}", result, arguments, **options)
+
+
+def _add_loads(table: _Table, suffix: str, stored: str) -> None:
+    """``load`` and ``load_masked`` of elements of dtype ``stored``."""
+    element, align = _STORED[stored], ELEMENT_BYTES[stored]
+    stored_vector = ir.VectorType(element, table.lanes)
+
+    def widen(builder, value):
         if stored == "float16":
-            return builder.fpext(stored_llvm, vector)
+            return builder.fpext(value, table.vector)
         if stored == "bfloat16":
             # bfloat16 is the upper half of a float32.
-            integers = ir.VectorType(_I32, n)
-            shifted = builder.shl(builder.zext(stored_llvm, integers), ir.Constant(integers, [16] * n))
-            return builder.bitcast(shifted, vector)
-        return stored_llvm
-
-    def narrow(builder, stored, value):
-        if stored == "float16":
-            return builder.fptrunc(value, ir.VectorType(_STORED[stored], n))
-        if stored == "bfloat16":
-            # Round to nearest even on the bits; a NaN keeps its top bits, with the quiet bit set.
-            integers = ir.VectorType(_I32, n)
-
-            def constant(number):
-                return ir.Constant(integers, [number] * n)
-
-            bits = builder.bitcast(value, integers)
-            odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-            rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-            is_nan = builder.fcmp_unordered("uno", value, value)
-            chosen = builder.select(is_nan, builder.or_(bits, constant(0x400000)), rounded)
-            return builder.trunc(builder.lshr(chosen, constant(16)), ir.VectorType(_STORED[stored], n))
+            integers = ir.VectorType(_I32, table.lanes)
+            shifted = builder.shl(builder.zext(value, integers), table.constant(16, integers))
+            return builder.bitcast(shifted, table.vector)
         return value
 
-    def make_load(stored):
-        element = _STORED[stored]
-        stored_vector = ir.VectorType(element, n)
-        align = ELEMENT_BYTES[stored]
+    @table.add(table.vector_type, types.int64, types.int64, name=f"load{suffix}")
+    def load(builder, address, index):
+        return widen(builder, builder.load(_pointer(builder, address, index, element), typ=stored_vector, align=align))
 
-        @intrinsic
-        def load(typingctx, address, index):
-            def codegen(context, builder, signature, args):
-                value = builder.load(pointer(builder, *args, element), typ=stored_vector, align=align)
-                return widen(builder, stored, value)
+    @table.add(table.vector_type, types.int64, types.int64, table.mask_type, name=f"load{suffix}_masked")
+    def load_masked(builder, address, index, mask):
+        pointer = _pointer(builder, address, index, element)
+        arguments = [pointer, ir.Constant(_I32, align), mask, ir.Constant(stored_vector, None)]
+        name = f"llvm.masked.load.v{table.lanes}{_mangled(element)}.p0"
+        return widen(builder, _call(builder, name, stored_vector, arguments))
 
-            return vector_type(types.int64, types.int64), codegen
 
-        @intrinsic
-        def load_masked(typingctx, address, index, mask):
-            def codegen(context, builder, signature, args):
-                address, index, mask = args
-                zero = ir.Constant(stored_vector, None)
-                arguments = [pointer(builder, address, index, element), ir.Constant(_I32, align), mask, zero]
-                name = f"llvm.masked.load.v{n}{_mangled(element)}.p0"
-                return widen(builder, stored, call(builder, name, stored_vector, arguments))
+def _add_stores(table: _Table, suffix: str, stored: str) -> None:
+    """``store``, ``store_masked`` and ``store_streaming`` of elements of dtype ``stored``."""
+    element, align = _STORED[stored], ELEMENT_BYTES[stored]
+    stored_vector = ir.VectorType(element, table.lanes)
 
-            return vector_type(types.int64, types.int64, mask_type), codegen
+    def narrow(builder, value):
+        if stored == "float16":
+            return builder.fptrunc(value, stored_vector)
+        if stored == "bfloat16":
+            # Round to nearest even on the bits; a NaN keeps its top bits, with the quiet bit set.
+            integers = ir.VectorType(_I32, table.lanes)
+            bits = builder.bitcast(value, integers)
+            odd = builder.and_(builder.lshr(bits, table.constant(16, integers)), table.constant(1, integers))
+            rounded = builder.add(bits, builder.add(odd, table.constant(0x7FFF, integers)))
+            is_nan = builder.fcmp_unordered("uno", value, value)
+            chosen = builder.select(is_nan, builder.or_(bits, table.constant(0x400000, integers)), rounded)
+            return builder.trunc(builder.lshr(chosen, table.constant(16, integers)), stored_vector)
+        return value
 
-        return load, load_masked
+    arguments = types.int64, types.int64, table.vector_type
 
-    def make_store(stored):
-        element = _STORED[stored]
-        align = ELEMENT_BYTES[stored]
+    @table.add(types.void, *arguments, name=f"store{suffix}")
+    def store(builder, address, index, value):
+        builder.store(narrow(builder, value), _pointer(builder, address, index, element), align=align)
 
-        @intrinsic
-        def store(typingctx, address, index, value):
-            def codegen(context, builder, signature, args):
-                address, index, value = args
-                builder.store(narrow(builder, stored, value), pointer(builder, address, index, element), align=align)
-                return context.get_dummy_value()
+    @table.add(types.void, *arguments, name=f"store{suffix}_streaming")
+    def store_streaming(builder, address, index, value):
+        """Past the caches, for results too large to stay there; the address must be a multiple of the vector's size."""
+        value, target = narrow(builder, value), _pointer(builder, address, index, element)
+        instruction = builder.store(value, target, align=table.lanes * align)
+        instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
 
-            return types.void(types.int64, types.int64, vector_type), codegen
+    @table.add(types.void, *arguments, table.mask_type, name=f"store{suffix}_masked")
+    def store_masked(builder, address, index, value, mask):
+        target = _pointer(builder, address, index, element)
+        name = f"llvm.masked.store.v{table.lanes}{_mangled(element)}.p0"
+        _call(builder, name, ir.VoidType(), [narrow(builder, value), target, ir.Constant(_I32, align), mask])
 
-        @intrinsic
-        def store_streaming(typingctx, address, index, value):
-            """Past the caches, for results too large to stay there; the address must be a multiple of the vector's size."""
 
-            def codegen(context, builder, signature, args):
-                address, index, value = args
-                value = narrow(builder, stored, value)
-                instruction = builder.store(value, pointer(builder, address, index, element), align=n * align)
-                instruction.set_metadata("nontemporal", builder.module.add_metadata([ir.Constant(_I32, 1)]))
-                return context.get_dummy_value()
+def _add_scalars(table: _Table) -> None:
+    """Single numbers in memory: arguments and counters, int64, and values of the dtype of arithmetic."""
 
-            return types.void(types.int64, types.int64, vector_type), codegen
+    @table.add(types.int64, types.int64, types.int64)
+    def load_int(builder, address, index):
+        return builder.load(_pointer(builder, address, index, _I64), typ=_I64)
 
-        @intrinsic
-        def store_masked(typingctx, address, index, value, mask):
-            def codegen(context, builder, signature, args):
-                address, index, value, mask = args
-                target = pointer(builder, address, index, element)
-                arguments = [narrow(builder, stored, value), target, ir.Constant(_I32, align), mask]
-                call(builder, f"llvm.masked.store.v{n}{_mangled(element)}.p0", ir.VoidType(), arguments)
-                return context.get_dummy_value()
-
-            return types.void(types.int64, types.int64, vector_type, mask_type), codegen
-
-        return store, store_masked, store_streaming
-
-    @intrinsic
-    def load_int(typingctx, address, index):
-        def codegen(context, builder, signature, args):
-            return builder.load(pointer(builder, *args, _I64), typ=_I64)
-
-        return types.int64(types.int64, types.int64), codegen
-
-    @intrinsic
-    def take_ticket(typingctx, address, index):
+    @table.add(types.int64, types.int64, types.int64)
+    def take_ticket(builder, address, index):
         """The int64 counter's value, and one more for the next thread."""
+        return builder.atomic_rmw("add", _pointer(builder, address, index, _I64), ir.Constant(_I64, 1), "monotonic")
 
-        def codegen(context, builder, signature, args):
-            return builder.atomic_rmw("add", pointer(builder, *args, _I64), ir.Constant(_I64, 1), "monotonic")
+    @table.add(table.scalar_type, types.int64, types.int64)
+    def load_scalar(builder, address, index):
+        return builder.load(_pointer(builder, address, index, table.scalar), typ=table.scalar)
 
-        return types.int64(types.int64, types.int64), codegen
+    @table.add(types.void, types.int64, types.int64, table.scalar_type)
+    def store_scalar(builder, address, index, value):
+        builder.store(value, _pointer(builder, address, index, table.scalar))
 
-    @intrinsic
-    def load_scalar(typingctx, address, index):
-        def codegen(context, builder, signature, args):
-            return builder.load(pointer(builder, *args, scalar), typ=scalar)
+    @table.add(types.void, types.int64, types.int64, types.float64)
+    def store_double(builder, address, index, value):
+        builder.store(value, _pointer(builder, address, index, _DOUBLE))
 
-        return scalar_type(types.int64, types.int64), codegen
+    @table.add(table.scalar_type)
+    def zero_scalar(builder):
+        return ir.Constant(table.scalar, 0.0)
 
-    @intrinsic
-    def store_scalar(typingctx, address, index, value):
-        def codegen(context, builder, signature, args):
-            address, index, value = args
-            builder.store(value, pointer(builder, address, index, scalar))
-            return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, scalar_type), codegen
+def _add_masks(table: _Table) -> None:
+    """What makes masks, joins them and asks them."""
+    mask, vector = table.mask_type, table.vector_type
 
-    @intrinsic
-    def between(typingctx, first, start, stop):
+    @table.add(mask)
+    def no_lanes(builder):
+        return ir.Constant(mask.llvm, None)
+
+    @table.add(mask, types.int64, types.int64, types.int64)
+    def between(builder, first, start, stop):
         """Mask of the lanes i with start <= first + i < stop, all of them below 2³¹."""
-
-        def codegen(context, builder, signature, args):
-            first, start, stop = (_splat(builder, builder.trunc(a, _I32), n) for a in args)
-            lane = builder.add(first, ir.Constant(first.type, list(range(n))))
-            return builder.and_(builder.icmp_signed(">=", lane, start), builder.icmp_signed("<", lane, stop))
-
-        return mask_type(types.int64, types.int64, types.int64), codegen
-
-    @intrinsic
-    def splat(typingctx, value):
-        def codegen(context, builder, signature, args):
-            return _splat(builder, args[0], n)
-
-        return vector_type(scalar_type), codegen
-
-    @intrinsic
-    def keep(typingctx, value, mask):
-        """The value where the mask is on, 0 elsewhere."""
-
-        def codegen(context, builder, signature, args):
-            value, mask = args
-            return builder.select(mask, value, ir.Constant(vector, None))
-
-        return vector_type(vector_type, mask_type), codegen
-
-    @intrinsic
-    def window(typingctx, low, high, first):
-        """Lanes ``first`` to ``first + n - 1`` of two vectors one behind the other; ``first`` is a literal."""
-        if not isinstance(first, types.IntegerLiteral):
-            return None
-        indices = ir.Constant(ir.VectorType(_I32, n), [first.literal_value + i for i in range(n)])
-
-        def codegen(context, builder, signature, args):
-            return builder.shuffle_vector(args[0], args[1], indices)
-
-        return vector_type(vector_type, vector_type, first), codegen
+        first, start, stop = (_splat(builder, builder.trunc(a, _I32), table.lanes) for a in (first, start, stop))
+        lane = builder.add(first, ir.Constant(first.type, list(range(table.lanes))))
+        return builder.and_(builder.icmp_signed(">=", lane, start), builder.icmp_signed("<", lane, stop))
 
     def in_class(builder, value, classes):
         """Mask of the lanes whose floating-point class is among LLVM's bits ``classes``."""
-        function_type = ir.FunctionType(mask_type.llvm, [vector, _I32])
-        name = f"llvm.is.fpclass.v{n}{_mangled(scalar)}"
-        function = cgutils.get_or_insert_function(builder.module, function_type, name)
-        return builder.call(function, [value, ir.Constant(_I32, classes)])
+        return table.call(builder, "llvm.is.fpclass", mask.llvm, [value, ir.Constant(_I32, classes)])
 
-    @intrinsic
-    def not_finite(typingctx, value):
-        def codegen(context, builder, signature, args):
-            return in_class(builder, args[0], _NAN | _INFINITE)
+    @table.add(mask, vector)
+    def not_finite(builder, value):
+        return in_class(builder, value, _NAN | _INFINITE)
 
-        return mask_type(vector_type), codegen
-
-    @intrinsic
-    def not_normal(typingctx, quotient, numerator):
+    @table.add(mask, vector, vector)
+    def not_normal(builder, quotient, numerator):
         """Mask of the lanes whose quotient is not a normal number, but for those that are 0 because the numerator is."""
+        outside = in_class(builder, quotient, _NAN | _INFINITE | _SUBNORMAL | _ZERO)
+        return builder.and_(outside, builder.fcmp_unordered("!=", numerator, ir.Constant(table.vector, None)))
 
-        def codegen(context, builder, signature, args):
-            quotient, numerator = args
-            outside = in_class(builder, quotient, _NAN | _INFINITE | _SUBNORMAL | _ZERO)
-            return builder.and_(outside, builder.fcmp_unordered("!=", numerator, ir.Constant(vector, None)))
+    @table.add(mask, mask, mask)
+    def both(builder, a, b):
+        return builder.and_(a, b)
 
-        return mask_type(vector_type, vector_type), codegen
+    @table.add(mask, mask, mask)
+    def either(builder, a, b):
+        return builder.or_(a, b)
 
-    def lanewise(kind, instruction):
-        """An intrinsic that applies a two-operand instruction to vectors or masks."""
+    @table.add(types.boolean, mask)
+    def any_lane(builder, lanes_on):
+        bits = builder.bitcast(lanes_on, ir.IntType(table.lanes))
+        return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
-        @intrinsic
-        def compute(typingctx, a, b):
-            def codegen(context, builder, signature, args):
-                return getattr(builder, instruction)(*args)
 
-            return kind(kind, kind), codegen
+def _add_vectors(table: _Table) -> None:
+    """Vectors from numbers and from masks."""
+    vector = table.vector_type
 
-        return compute
+    @table.add(vector)
+    def zeros(builder):
+        return table.constant(0.0)
 
-    @intrinsic
-    def no_lanes(typingctx):
-        def codegen(context, builder, signature, args):
-            return ir.Constant(mask_type.llvm, None)
+    @table.add(vector)
+    def ones(builder):
+        return table.constant(1.0)
 
-        return mask_type(), codegen
+    @table.add(vector, table.scalar_type)
+    def splat(builder, value):
+        return _splat(builder, value, table.lanes)
 
-    @intrinsic
-    def any_lane(typingctx, mask):
-        def codegen(context, builder, signature, args):
-            bits = builder.bitcast(args[0], ir.IntType(n))
-            return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
+    @table.add(vector, vector, table.mask_type)
+    def keep(builder, value, mask):
+        """The value where the mask is on, 0 elsewhere."""
+        return builder.select(mask, value, ir.Constant(table.vector, None))
 
-        return types.boolean(mask_type), codegen
 
-    def multiply_add(kind, negate):
-        """a + b c (a - b c to ``negate``) on vectors or scalars, fused where the machine can."""
-        name = f"llvm.fmuladd.{f'v{n}' if kind is vector_type else ''}{_mangled(scalar)}"
+def _add_arithmetic(table: _Table) -> None:
+    """Products, sums and quotients."""
+    vector, scalar = table.vector_type, table.scalar_type
 
-        @intrinsic
-        def compute(typingctx, a, b, c):
-            def codegen(context, builder, signature, args):
-                a, b, c = args
-                return call(builder, name, a.type, [builder.fneg(b) if negate else b, c, a])
+    @table.add(vector, vector, vector)
+    def multiply(builder, a, b):
+        return builder.fmul(a, b)
 
-            return kind(kind, kind, kind), codegen
+    @table.add(vector, vector, vector)
+    def subtract(builder, a, b):
+        return builder.fsub(a, b)
 
-        return compute
+    @table.add(vector, vector, vector)
+    def divide(builder, a, b):
+        return builder.fdiv(a, b)
 
-    @intrinsic
-    def zero_scalar(typingctx):
-        def codegen(context, builder, signature, args):
-            return ir.Constant(scalar, 0.0)
+    @table.add(vector, vector, vector, vector)
+    def add_product(builder, a, b, c):
+        """a + b c, fused where the machine can; so are the next two."""
+        return table.call(builder, "llvm.fmuladd", a.type, [b, c, a])
 
-        return scalar_type(), codegen
+    @table.add(vector, vector, vector, vector)
+    def subtract_product(builder, a, b, c):
+        return table.call(builder, "llvm.fmuladd", a.type, [builder.fneg(b), c, a])
 
-    @intrinsic
-    def exponential(typingctx, a):
-        """exp(a) to about one unit in the last place: a power of two times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]."""
+    @table.add(scalar, scalar, scalar, scalar)
+    def subtract_product_scalar(builder, a, b, c):
+        return _call(builder, f"llvm.fmuladd.{_mangled(table.scalar)}", a.type, [builder.fneg(b), c, a])
 
-        def codegen(context, builder, signature, args):
-            integers = ir.VectorType(_I64 if scalar == ir.DoubleType() else _I32, n)
-            mantissa_bits, bias, lowest, highest, ln2_high, ln2_low, degree = _EXPONENTIAL[str(scalar)]
 
-            def constant(number, kind=vector):
-                return ir.Constant(kind, [number] * n)
+def _add_exponential(table: _Table) -> None:
+    integers = ir.VectorType(_I64 if table.computed == "float64" else _I32, table.lanes)
+    mantissa_bits, bias, lowest, highest, ln2_high, ln2_low, degree = _EXPONENTIAL[str(table.scalar)]
 
-            def power_of_two(exponent):
-                biased = builder.add(exponent, constant(bias, integers))
-                return builder.bitcast(builder.shl(biased, constant(mantissa_bits, integers)), vector)
+    def power_of_two(builder, exponent):
+        biased = builder.add(exponent, table.constant(bias, integers))
+        return builder.bitcast(builder.shl(biased, table.constant(mantissa_bits, integers)), table.vector)
 
-            def fused(a, b, c):
-                return call(builder, f"llvm.fmuladd.v{n}{_mangled(scalar)}", vector, [a, b, c])
+    def fused(builder, a, b, c):
+        return table.call(builder, "llvm.fmuladd", table.vector, [a, b, c])
 
-            # Beyond these bounds the result is 0 or infinity; NaN passes both comparisons.
-            x = builder.select(builder.fcmp_ordered("<", args[0], constant(lowest)), constant(lowest), args[0])
-            x = builder.select(builder.fcmp_ordered(">", x, constant(highest)), constant(highest), x)
-            turns = builder.fmul(x, constant(1 / math.log(2)))
-            turns = call(builder, f"llvm.rint.v{n}{_mangled(scalar)}", vector, [turns])
-            is_nan = builder.fcmp_unordered("uno", x, x)
-            exponent = builder.fptosi(builder.select(is_nan, constant(0.0), turns), integers)
-            rest = fused(turns, constant(-ln2_low), fused(turns, constant(-ln2_high), x))
-            value = constant(1 / math.factorial(degree))
-            for power in range(degree - 1, -1, -1):
-                value = fused(value, rest, constant(1 / math.factorial(power)))
-            # In two steps, because 2 ** exponent alone may be beyond the range of the result.
-            half = builder.ashr(exponent, constant(1, integers))
-            value = builder.fmul(value, power_of_two(half))
-            return builder.fmul(value, power_of_two(builder.sub(exponent, half)))
+    @table.add(table.vector_type, table.vector_type)
+    def exponential(builder, x):
+        """exp(x) to about one unit in the last place: a power of two times a Taylor polynomial on [-ln 2 / 2, ln 2 / 2]."""
+        # Beyond these bounds the result is 0 or infinity; NaN passes both comparisons.
+        x = builder.select(builder.fcmp_ordered("<", x, table.constant(lowest)), table.constant(lowest), x)
+        x = builder.select(builder.fcmp_ordered(">", x, table.constant(highest)), table.constant(highest), x)
+        turns = builder.fmul(x, table.constant(1 / math.log(2)))
+        turns = table.call(builder, "llvm.rint", table.vector, [turns])
+        is_nan = builder.fcmp_unordered("uno", x, x)
+        exponent = builder.fptosi(builder.select(is_nan, table.constant(0.0), turns), integers)
+        rest = fused(builder, turns, table.constant(-ln2_high), x)
+        rest = fused(builder, turns, table.constant(-ln2_low), rest)
+        value = table.constant(1 / math.factorial(degree))
+        for power in range(degree - 1, -1, -1):
+            value = fused(builder, value, rest, table.constant(1 / math.factorial(power)))
+        # In two steps, because 2 ** exponent alone may be beyond the range of the result.
+        half = builder.ashr(exponent, table.constant(1, integers))
+        value = builder.fmul(value, power_of_two(builder, half))
+        return builder.fmul(value, power_of_two(builder, builder.sub(exponent, half)))
 
-        return vector_type(vector_type), codegen
 
-    # Sums over a row, one float64 for each lane.
-    sums_type = _Vector("float64", ir.DoubleType(), n)
+def _add_sums(table: _Table) -> None:
+    """Sums over a row of values, in float64."""
+    sums_type = table.sums_type
 
-    def widened_sum(product):
-        """An intrinsic that adds ``product(value)``, two factors in float64, to each lane's sum."""
+    def add_to_sums(builder, sums, value, factor=None):
+        """Σ + value · factor, by default value²."""
+        wide = value if value.type == sums.type else builder.fpext(value, sums.type)
+        return table.call(builder, "llvm.fmuladd", sums.type, [wide, factor or wide, sums], element=_DOUBLE)
 
-        @intrinsic
-        def add(typingctx, sums, value):
-            def codegen(context, builder, signature, args):
-                sums, value = args
-                wide = value if value.type == sums.type else builder.fpext(value, sums.type)
-                return call(builder, f"llvm.fmuladd.v{n}f64", sums.type, [wide, product(wide), sums])
+    @table.add(sums_type)
+    def no_sums(builder):
+        return ir.Constant(sums_type.llvm, None)
 
-            return sums_type(sums_type, vector_type), codegen
+    @table.add(sums_type, sums_type, table.vector_type)
+    def add_square(builder, sums, value):
+        return add_to_sums(builder, sums, value)
 
-        return add
+    @table.add(sums_type, sums_type, table.vector_type)
+    def subtract_twice(builder, sums, value):
+        return add_to_sums(builder, sums, value, factor=table.constant(-2.0, sums.type))
 
-    @intrinsic
-    def no_sums(typingctx):
-        def codegen(context, builder, signature, args):
-            return ir.Constant(sums_type.llvm, None)
-
-        return sums_type(), codegen
-
-    @intrinsic
-    def total(typingctx, sums):
+    @table.add(types.float64, sums_type)
+    def total(builder, sums):
         """The sum of all lanes, in an order fixed at compile time."""
+        arguments = [ir.Constant(_DOUBLE, 0.0), sums]
+        # "reassoc": a tree over the lanes rather than one after the other.
+        return table.call(builder, "llvm.vector.reduce.fadd", _DOUBLE, arguments, element=_DOUBLE, fastmath=["reassoc"])
 
-        def codegen(context, builder, signature, args):
-            double = ir.DoubleType()
-            function_type = ir.FunctionType(double, [double, sums_type.llvm])
-            name = f"llvm.vector.reduce.fadd.v{n}f64"
-            function = cgutils.get_or_insert_function(builder.module, function_type, name)
-            # "reassoc": a tree over the lanes rather than one after the other.
-            return builder.call(function, [ir.Constant(double, 0.0), args[0]], fastmath=["reassoc"])
 
-        return types.float64(sums_type), codegen
+def _pointer(builder, address, index, element: ir.Type):
+    return builder.gep(builder.inttoptr(address, ir.PointerType()), [index], source_etype=element)
 
-    @intrinsic
-    def store_double(typingctx, address, index, value):
-        def codegen(context, builder, signature, args):
-            address, index, value = args
-            builder.store(value, pointer(builder, address, index, ir.DoubleType()))
-            return context.get_dummy_value()
 
-        return types.void(types.int64, types.int64, types.float64), codegen
-
-    def constant(number):
-        @intrinsic
-        def filled(typingctx):
-            def codegen(context, builder, signature, args):
-                return ir.Constant(vector, [number] * n)
-
-            return vector_type(), codegen
-
-        return filled
-
-    load, load_masked = make_load(str(scalar_type))
-    load_c, load_c_masked = make_load(dtype)
-    store, store_masked, _ = make_store(str(scalar_type))
-    store_c, store_c_masked, store_c_streaming = make_store(dtype)
-    return {
-        "load": load,
-        "load_masked": load_masked,
-        "load_c": load_c,
-        "load_c_masked": load_c_masked,
-        "store": store,
-        "store_masked": store_masked,
-        "store_c": store_c,
-        "store_c_masked": store_c_masked,
-        "store_c_streaming": store_c_streaming,
-        "load_int": load_int,
-        "take_ticket": take_ticket,
-        "load_scalar": load_scalar,
-        "store_scalar": store_scalar,
-        "store_double": store_double,
-        "zero_scalar": zero_scalar,
-        "zeros": constant(0.0),
-        "ones": constant(1.0),
-        "between": between,
-        "splat": splat,
-        "keep": keep,
-        "window": window,
-        "not_finite": not_finite,
-        "not_normal": not_normal,
-        "both": lanewise(mask_type, "and_"),
-        "either": lanewise(mask_type, "or_"),
-        "no_lanes": no_lanes,
-        "any_lane": any_lane,
-        "multiply": lanewise(vector_type, "fmul"),
-        "subtract": lanewise(vector_type, "fsub"),
-        "divide": lanewise(vector_type, "fdiv"),
-        "add_product": multiply_add(vector_type, negate=False),
-        "subtract_product": multiply_add(vector_type, negate=True),
-        "subtract_product_scalar": multiply_add(scalar_type, negate=True),
-        "exponential": exponential,
-        "no_sums": no_sums,
-        "add_square": widened_sum(lambda wide: wide),
-        "subtract_twice": widened_sum(lambda wide: ir.Constant(wide.type, [-2.0] * n)),
-        "total": total,
-    }
+def _call(builder, name: str, result: ir.Type, arguments: list, **options):
+    function_type = ir.FunctionType(result, [a.type for a in arguments])
+    return builder.call(cgutils.get_or_insert_function(builder.module, function_type, name), arguments, **options)
 
 
 def _mangled(element: ir.Type) -> str:

@@ -1,0 +1,185 @@
+"""Python source of the CPU kernels of products, specialised to a stencil: every offset is a literal in straight-line code.
+
+`cpu_loops` has those for stencils of many offsets, `cpu_solve` the solves.
+
+A pass over a row folds the terms that read one or a few rows of neighbours into the row's result: with more of them at once the
+planes of coefficients, a power of two apart in large images, would drive each other out of the caches.
+"""
+
+from collections.abc import Callable
+from itertools import groupby
+
+from .cpu_source import (
+    PLACE,
+    band_kernel,
+    band_rows,
+    diagonal_value,
+    element_bytes,
+    inside,
+    load,
+    outer_source,
+    row_blocks,
+    store,
+    store_off_diagonal,
+    weighted_samples,
+)
+from .simd import lanes
+from .stencils import Offsets
+
+# Terms folded in one pass, at most, unless one row of neighbours has more.
+_TERMS_PER_PASS = 10
+
+
+class Terms:
+    """The stencil's terms as seen from the site that a gather computes, grouped by the row that they read.
+
+    ``Lᵀx`` gathers at j from j + o, with the coefficient of j; ``L x`` gathers at i from i - o, with the coefficient of i - o.
+    """
+
+    def __init__(self, offsets: Offsets, dtype: str, transpose: bool):
+        sign = 1 if transpose else -1
+        padded = [(0,) * (3 - len(offset)) + tuple(offset) for offset in offsets]
+        terms = [(k, *(sign * o for o in offset)) for k, offset in enumerate(padded)]
+        self.step = lanes(dtype)
+        self.transpose = transpose
+        self.groups = [
+            (plane, line, [(k, column) for k, _, _, column in group])
+            for (plane, line), group in groupby(terms, key=lambda term: term[1:3])
+        ]
+        self.own_row = [g for g, (plane, line, _) in enumerate(self.groups) if plane == line == 0]
+
+    def passes(self, groups: list[int]) -> list[list[int]]:
+        """The groups in lists, each for one pass; at least one, if empty, list."""
+        passes, size = [[]], 0
+        for g in groups:
+            terms = len(self.groups[g][2])
+            if passes[-1] and size + terms > _TERMS_PER_PASS:
+                passes.append([])
+                size = 0
+            passes[-1].append(g)
+            size += terms
+        return passes
+
+    def setup(self) -> str:
+        """Per kernel: the distance, in elements, to each group's row."""
+        return "".join(f"shift{g} = ({plane} * height + {line}) * width\n" for g, (plane, line, _) in enumerate(self.groups))
+
+    def ends(self, groups: list[int]) -> str:
+        """Per row r: the number of sites in each group's row, 0 where it lies off the grid."""
+        code = PLACE
+        for g in groups:
+            plane, line, _ = self.groups[g]
+            code += f"end{g} = width if 0 <= p + {plane} < depth and 0 <= h + {line} < height else 0\n"
+        return code
+
+    def coefficient(self, g: int, k: int, column: int, masked: bool) -> str:
+        source = "w" if self.transpose else f"w + shift{g} + {column}"
+        return load("load_c", "c_row", f"{k} * off_k + {source}", masked, _mask(g, column))
+
+    def neighbour(self, g: int, column: int, row: str, masked: bool) -> str:
+        return load("load", row, f"w + shift{g} + {column}", masked, _mask(g, column))
+
+    def fold(
+        self, groups: list[int], row: str, operation: str, begin: Callable, finish: Callable, masks: list[int] | None = None
+    ) -> str:
+        """One pass over the blocks of a row.
+
+        ``begin(masked)`` sets ``a``, ``operation`` adds each term of the groups to it or subtracts it, and ``finish(masked)``
+        stores it; that may use the masks of the groups ``masks``, too.
+        """
+        masks = groups + (masks or [])
+
+        def block(masked):
+            code = begin(masked)
+            for g in groups:
+                for k, column in self.groups[g][2]:
+                    factors = f"{self.coefficient(g, k, column, masked)}, {self.neighbour(g, column, row, masked)}"
+                    code += f"a = {operation}(a, {factors})\n"
+            return code + finish(masked)
+
+        return self.ends(masks) + self.blocks(masks, block)
+
+    def blocks(self, groups: list[int], body: Callable) -> str:
+        """A loop over the blocks of a row; ``body(masked)`` is the code of a block that meets the groups' terms."""
+        columns = [0, *(column for g in groups for _, column in self.groups[g][2])]
+        exists = "".join(f" and end{g} != 0" for g in groups if g not in self.own_row)
+        interior = f"{-min(columns)} <= w and w + {self.step} + {max(columns)} <= width{exists}"
+        masks = "".join(
+            f"{_mask(g, column)} = between(w, {max(0, -column)}, end{g} - {max(0, column)})\n"
+            for g in groups
+            for _, column in self.groups[g][2]
+        )
+        return row_blocks(self.step, "0", "width", body, interior, masks)
+
+
+def _mask(g: int, column: int) -> str:
+    return f"mask{g}_{'m' if column < 0 else 'p'}{abs(column)}"
+
+
+def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False) -> str:
+    """y = L x or Lᵀx over bands of rows; ``diag`` is the log-diagonal where ``log``.
+
+    With ``likelihood``, each row's Σ (½ y² - log_diag) is stored, too, (samples, batch, rows).
+    """
+    vector, coefficient = element_bytes(dtype)
+    terms = Terms(offsets, dtype, transpose)
+    passes = terms.passes(list(range(len(terms.groups))))
+
+    def row_pass(number):
+        sums = likelihood and number == len(passes) - 1
+
+        def begin(masked):
+            if number > 0:
+                return f"a = {load('load', 'y_row', 'w', masked)}\n"
+            return f"a = multiply({diagonal_value(masked, log)}, {load('load', 'x_row', 'w', masked)})\n"
+
+        def finish(masked):
+            code = store("store", "y_row", "w", "a", masked)
+            if sums:  # lanes beyond the row's end are 0
+                code += f"sums = add_square(sums, a)\nsums = subtract_twice(sums, {load('load', 'd_row', 'w', masked)})\n"
+            return code
+
+        code = (
+            f"d_row = diag + (b * diag_b + r * width) * {vector}\n"
+            f"c_row = off + (b * off_b + r * width) * {coefficient}\n"
+            f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\n"
+            f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
+        )
+        code += "sums = no_sums()\n" if sums else ""
+        code += terms.fold(passes[number], "x_row", "add_product", begin, finish)
+        code += "store_double(row_sums, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
+        return band_rows(code)
+
+    per_sample = "".join(row_pass(number) for number in range(len(passes)))
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", row_sums" if likelihood else "")
+    return band_kernel(dtype, cache, arguments, terms.setup(), "for s in range(samples):\n" + inside(per_sample))
+
+
+def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
+    """Σ_s scale_s a_s b_sᵀ on the stencil, over bands of rows: diagonal and off-diagonals.
+
+    Where ``log_diag`` is not 0 the diagonal is that of the negative log likelihood with respect to it:
+    Σ_s scale_s (a_s b_s exp(log_diag) - 1). ``streaming`` writes the off-diagonals past the caches; their rows must then begin
+    at multiples of 64 bytes.
+    """
+    terms = Terms(offsets, dtype, transpose=True)
+
+    def off_diagonals(g):
+        group = terms.groups[g][2]
+
+        def block(masked):
+            code = "".join(f"t{k} = zeros()\n" for k, _ in group)
+            products = f"t = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
+            for k, column in group:
+                products += f"t{k} = add_product(t{k}, {terms.neighbour(g, column, 'a_row', masked)}, t)\n"
+            code += weighted_samples(dtype, products)
+            for k, column in group:
+                value = f"keep(t{k}, {_mask(g, column)})" if masked else f"t{k}"
+                code += store_off_diagonal(f"{k} * n + w", value, masked, streaming)
+            return code
+
+        c_row = f"c_row = off + (b * {len(offsets)} * n + r * width) * {element_bytes(dtype)[1]}\n"
+        return band_rows(c_row + terms.ends([g]) + terms.blocks([g], block))
+
+    code = "".join(off_diagonals(g) for g in range(len(terms.groups)))
+    return outer_source(dtype, cache, "", terms.setup(), code)
