@@ -13,6 +13,7 @@ import hashlib
 import math
 import os
 import sys
+import tempfile
 import threading
 import warnings
 from array import array
@@ -58,7 +59,7 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpos
     diag, off_diag, x = _prepare(diag, off_diag, x)
     y = empty(x.shape, x.dtype)
     kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=transpose, log=log)
-    _run_bands(kernel, [*stencil, *_addresses(diag, off_diag, x), y.data_ptr()], x, len(offsets))
+    _run_bands(kernel, [*stencil, *_strided(diag, off_diag, x), y], x, len(offsets))
     return y
 
 
@@ -76,7 +77,7 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
         options, scratch_size = {}, cpu_loops.solve_scratch()
     kernel, stencil = _kernel("solve", offsets, _name(off_diag), transpose=transpose, log=log, **options)
     scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
-    arguments = [*stencil, *_addresses(diag, off_diag, b), x.data_ptr(), scratch.data_ptr()]
+    arguments = [*stencil, *_strided(diag, off_diag, b), x, scratch]
     _run(kernel, arguments, b, items=images, threads=threads, multiple=in_step)
     return x
 
@@ -94,7 +95,7 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     rows = math.prod(grid[:-1])
     row_sums = torch.empty((samples, batch, rows), dtype=torch.float64)
     kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=True, log=True, likelihood=True)
-    arguments = [*stencil, *_addresses(log_diag, off_diag, residual), y.data_ptr(), row_sums.data_ptr()]
+    arguments = [*stencil, *_strided(log_diag, off_diag, residual), y, row_sums]
     _run_bands(kernel, arguments, residual, len(offsets))
     # NumPy adds in an order that does not depend on the number of threads.
     value = torch.from_numpy(row_sums.numpy().sum(-1) + 0.5 * math.prod(grid) * math.log(2 * math.pi))
@@ -118,9 +119,9 @@ def _outer(
     off_diag = empty((batch, len(offsets), *grid), dtype)
     streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
     kernel, stencil = _kernel("outer", offsets, _name(off_diag), streaming=streaming)
-    arguments = [*stencil, a.data_ptr(), *a.stride()[:2], b.data_ptr(), *b.stride()[:2], scale.data_ptr()]
-    arguments += [0, 0] if log_diag is None else [log_diag.data_ptr(), log_diag.stride(0)]
-    arguments += [diag.data_ptr(), off_diag.data_ptr()]
+    arguments = [*stencil, a, *a.stride()[:2], b, *b.stride()[:2], scale]
+    arguments += [0, 0] if log_diag is None else [log_diag, log_diag.stride(0)]
+    arguments += [diag, off_diag]
     _run_bands(kernel, arguments, a, len(offsets))
     return diag, off_diag
 
@@ -144,15 +145,12 @@ def _contiguous_grid(grid: Sequence[int], strides: Sequence[int]) -> bool:
     return True
 
 
-def _addresses(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[int]:
-    return [
-        *(diag.data_ptr(), diag.stride(0)),
-        *(off_diag.data_ptr(), off_diag.stride(0), off_diag.stride(1)),
-        *(x.data_ptr(), x.stride(0), x.stride(1)),
-    ]
+def _strided(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[Tensor | int]:
+    """The arguments of a kernel for a factor and a vector: each tensor, and the strides before its grid."""
+    return [diag, diag.stride(0), off_diag, *off_diag.stride()[:2], x, *x.stride()[:2]]
 
 
-def _run_bands(kernel: Callable, arguments: list[int], vector: Tensor, terms: int) -> None:
+def _run_bands(kernel: Callable, arguments: list[Tensor | int], vector: Tensor, terms: int) -> None:
     """Run a kernel on bands of rows; their length and number are the last of its own arguments."""
     samples, batch, *lines, width = vector.shape
     rows = math.prod(lines)
@@ -166,15 +164,21 @@ def _run_bands(kernel: Callable, arguments: list[int], vector: Tensor, terms: in
     _run(kernel, [*arguments, band, bands], vector, batch * bands, threads)
 
 
-def _run(kernel: Callable, arguments: Sequence[int], vector: Tensor, items: int, threads: int, multiple: int = 1) -> None:
-    """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``."""
+def _run(
+    kernel: Callable, arguments: Sequence[Tensor | int], vector: Tensor, items: int, threads: int, multiple: int = 1
+) -> None:
+    """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``.
+
+    The kernel gets the address of each tensor among its arguments.
+    """
     grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
     if grid[-1] > _LONGEST_ROW:
         raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
     # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
     span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
-    data = array("q", [0, 0, items, span, *arguments, *vector.shape[:2], *grid])
-    run_in_threads(kernel, data.buffer_info()[0], threads)
+    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    data = array("q", [0, 0, items, span, *addresses, *vector.shape[:2], *grid])
+    run_in_threads(kernel, data.buffer_info()[0], threads, owners=(data, *arguments))
 
 
 def _num_threads(coefficients: int) -> int:
@@ -195,34 +199,38 @@ def _unrolled(offsets: Offsets) -> bool:
     return len(offsets) <= _MOST_UNROLLED_OFFSETS
 
 
-def _kernel(operation: str, offsets: Offsets, dtype: str, **options) -> tuple[Callable, list[int]]:
+def _kernel(operation: str, offsets: Offsets, dtype: str, **options) -> tuple[Callable, list[Tensor | int]]:
     """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
     with _compile_lock:
         if _unrolled(offsets):
             return _compiled(_UNROLLED[operation], dtype, (("offsets", offsets), *options.items())), []
-        stencil = [_table(offsets).data_ptr(), len(offsets)]
+        stencil = [_table(offsets), len(offsets)]
         return _compiled(getattr(cpu_loops, operation), dtype, tuple(options.items())), stencil
 
 
 @functools.cache
 def _table(offsets: Offsets) -> Tensor:
-    """The table of `cpu_loops`, kept because kernels get its address only."""
+    """The table of `cpu_loops`."""
     return torch.tensor(cpu_loops.table(offsets), dtype=torch.int64)
 
 
 @functools.cache
 def _compiled(write: Callable[..., str], dtype: str, options: tuple) -> Callable:
     """The kernel with this source, from the disk cache or compiled now."""
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError(
+            "NUMBA_DISABLE_JIT is set, and the CPU backend's kernels only run compiled: unset it, or compute with "
+            "use_backend('reference')"
+        )
     source = write(dtype=dtype, cache=True, **dict(options))
     # Numba checks the source file, not the intrinsics that it calls.
     digest = hashlib.sha256((source + Path(simd.__file__).read_text() + numba.__version__).encode()).hexdigest()[:24]
-    path = _cache_directory() / f"{write.__name__}_{digest}.py"
+    name = f"{write.__name__}_{digest}.py"
     try:
-        _write_once(path, source)
-        return _execute(source, path)
+        return _from_disk(source, _cache_directory() / name)
     except (OSError, RuntimeError) as error:
-        warnings.warn(f"compiled kernels are not kept: {path.parent} cannot be written ({error})", stacklevel=2)
-        return _execute(write(dtype=dtype, cache=False, **dict(options)), path)
+        warnings.warn(f"compiled kernels are not kept on disk: {error}", stacklevel=2)
+        return _execute(write(dtype=dtype, cache=False, **dict(options)), Path(name))
 
 
 def _cache_directory() -> Path:
@@ -232,14 +240,38 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded_gmrf"
 
 
+def _from_disk(source: str, path: Path) -> Callable:
+    """The kernel compiled before into the folder of ``path``, else compiled now and kept there.
+
+    A machine that lost its power, or a disk that was full, leaves files that are empty or end too early: they are replaced.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _write_once(path, source)
+    try:
+        return _execute(source, path)
+    except OSError:
+        raise
+    except Exception:  # whatever unpickling some of a file, or loading some of a library, raises
+        for folder in {path.parent, Path(numba.config.CACHE_DIR or path.parent)}:
+            for file in folder.rglob(f"{path.stem}.*"):
+                file.unlink(missing_ok=True)
+        _write_once(path, source)
+        return _execute(source, path)
+
+
 def _write_once(path: Path, text: str) -> None:
     """Write a file that several processes may want at once, in one step."""
-    if path.exists():
+    content = text.encode()
+    if path.exists() and path.stat().st_size == len(content):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f"{path.stem}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _execute(source: str, path: Path) -> Callable:

@@ -2,6 +2,8 @@
 
 The C library hands blocks beyond 32 MiB back to the system at once, and the page faults of a fresh block cost several times
 what an operation does in it. Freed blocks are kept here, up to a limit, and new ones ask for huge pages.
+
+Tensors in such blocks cannot change their size in place: ``resize_`` beyond it raises RuntimeError. Their clones can.
 """
 
 import contextlib
@@ -42,11 +44,14 @@ def _take(size: int) -> mmap.mmap:
     # Private: a forked child must not write into its parent's results.
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        block.madvise(mmap.MADV_HUGEPAGE)
+        with contextlib.suppress(OSError):  # a kernel built without them
+            block.madvise(mmap.MADV_HUGEPAGE)
     return block
 
 
 def _give_back(block: mmap.mmap) -> None:
+    if len(block) > _KEPT_BYTES:
+        return  # all others would have to go for it
     _free.append(block)
     while sum(map(len, list(_free))) > _KEPT_BYTES:
         with contextlib.suppress(IndexError):

@@ -7,8 +7,8 @@ torch's operations. A kernel claims its work items from a shared counter, so it 
 import ctypes
 import functools
 import os
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import torch
@@ -17,8 +17,12 @@ _pool: ThreadPoolExecutor | None = None
 _forked = False
 
 
-def run_in_threads(kernel: Callable[[int], None], data: int, threads: int) -> None:
-    """Call ``kernel(data)``, a ctypes function, in ``threads`` threads at once and wait for all of them."""
+def run_in_threads(kernel: Callable[[int], None], data: int, threads: int, owners: Sequence = ()) -> None:
+    """Call ``kernel(data)``, a ctypes function, in ``threads`` threads at once and wait for all of them.
+
+    ``owners`` are the objects whose memory the kernel uses: they live until each thread is done, whatever is raised here. An
+    interrupt (Ctrl-C) is raised after that.
+    """
     if threads <= 1:
         kernel(data)
         return
@@ -26,10 +30,31 @@ def run_in_threads(kernel: Callable[[int], None], data: int, threads: int) -> No
     if parallel is not None:
         parallel(kernel, data, threads, 0)
         return
-    others = [_thread_pool().submit(kernel, data) for _ in range(threads - 1)]
-    kernel(data)
+
+    def work(owners):
+        kernel(data)
+
+    others = []
+    try:
+        others.extend(_thread_pool().submit(work, owners) for _ in range(threads - 1))
+        kernel(data)
+    finally:
+        _wait(others)
     for other in others:
         other.result()
+
+
+def _wait(futures: Sequence[Future]) -> None:
+    """Wait for all of them; what interrupts this is raised when they are done."""
+    interrupt = None
+    while True:
+        try:
+            wait(futures)
+            break
+        except BaseException as raised:  # a signal's handler may raise anything
+            interrupt = raised
+    if interrupt is not None:
+        raise interrupt
 
 
 @functools.cache

@@ -1,9 +1,11 @@
+import functools
 import os
 
 import pytest
 import torch
 
 import gmrf_kernels
+from gmrf_kernels import cpu
 from tests import emulation
 
 # Each backend, and the device of the tensors that it is tested on: a new one inherits the suite by a line here. In a process
@@ -33,3 +35,9 @@ def poisoned_memory():
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch):
+    """As in a new process: kernels come from the disk cache or are compiled."""
+    monkeypatch.setattr(cpu, "_compiled", functools.cache(cpu._compiled.__wrapped__))

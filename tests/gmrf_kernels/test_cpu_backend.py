@@ -1,17 +1,15 @@
-"""What is the CPU backend's own: its cache on disk, threads, forked processes, and memory that is used again."""
+"""What is the CPU backend's own: threads, forked processes, and kernels for stencils of many offsets."""
 
-import functools
 import gc
 import hashlib
 import multiprocessing
-import os
-import subprocess
+import signal
 import sys
 import threading
 import time
-import warnings
+import weakref
+from array import array
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +17,7 @@ import torch
 import banded_gmrf as bg
 from gmrf_kernels import cpu, memory, threads
 from tests.cases import GRIDS
+from tests.gmrf_kernels.cpu_backend import HANGS, assert_same_bits, forks, in_forked_process, run_python
 from tests.gmrf_kernels.operators import (
     NDIM,
     OFFSETS,
@@ -35,23 +34,12 @@ from tests.gmrf_kernels.operators import (
     with_tensors,
 )
 
-# Seconds after which a process or thread that should be done in one is taken to hang.
-HANGS = 30
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-
 
 @pytest.fixture(autouse=True)
 def keep_the_number_of_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture
-def nothing_compiled(monkeypatch):
-    """As in a new process: kernels come from the disk cache or are compiled."""
-    monkeypatch.setattr(cpu, "_compiled", functools.cache(cpu._compiled.__wrapped__))
 
 
 @pytest.fixture
@@ -74,71 +62,8 @@ def large(name, dtype=torch.float64, samples=2):
     return args
 
 
-def assert_same_bits(actual, expected):
-    for a, e in zip(actual, expected, strict=True):
-        assert torch.equal(a, e)
-
-
 def digest(results) -> str:
     return hashlib.sha256(b"".join(r.numpy().tobytes() for r in results)).hexdigest()
-
-
-# --- the cache on disk ---
-
-ONE_CALL = """
-import sys, warnings
-warnings.simplefilter("error")
-import torch, gmrf_kernels
-if sys.argv[1] == "no compiler":
-    from numba.core.compiler import CompilerBase
-    def compile_extra(self, function):
-        raise AssertionError(f"{function} is compiled again")
-    CompilerBase.compile_extra = compile_extra
-ones = torch.ones(1, 5, dtype=torch.float64)
-print(gmrf_kernels.matvec(ones, ones[:, None] / 3, ones / 7, ((1,),), 1).tolist())
-"""
-
-
-def test_a_second_process_does_not_compile_again(tmp_path):
-    def run(*options):
-        environment = {**os.environ, "BANDED_GMRF_CACHE": str(tmp_path / "cache")}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
-        command = [sys.executable, "-c", ONE_CALL, *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=2 * HANGS, check=False)
-        assert done.returncode == 0, done.stderr
-        files = {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in (tmp_path / "cache").rglob("*") if p.is_file()}
-        return done.stdout, files
-
-    first, second = run("compiler"), run("no compiler")
-    assert first == second
-    assert {".py", ".nbi", ".nbc"} <= {path.suffix for path in first[1]}
-    assert not any(path.suffix == ".tmp" for path in first[1])
-
-
-def test_an_unusable_cache_only_costs_the_compile(tmp_path, monkeypatch, nothing_compiled):
-    args = arguments("matvec", OFFSETS["far line"], (7,))
-    expected = call("matvec", args)
-    regular_file = tmp_path / "file"
-    regular_file.write_text("")
-    monkeypatch.setenv("BANDED_GMRF_CACHE", str(regular_file / "cache"))
-    cpu._compiled.cache_clear()
-    with pytest.warns(UserWarning, match="compiled kernels are not kept"):
-        actual = call("matvec", args)
-    assert_same_bits(actual, expected)
-    # Once is enough.
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert_same_bits(call("matvec", args), expected)
-
-
-def test_where_the_cache_lies(monkeypatch, tmp_path):
-    monkeypatch.setenv("BANDED_GMRF_CACHE", str(tmp_path / "a"))
-    assert cpu._cache_directory() == tmp_path / "a"
-    monkeypatch.delenv("BANDED_GMRF_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cpu._cache_directory() == tmp_path / "banded_gmrf"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cpu._cache_directory() == Path.home() / ".cache" / "banded_gmrf"
 
 
 # --- threads ---
@@ -181,9 +106,9 @@ def test_openmp_of_torch_is_found():
 def test_as_many_threads_as_torch_says(name, monkeypatch):
     counts = []
 
-    def record(kernel, data, count):
+    def record(kernel, data, count, owners):
         counts.append(count)
-        threads.run_in_threads(kernel, data, count)
+        threads.run_in_threads(kernel, data, count, owners)
 
     monkeypatch.setattr(cpu, "run_in_threads", record)
     few = arguments(name, OFFSETS["5x5"], (4, 5))
@@ -196,7 +121,7 @@ def test_as_many_threads_as_torch_says(name, monkeypatch):
 
 def test_a_solve_takes_no_more_threads_than_images(monkeypatch):
     counts = []
-    monkeypatch.setattr(cpu, "run_in_threads", lambda kernel, data, count: counts.append(count) or kernel(data))
+    monkeypatch.setattr(cpu, "run_in_threads", lambda kernel, data, count, owners: counts.append(count) or kernel(data))
     torch.set_num_threads(3)
     call("solve", arguments("solve", OFFSETS["5x5"], (60, 70), samples=1, batch=1))
     assert counts == [1]
@@ -215,22 +140,128 @@ def test_calls_from_several_python_threads_at_once(openmp, monkeypatch, nothing_
         assert_same_bits(results, call(*calls[i % len(calls)]))
 
 
-# --- forked processes ---
+class _Buffer:
+    """Memory that a worker writes."""
 
 
-def _in_forked_process(function, *args):
-    """What the function returns in a forked child; a child that hangs fails the test."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=lambda: sender.send(function(*args)), daemon=True)
-    child.start()
-    sender.close()
+@pytest.mark.parametrize("where", ["in its own share", "while it waits"])
+def test_an_interrupt_leaves_the_pool_its_buffers(where, monkeypatch):
+    """Today's results are freed by Ctrl-C, and tomorrow's lie where workers of Python's pool still write."""
+    monkeypatch.setattr(threads, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_pool", None)
+    main, started, written = threading.get_ident(), threading.Event(), []
+
+    def kernel(data):
+        if threading.get_ident() == main:
+            started.wait(HANGS)
+            if where == "in its own share":
+                raise KeyboardInterrupt
+            return
+        started.set()
+        time.sleep(0.2)
+        if where == "while it waits":
+            signal.raise_signal(signal.SIGINT)
+            time.sleep(0.2)
+        written.append(owner() is not None)
+
+    buffer = _Buffer()
+    owner = weakref.ref(buffer)
+    with pytest.raises(KeyboardInterrupt):
+        threads.run_in_threads(kernel, 0, 2, owners=(buffer,))
+    assert written == [True]  # and no longer at work
+    threads._pool.shutdown()
+
+
+def test_work_that_an_interrupt_abandons_owns_its_buffers(monkeypatch):
+    """Where an interrupt comes between two of Python's instructions nothing waits for the work."""
+    monkeypatch.setattr(threads, "_openmp_parallel", lambda: None)
+    monkeypatch.setattr(threads, "_pool", None)
+    monkeypatch.setattr(threads, "_wait", lambda futures: None)
+    main, go_on, alive = threading.get_ident(), threading.Event(), []
+
+    def kernel(data):
+        if threading.get_ident() == main:
+            raise KeyboardInterrupt
+        go_on.wait(HANGS)
+        alive.append(owner() is not None)
+
+    def interrupted():
+        buffer = _Buffer()
+        with pytest.raises(KeyboardInterrupt):
+            threads.run_in_threads(kernel, 0, 2, owners=(buffer,))
+        return weakref.ref(buffer)
+
+    owner = interrupted()
+    gc.collect()
+    go_on.set()
+    threads._pool.shutdown()
+    assert alive == [True]
+    gc.collect()
+    assert owner() is None
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_kernels_name_all_memory_that_they_use(name, either_kernel, monkeypatch):
+    """Every address among a kernel's arguments is that of an owner's memory."""
+    seen = []
+
+    def record(kernel, data, count, owners):
+        ranges = [(t.data_ptr(), t.data_ptr() + t.nbytes) for t in owners if isinstance(t, torch.Tensor)]
+        numbers = next(o for o in owners if isinstance(o, array))
+        assert data == numbers.buffer_info()[0]
+        seen.extend(any(start <= a < stop for start, stop in ranges) for a in numbers if a > 2**32)
+        kernel(data)
+
+    monkeypatch.setattr(cpu, "run_in_threads", record)
+    call(name, arguments(name, OFFSETS["5x5"], (4, 5)))
+    assert len(seen) >= 4
+    assert all(seen)
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+import torch
+from gmrf_kernels import cpu, threads
+threads._openmp_parallel = lambda: None
+torch.set_num_threads(2)
+offsets = ((0, 1), (1, -1), (1, 0), (1, 1))
+diag, off_diag, b = torch.ones(64, 96, 128), torch.zeros(64, 4, 96, 128), torch.ones(1, 64, 96, 128)
+cpu.solve(diag, off_diag, b, offsets, True, False)
+def on_interrupt(number, frame):
+    while frame is not None:
+        if frame.f_code is calls.__code__:
+            raise KeyboardInterrupt
+        frame = frame.f_back
+signal.signal(signal.SIGINT, on_interrupt)
+def calls():
+    while time.monotonic() < deadline:
+        cpu.solve(diag, off_diag, b, offsets, True, False)
+done = threading.Event()
+def interrupt():
+    while not done.wait(0.003):
+        os.kill(os.getpid(), signal.SIGINT)
+interrupts = threading.Thread(target=interrupt)
+interrupts.start()
+count, deadline = 0, time.monotonic() + 3
+while time.monotonic() < deadline:
     try:
-        assert receiver.poll(HANGS), "the child hangs"
-        return receiver.recv()
-    finally:
-        child.kill()
-        child.join()
+        calls()
+    except KeyboardInterrupt:
+        count += 1
+done.set()
+interrupts.join()
+assert torch.equal(cpu.solve(diag, off_diag, b, offsets, True, False), b)
+print(count > 10)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends itself signals")
+def test_a_storm_of_interrupts():
+    done = run_python(INTERRUPTED)
+    assert (done.returncode, done.stdout) == (0, "True\n"), done.stderr
+
+
+# --- forked processes ---
 
 
 def _digests(count, calls):
@@ -244,7 +275,7 @@ def test_a_forked_process_computes_the_same_bits(count):
     """Threads of the parent are gone in the child, and what waits for them waits for ever."""
     calls = [(name, large(name)) for name in OPERATORS]
     expected = _digests(2, calls)
-    assert _in_forked_process(_digests, count, calls) == expected
+    assert in_forked_process(_digests, count, calls) == expected
     assert _digests(2, calls) == expected  # and the parent's threads are as they were
 
 
@@ -267,7 +298,7 @@ def test_a_process_forked_while_other_threads_call(monkeypatch):
     try:
         # Holding the lock makes certain what the other threads make likely.
         with cpu._compile_lock:
-            child = ThreadPoolExecutor(1).submit(_in_forked_process, _digests, 1, calls)
+            child = ThreadPoolExecutor(1).submit(in_forked_process, _digests, 1, calls)
             while not multiprocessing.active_children():
                 time.sleep(0.01)
         assert child.result() == expected
@@ -401,96 +432,3 @@ def test_one_looped_kernel_serves_all_stencils(looped):
     compiled = cpu._compiled.cache_info().currsize
     call("solve", arguments("solve", OFFSETS["volume"], (2, 2, 3)))
     assert cpu._compiled.cache_info().currsize == compiled
-
-
-# --- memory ---
-
-
-@pytest.fixture
-def no_free_blocks(monkeypatch):
-    monkeypatch.setattr(memory, "_free", [])
-
-
-LARGE = (memory._SMALLEST_BYTES // 8, 2)  # twice the smallest size that is kept
-
-
-def test_a_freed_block_is_used_again(no_free_blocks):
-    first = memory.empty(LARGE, torch.float64)
-    assert (first.shape, first.dtype, first.is_contiguous()) == (LARGE, torch.float64, True)
-    address = first.data_ptr()
-    assert address % 64 == 0
-    del first
-    # Of the same bytes, whatever the shape and dtype.
-    assert memory.empty((LARGE[1], 2 * LARGE[0]), torch.float32).data_ptr() == address
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda t: t[7:9], id="view"),
-        pytest.param(lambda t: t.numpy()[7:9], id="numpy"),
-        pytest.param(lambda t: t.detach(), id="detached"),
-        pytest.param(lambda t: t.view(torch.int64), id="dtype"),
-        pytest.param(lambda t: t.untyped_storage(), id="storage"),
-    ],
-)
-def test_a_block_in_use_is_not_handed_out(make, no_free_blocks):
-    tensor = memory.empty(LARGE, torch.float64)
-    address = tensor.data_ptr()
-    user = make(tensor)
-    del tensor
-    other = memory.empty(LARGE, torch.float64)
-    assert other.data_ptr() != address
-    del user
-    assert memory.empty(LARGE, torch.float64).data_ptr() == address
-
-
-def test_small_results_and_other_sizes_take_no_kept_block(no_free_blocks):
-    block = memory.empty(LARGE, torch.float64)
-    address = block.data_ptr()
-    del block
-    assert len(memory._free) == 1
-    assert memory.empty((LARGE[0] + 1, 2), torch.float64).data_ptr() != address
-    memory.empty((3, 4), torch.float32)
-    assert memory.empty((0, 4), torch.float32).shape == (0, 4)
-    assert sorted(map(len, memory._free)) == [2 * LARGE[0] * 8, 2 * (LARGE[0] + 1) * 8]
-
-
-def test_no_more_than_the_limit_is_kept(no_free_blocks, monkeypatch):
-    size = LARGE[0] * LARGE[1] * 8
-    monkeypatch.setattr(memory, "_KEPT_BYTES", 2 * size)
-    blocks = [memory.empty(LARGE, torch.float64) for _ in range(4)]
-    del blocks
-    assert len(memory._free) == 2
-
-
-def test_gradients_reach_results_in_kept_memory(no_free_blocks, monkeypatch):
-    """Blocks come back while autograd, which runs backward passes in threads of its own, takes others."""
-    monkeypatch.setattr(memory, "_SMALLEST_BYTES", 1)
-    args = arguments("nll", OFFSETS["5x5"], (5, 7), nan_outside=False)
-    inputs = [t.requires_grad_() for t in tensors(args)]
-    expected = None
-    for _ in range(5):
-        gradients = torch.autograd.grad(call("nll", args)[0].sum(), inputs)
-        expected = expected or [g.clone() for g in gradients]
-        assert_same_bits(gradients, expected)
-
-
-def _collected_blocks():
-    gc.freeze()  # what exists already need not be looked at each time
-    for i in range(2000):
-        cycle = [memory.empty((64 + i % 8,), torch.float64)]
-        cycle.append(cycle)
-        del cycle
-        # The collector runs at the next of every few allocations: at another place in `memory` for each number.
-        gc.set_threshold(1 + i % 16)
-        memory.empty((64 + i % 8,), torch.float64)
-    return "done"
-
-
-@forks
-def test_blocks_freed_by_the_garbage_collector(no_free_blocks, monkeypatch):
-    """The collector runs at any allocation, those inside `memory` among them: a block that it frees there must not wait."""
-    monkeypatch.setattr(memory, "_SMALLEST_BYTES", 1)
-    # In a process of its own, because a thread that waits for itself cannot be ended.
-    assert _in_forked_process(_collected_blocks) == "done"
