@@ -3,19 +3,21 @@
 Where things are; every file imports only what stands above it, but for analysis/divergence, which takes two `GMRF`s:
 
     stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
+    validation                        checks of what a distribution is given
     precision_matrix, precisions/     sparse precisions Λ, and the classical fields defined by one, a file each
     recursions/                       dense recursions over rows of the grid, on raw coefficients
     construction/                     how a factor is *built*: from covariances, samples, precisions, other factors
     cholesky                          `StencilCholesky`, the factor
     analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
+    operators/                        what an instrument sees of a field: linear observation operators
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
-    validation, gmrf, pyro            `GMRF`, the distribution, with checks of what it is given; the same for Pyro
+    gmrf, pyro                        `GMRF`, the distribution; the same for Pyro
     diagnostics/                      how well a model fits data
 """
 
 from gmrf_kernels import use_backend
 
-from . import diagnostics, precisions
+from . import diagnostics, operators, precisions
 from .analysis.divergence import kl_divergence
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .gmrf import GMRF
@@ -37,6 +39,7 @@ __all__ = [
     "kl_divergence",
     "matern_precision",
     "negative_log_likelihood",
+    "operators",
     "precisions",
     "thin_plate_precision",
     "use_backend",
