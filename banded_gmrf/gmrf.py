@@ -14,8 +14,7 @@ from .analysis.marginals import VarianceEstimate
 from .analysis.spectra import Eigenpairs
 from .batched import Batched, register_pytree
 from .cholesky import StencilCholesky, negative_log_likelihood
-from .inference import conditioning
-from .inference.posterior import ConditionalGMRF
+from .inference.conditioning import Conditionable
 from .stencil import Stencil
 from .validation import Finite, FiniteWhereItExists, as_sites
 
@@ -23,7 +22,7 @@ _MAX_DENSE_SITES = 2**13
 
 
 @register_pytree("banded_gmrf.GMRF")
-class GMRF(Distribution, Batched):
+class GMRF(Distribution, Batched, Conditionable):
     """Gaussian Markov random field x ~ N(loc, Λ⁻¹), Λ = L Lᵀ, on a grid of 1 to 3 axes.
 
     A `torch.distributions.Distribution` with ``event_shape`` = grid; log densities and entropies are in nats. `to`, `detach`
@@ -279,62 +278,6 @@ class GMRF(Distribution, Batched):
         self.check_field("x", x)
         projected = spectra.project_on_leading(self._factor, x.to(accumulate_dtype(x.dtype)), k, degree)
         return projected.expand(torch.broadcast_shapes(projected.shape, (*self._batch_shape, *self._event_shape)))
-
-    def condition(self, mask: Tensor, values: Tensor, tolerance: float = 1e-6, max_iterations: int = 1000) -> ConditionalGMRF:
-        """The distribution given the values of some sites: for interpolation and inpainting.
-
-        Args:
-            mask: bool (*batch, *grid), true where a site is observed; its batch is broadcast against the distribution's.
-            values: (*batch, *grid); only the observed sites are read.
-            tolerance: residual, relative to the right-hand side, at which the solver stops; between 0 and 1.
-            max_iterations: of the solver, at least 1; if they do not suffice, it warns with the residual (RuntimeWarning).
-
-        Returns:
-            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample`` on the whole grid, and the solver's ``convergence``.
-
-        Raises:
-            TypeError: ``mask`` is not of bools, ``values`` has another dtype than the distribution, or ``max_iterations`` is
-                not an integer.
-            ValueError: grids, batches or devices that do not fit, a ``tolerance`` that is not between 0 and 1, or
-                ``max_iterations`` less than 1.
-        """
-        return conditioning.condition(self, mask, values, tolerance=tolerance, max_iterations=max_iterations)
-
-    def posterior(
-        self,
-        observation: Tensor,
-        noise_variance: Tensor | float | None = None,
-        tolerance: float = 1e-6,
-        max_iterations: int = 1000,
-        *,
-        noise: "GMRF | None" = None,
-    ) -> ConditionalGMRF:
-        """The distribution given observation = x + noise: for denoising.
-
-        Its mean is the Wiener filter, loc + (Λ + W)⁻¹ W (observation - loc) with the precision W of the noise.
-
-        Args:
-            observation: (*batch, *grid), broadcast against the distribution's batch.
-            noise_variance: of noise that is independent from site to site: a number, or a tensor that broadcasts to
-                (*batch, *grid), in squared units of the field; infinite where nothing is observed, 0 where the observation is
-                exact.
-            tolerance, max_iterations: as for `condition`.
-            noise: instead of a variance, the distribution of correlated noise on the same grid, in any dtype.
-
-        Returns:
-            A `ConditionalGMRF` with ``mean``, ``sample`` and ``rsample``, and the solver's ``convergence``.
-
-        Raises:
-            TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, both or neither are
-                given of the noise's two descriptions, or ``max_iterations`` is not an integer.
-            ValueError: grids, batches or devices that do not fit, a variance that is negative or NaN, or ``tolerance`` or
-                ``max_iterations`` out of range, as for `condition`.
-        """
-        if not isinstance(noise, GMRF | None):
-            raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
-        return conditioning.posterior(
-            self, observation, noise_variance, noise, tolerance=tolerance, max_iterations=max_iterations
-        )
 
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""

@@ -192,7 +192,7 @@ def _observation(given: Given) -> Tensor:
 
 def _posterior(given: Given) -> Callable[[], Any]:
     priors, observation = given.priors, _observation(given)
-    return lambda: _solved(priors.posterior(observation, _NOISE**2))
+    return lambda: _solved(priors.posterior(observation, _NOISE**2, method="iterative"))
 
 
 def _posterior_gradient(given: Given) -> Callable[[], Any]:
@@ -209,7 +209,7 @@ def _posterior_correlated(given: Given) -> Callable[[], Any]:
         return _NOISE**2 * torch.exp(-(a - b).float().norm(dim=-1) / 2)
 
     noise = bg.GMRF(given.loc, _factor_from(covariance, given.stencil, given.loc.shape, given.device))
-    return lambda: _solved(priors.posterior(observation, noise=noise))
+    return lambda: _solved(priors.posterior(observation, noise=noise, method="iterative"))
 
 
 def _posterior_samples(given: Given) -> Callable[[], Any]:
@@ -224,7 +224,7 @@ def _log_evidence(given: Given) -> Callable[[], Any]:
 
 def _condition(given: Given, known: Tensor) -> Callable[[], Any]:
     priors, residuals, known = given.priors, given.residuals, known.to(given.device)
-    return lambda: _solved(priors.condition(known, residuals))
+    return lambda: _solved(priors.condition(known, residuals, method="iterative"))
 
 
 def _solved(conditional: bg.ConditionalGMRF) -> tuple[Tensor, Any]:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Convergence(NamedTuple):
@@ -57,21 +56,46 @@ def conjugate_gradients(
         rho, previous = dot(residual, preconditioned), rho
         direction = preconditioned + (rho / previous).where(active, 0) * direction
         iterations += 1
-    error = b - operator(x)
-    norm = dot(b, b)
-    relative = (dot(error, error) / norm).where(norm != 0, 0).sqrt()
-    return x, Convergence(iterations, float(relative.max()) if relative.numel() else 0.0)
+    x = x + 0 * dot(b, b)  # NaN or infinity on the right-hand side is no solution of 0
+    return x, Convergence(iterations, relative_residual(b - operator(x), b, ndim))
+
+
+def relative_residual(error: Tensor, b: Tensor, ndim: int) -> float:
+    """The largest ‖b - A x‖ / ‖b‖ of all systems, of errors b - A x (*batch, *grid); NaN if any is."""
+    axes = tuple(range(-ndim, 0))
+    norm = b.square().sum(axes)
+    relative = (error.square().sum(axes) / norm).where(norm != 0, 0).sqrt()
+    return float(relative.max()) if relative.numel() else 0.0
 
 
 class ImplicitGradient(torch.autograd.Function):
-    """Zero, with the derivative of A⁻¹ r for a symmetric A: of a residual r = b - A x it gives x that of A⁻¹ b."""
+    """Zero, with the derivative of A⁻¹ r for a symmetric A: of a residual r = b - A x it gives x that of A⁻¹ b.
+
+    A second derivative is refused: x is a constant in the first one.
+    """
 
     @staticmethod
     def forward(ctx, residual: Tensor, solve: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.solve = solve
+        ctx.save_for_backward(residual)
         return torch.zeros_like(residual)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
-        return ctx.solve(g), None
+        # The result hangs on the residual, hence on A: whatever asks for a second derivative by A comes past the refusal.
+        return _Once.apply(ctx.solve(g.detach()), *ctx.saved_tensors, g), None
+
+
+class _Once(torch.autograd.Function):
+    """The first argument, for which no derivative is known."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, *depends_on: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *gradients: Tensor):
+        raise NotImplementedError(
+            "solutions of a posterior's systems are differentiable once: for second derivatives use the transformations of "
+            "torch.func, which the method 'direct' takes"
+        )

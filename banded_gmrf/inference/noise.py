@@ -1,6 +1,7 @@
 """Observation models: what a posterior asks of Gaussian noise, independent from site to site or correlated."""
 
 import math
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,7 +11,50 @@ from ..cholesky import negative_log_likelihood
 from ..recursions.strips import block_coefficients, block_rows, strip
 
 
-class IndependentNoise:
+class ObservationModel(Protocol):
+    """Observations y that are normal given the field x: what a posterior asks of them.
+
+    Attributes:
+        batch_shape: of the model's own tensors.
+        event_shape: of the observations y of one field.
+        reach: how many rows apart W, the precision of y as seen from the field, couples sites; None if any.
+        diagonal: that of W, (*batch, *grid); None where it is not known.
+    """
+
+    batch_shape: torch.Size
+    event_shape: torch.Size
+    reach: int | None
+    diagonal: Tensor | None
+
+    def observed(self, values: Tensor) -> Tensor:
+        """``values`` (*batch, *event_shape) where they are observed, 0 elsewhere."""
+
+    def precision(self, x: Tensor) -> Tensor:
+        """W x, (*sample, *batch, *grid)."""
+
+    def score(self, values: Tensor, x: Tensor) -> Tensor:
+        """The derivative of log p(values | x) by x."""
+
+    def root(self, z: Tensor) -> Tensor:
+        """M z with M Mᵀ = W, for z (*sample, *batch, *event_shape)."""
+
+    def log_likelihood(self, values: Tensor, x: Tensor) -> Tensor:
+        """log p(values | x), (*batch) in nats."""
+
+
+class _SitewiseModel:
+    """Observations of the sites themselves, y = x + noise."""
+
+    def score(self, values: Tensor, x: Tensor) -> Tensor:
+        """The derivative of log p(values | x) by x."""
+        return self.precision(values - self.loc - x)
+
+    def log_likelihood(self, values: Tensor, x: Tensor) -> Tensor:
+        """log p(values | x), (*batch) in nats."""
+        return self.log_prob(values - x)
+
+
+class IndependentNoise(_SitewiseModel):
     """Noise with the precision W = diag(weight).
 
     Args:
@@ -21,7 +65,7 @@ class IndependentNoise:
     reach = 0
 
     def __init__(self, weight: Tensor, grid: torch.Size):
-        self.diagonal, self._grid = weight, grid
+        self.diagonal, self.event_shape = weight, grid
         self._noisy = weight > 0
         self.batch_shape = weight.shape[: max(0, weight.ndim - len(grid))]
         self.loc = weight.new_zeros(())
@@ -42,19 +86,21 @@ class IndependentNoise:
         """The log density of the noise at the observed sites, (*batch) in nats."""
         log_weight = self.diagonal.where(self._noisy, 1).log() - math.log(2 * math.pi)
         sites = 0.5 * (log_weight - self.diagonal * noise.square()).where(self._noisy, 0)
-        return sites.flatten(-len(self._grid)).sum(-1)
+        return sites.flatten(-len(self.event_shape)).sum(-1)
 
     def blocks(self) -> list[Tensor]:
         """What `gram` needs of each block of rows."""
-        weight = self.diagonal.expand(*self.batch_shape, *self._grid)
-        return [weight[(..., slice(*rows), *[slice(None)] * (len(self._grid) - 1))] for rows in block_rows(self._grid)]
+        weight = self.diagonal.expand(*self.batch_shape, *self.event_shape)
+        return [
+            weight[(..., slice(*rows), *[slice(None)] * (len(self.event_shape) - 1))] for rows in block_rows(self.event_shape)
+        ]
 
-    def gram(self, block: Tensor, rows_left: int) -> Tensor:
-        """What a block adds to W: (*batch, h, h) for its sites and the next rows, at most ``rows_left`` in all."""
-        return torch.diag_embed(block.flatten(-len(self._grid)))
+    def gram(self, block: Tensor, rows_left: int) -> tuple[None, Tensor]:
+        """What a block adds to W: nothing but the diagonal of its own sites, (*batch, w)."""
+        return None, block.flatten(-len(self.event_shape))
 
 
-class CorrelatedNoise:
+class CorrelatedNoise(_SitewiseModel):
     """Noise that is a GMRF itself, with the precision W = M Mᵀ; every site is observed.
 
     Args:
@@ -63,6 +109,7 @@ class CorrelatedNoise:
 
     def __init__(self, distribution):
         self.loc, self.batch_shape = distribution.loc.double(), distribution.batch_shape
+        self.event_shape = distribution.event_shape
         self._factor = distribution.precision_cholesky.unexpanded().to(torch.float64)
         self.reach = distribution.stencil.row_reach
 
@@ -91,7 +138,7 @@ class CorrelatedNoise:
         """What `gram` needs of each block of rows."""
         return block_coefficients(self._factor)
 
-    def gram(self, block: Tensor, rows_left: int) -> Tensor:
-        """What a block adds to W: (*batch, h, h) for its sites and the next rows, at most ``rows_left`` in all."""
+    def gram(self, block: Tensor, rows_left: int) -> tuple[Tensor, float]:
+        """What a block adds to W: (*batch, h, h) for its sites and the next rows, ``rows_left`` in all at most; and 0."""
         columns = strip(block, self._factor.stencil, rows_left)
-        return columns @ columns.mT
+        return columns @ columns.mT, 0.0

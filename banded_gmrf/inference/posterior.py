@@ -1,192 +1,301 @@
-"""`ConditionalGMRF`: what a GMRF says about a field of which some sites are known, exactly or with noise.
+"""`ConditionalGMRF`: what a GMRF says about a field of which something was observed, exactly or with noise.
 
-Let W = M Mᵀ be the precision of the noise of the observations y = x + noise (0 where there are none), and *free* the sites
-that are not known exactly. The free sites given all observations are a GMRF again, with the precision Λ_ff + W, and a mean
-and samples from one linear system each: for x and z drawn from the prior and from N(0, I), x corrected by
+Let W = M Mᵀ be the precision of the observations as seen from the field: that of the noise for y = x + noise (0 where there is
+no observation), AᵀVA for y = A x + noise with the precision V of the noise. Call *free* the sites that are not known exactly.
+The free sites given all observations are a GMRF again, with the precision Λ_ff + W, and a mean and samples from one linear
+system each: for x and z drawn from the prior and from N(0, I), x corrected by
 
     (Λ_ff + W) d = W (y - x) + M z - Λ_fo (x_o - values)
 
 is a draw from the posterior, and the prior's mean with z = 0 becomes the posterior's (Papandreou & Yuille, Gaussian sampling by
-local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005).
-No matrix is formed for these: the systems are solved with conjugate gradients. Only the evidence, which takes a determinant,
-works on dense blocks of rows.
+local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Markov Random Fields, 2005). With a factor C of
+Λ_ff + W at hand, a draw is the mean and C⁻ᵀz.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, constraints
 
-import gmrf_kernels
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
-from ..cholesky import StencilCholesky, negative_log_likelihood, squares_matvec
-from ..recursions.covariances import check_exact_is_affordable
-from ..recursions.strips import block_coefficients, block_rows, scan, strip
-from ..stencil import as_integer
-from .conjugate_gradients import Convergence, ImplicitGradient, conjugate_gradients
-from .noise import CorrelatedNoise, IndependentNoise
+from ..analysis.marginals import VarianceEstimate
+from ..cholesky import negative_log_likelihood
+from ..validation import as_sites
+from .conjugate_gradients import Convergence
+from .noise import ObservationModel
+from .systems import PosteriorSystem
+
+_CHUNK_ELEMENTS = 2**22
 
 
-class ConditionalGMRF:
+class ConditionalGMRF(Distribution):
     """A GMRF given observations, on the whole grid; made by `GMRF.condition` and `GMRF.posterior`.
 
-    Sites that are known exactly have their value in every sample. The systems are solved in float64 whatever the dtype, because
-    in float32 products with Λ of a trained network are not precise enough to reach a residual of 10⁻⁶. Everything is
-    differentiable once, in the prior, the observations and the noise, by one more solve.
+    A `torch.distributions.Distribution` with the prior's grid as its event. Sites that are known exactly have their value in
+    every sample and the variance 0; log densities and entropies are those of the other sites, the *free* ones.
+
+    With n sites in rows of W, and stencils that reach r rows, the method "direct" factorises Λ_ff + W once, in n (r + 1)² W²
+    operations and n (r + 1) W numbers, and keeps the factor: then a mean or a sample takes n (r + 1) W operations, and all
+    variances about as long as the factor. The method "iterative" solves one system for each mean and each sample by conjugate
+    gradients. "auto" is direct where that takes a few seconds at most (2³⁵ operations and 2²⁶ numbers, batch included), and
+    iterative beyond.
+
+    Everything is computed in float64, whatever the dtype: in float32 products with Λ of a trained network are not precise
+    enough to reach a residual of 10⁻⁶. All is differentiable in the prior, the observations and the noise: a mean once, by
+    one more solve. With the method "direct", torch's transformations differentiate it any number of times.
 
     Args:
         prior: a `GMRF`.
         known: bool (*batch, *grid), the sites that are known exactly.
-        values: (*batch, *grid), the observations; ignored where there is none, NaN included.
-        noise: that of the observations which are not exact.
-        tolerance: the solver stops at this residual relative to the right-hand side (Euclidean norms).
-        max_iterations: of the solver, which then warns.
+        values: (*batch, *grid), their values; ignored elsewhere.
+        observations: (*batch, *shape) those that are not exact; ignored where there is none, NaN included.
+        model: how these depend on the field.
+        method: "auto", "direct" or "iterative".
+        tolerance: the iteration stops at this residual relative to the right-hand side (Euclidean norms).
+        max_iterations: of the iteration, which then warns.
+        validate_args: check samples given to `log_prob`; None takes torch's default.
 
     Attributes:
         convergence: that of the last solve, for `mean`, `rsample` or a backward pass; None before the first.
 
     Raises:
         TypeError: ``max_iterations`` is not an integer.
-        ValueError: ``tolerance`` is not between 0 and 1, or ``max_iterations`` less than 1.
+        ValueError: another ``method``, a grid too large for "direct", ``tolerance`` is not between 0 and 1, or
+            ``max_iterations`` less than 1.
     """
 
-    convergence: Convergence | None = None
+    has_rsample = True
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, as torch's own
 
     def __init__(
         self,
         prior,
         known: Tensor,
         values: Tensor,
-        noise: IndependentNoise | CorrelatedNoise,
+        observations: Tensor,
+        model: ObservationModel,
+        method: str = "auto",
         tolerance: float = 1e-6,
         max_iterations: int = 1000,
+        validate_args: bool | None = None,
     ):
-        if not 0 < tolerance < 1:
-            raise ValueError(f"tolerance is {tolerance}, expected more than 0 and less than 1")
-        if as_integer("max_iterations", max_iterations) < 1:
-            raise ValueError(f"max_iterations is {max_iterations}, expected at least 1")
         grid = prior.event_shape
-        self.batch_shape = torch.broadcast_shapes(
-            prior.batch_shape, noise.batch_shape, *(t.shape[: t.ndim - len(grid)] for t in (known, values))
+        batch = torch.broadcast_shapes(
+            prior.batch_shape,
+            model.batch_shape,
+            known.shape[: known.ndim - len(grid)],
+            values.shape[: values.ndim - len(grid)],
+            observations.shape[: observations.ndim - len(model.event_shape)],
         )
-        self.event_shape = grid
-        self._prior = prior.expand(self.batch_shape)
-        self._tolerance, self._max_iterations = tolerance, max_iterations
-        self._factor = prior.precision_cholesky.unexpanded().to(torch.float64)
-        self._known, self._noise = known, noise
-        values = values.double()
-        self._values = values.where(known, noise.observed(values))
+        factor = prior.precision_cholesky.unexpanded().to(torch.float64)
+        self._system = PosteriorSystem(factor, known, model, method, tolerance, max_iterations)
+        self._prior, self._known, self._model = prior.expand(batch), known, model
+        self._values = values.double().where(known, 0)
+        self._observations = model.observed(observations.double())
+        super().__init__(batch, grid, validate_args=validate_args)
+
+    def expand(self, batch_shape: Sequence[int], _instance=None) -> "ConditionalGMRF":
+        """The distribution repeated over a larger batch; nothing is copied or factorised again.
+
+        Raises:
+            RuntimeError: ``batch_shape`` is not an expansion of the distribution's, as for torch's own distributions.
+        """
+        new = self._get_checked_instance(ConditionalGMRF, _instance)
+        batch_shape = torch.Size(batch_shape)
+        new._prior = self._prior.expand(batch_shape)
+        for name in ("_system", "_known", "_model", "_values", "_observations"):
+            setattr(new, name, getattr(self, name))
+        super(ConditionalGMRF, new).__init__(batch_shape, self._event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
+
+    @constraints.dependent_property(is_discrete=False)
+    def support(self):
+        return constraints.independent(constraints.real, len(self._event_shape))
+
+    @property
+    def convergence(self) -> Convergence | None:
+        """How the last solve ended, see `Convergence`; None before the first."""
+        return self._system.convergence
 
     @property
     def mean(self) -> Tensor:
         """(*batch, *grid)."""
-        return self._correct(self._prior.mean, self._values.new_zeros(self.event_shape))
+        return self._mean().to(self._prior.loc.dtype)
+
+    @property
+    def mode(self) -> Tensor:
+        """(*batch, *grid), the mean."""
+        return self.mean
+
+    @property
+    def variance(self) -> Tensor:
+        """(*batch, *grid), `marginal_variance` with its defaults: exact, or from 256 samples where that would take long."""
+        return self.marginal_variance().variance
+
+    @property
+    def stddev(self) -> Tensor:
+        """(*batch, *grid), the root of the variance; 0 where a site is known exactly, and its gradient there as well."""
+        variance = self.variance
+        return variance.where(~self._known, 1).sqrt().masked_fill(self._known, 0)
+
+    def marginal_variance(self, method: str = "auto", num_samples: int = 256) -> VarianceEstimate:
+        """Variances of all sites, with their standard errors.
+
+        Args:
+            method: "exact", by a selected inverse of the factor; "monte_carlo", from samples, Rao-Blackwellised over each site
+                given all others (Sidén, Lindgren, Bolin & Villani, JCGS 2018), or plain where an operator is observed through;
+                or "auto", which is exact where the posterior's own method is direct.
+            num_samples: of Monte Carlo, each one solve. The standard error is at most √(2 / num_samples) times the variance.
+
+        Returns:
+            A named tuple of ``variance`` and ``standard_error``, both (*batch, *grid); the latter is 0 if the method is exact.
+
+        Raises:
+            ValueError: another method, fewer than one sample, or a grid too large for "exact", as for `log_evidence`.
+        """
+        if method not in ("auto", "exact", "monte_carlo"):
+            raise ValueError(f"method is {method!r}, expected 'auto', 'exact' or 'monte_carlo'")
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}, expected at least 1")
+        if method == "exact" or (method == "auto" and self._system.direct):
+            self._system.check_factorisable("an exact variance")
+            variance = self._system.factor().inverse_diagonal().unflatten(-1, self._event_shape).masked_fill(self._known, 0)
+            estimate = variance, torch.zeros_like(variance)
+        else:
+            estimate = self._monte_carlo_variance(num_samples)
+        return VarianceEstimate(*(t.to(self._prior.loc.dtype).expand(self._extended_shape()) for t in estimate))
+
+    def covariance_columns(self, sites: Sequence[Sequence[int]] | Sequence[int] | int) -> Tensor:
+        """Covariances of some sites with all sites, by one solve for each; arguments as for `GMRF.covariance_columns`.
+
+        Returns:
+            (*batch, *grid) for one site, (m, *batch, *grid) for m; 0 where one of the two is known exactly.
+        """
+        grid, batch, device = self._event_shape, self._batch_shape, self._prior.loc.device
+        sites = as_sites(sites, grid, device)
+        many = sites.reshape(-1, len(grid))
+        units = torch.zeros((len(many), *grid), dtype=torch.float64, device=device)
+        units[(torch.arange(len(many), device=device), *many.unbind(-1))] = 1
+        units = units.reshape(len(many), *[1] * len(batch), *grid).expand(len(many), *batch, *grid)
+        columns = self._system.solve(units.masked_fill(self._known, 0)).to(accumulate_dtype(self._prior.loc.dtype))
+        return columns if sites.ndim > 1 else columns[0]
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable; one solve for all."""
-        x = self._prior.rsample(sample_shape)
-        return self._correct(x, torch.randn(x.shape, dtype=torch.float64, device=x.device))
+        shape, prior = self._extended_shape(torch.Size(sample_shape)), self._prior
+        if not self._system.direct:
+            x = prior.rsample(sample_shape)
+            z = torch.randn((*shape[: len(shape) - len(self._event_shape)], *self._model.event_shape), **self._double)
+            return self._correct(x, z).to(prior.loc.dtype)
+        factor = self._system.factor()
+        deviation = self._system.solve_with(factor, torch.randn(shape, **self._double), root=True)
+        return (self._mean(factor) + deviation.masked_fill(self._known, 0)).to(prior.loc.dtype)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid)."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density of the free sites in nats; -∞ where a site that is known exactly has another value.
+
+        Returns:
+            (*sample, *batch), in float32 for a float16 or bfloat16 ``value``.
+
+        Raises:
+            TypeError: another dtype than the prior's (float32 is accepted beside float16 and bfloat16).
+            ValueError: another grid or device, or a batch that does not broadcast; a grid too large, as for `log_evidence`;
+                with ``validate_args`` also NaN, and another value of a known site.
+        """
+        grid = self._event_shape
+        check_vector("value", value, "the distribution", self._prior.loc, grid)
+        broadcast_batch("value", value.shape[: value.ndim - len(grid)], "the distribution", self._batch_shape)
+        self._system.check_factorisable("log_prob")
+        if self._validate_args and value.numel() > 0:
+            self._validate_sample(value)
+        apart = (value.double() - self._values).abs().masked_fill(~self._known, 0)
+        contradicts = (apart > 8 * torch.finfo(value.dtype).eps * self._values.abs()).flatten(-len(grid)).any(-1)
+        if self._validate_args and contradicts.any():
+            raise ValueError("value differs from the observation at a site that is known exactly, where its density is 0")
+        factor = self._system.factor()
+        free = (value.double() - self._mean(factor)).masked_fill(self._known, 0)
+        squares = (free * self._system.product(free)).flatten(-len(grid)).sum(-1)
+        log_density = 0.5 * (factor.logdet() - squares - self._num_free() * math.log(2 * math.pi))
+        return log_density.masked_fill(contradicts, -math.inf).to(accumulate_dtype(value.dtype))
+
+    def entropy(self) -> Tensor:
+        """Differential entropy of the free sites in nats, (*batch).
+
+        Raises:
+            ValueError: a grid too large, as for `log_evidence`.
+        """
+        self._system.check_factorisable("entropy")
+        entropy = 0.5 * (self._num_free() * (1 + math.log(2 * math.pi)) - self._system.factor().logdet())
+        return entropy.to(accumulate_dtype(self._prior.loc.dtype)).expand(self._batch_shape)
+
     @property
     def log_evidence(self) -> Tensor:
         """log p(observations) under the prior and the noise, in nats: (*batch,) in float64, differentiable.
 
         From p(observations) = p(x) p(observations | x) / p(x | observations) at the posterior mean; the last factor takes the
-        determinant of Λ_ff + W, by a block Cholesky factorisation over the rows of the grid.
+        determinant of Λ_ff + W.
 
         Raises:
-            ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰, with n sites in rows of W and stencils, of the prior and of
-                correlated noise, that reach r rows.
+            ValueError: the grid is too large: n (r + 1)² W² > 2⁴⁰ operations or n (r + 1) W > 2³⁰ numbers, with n sites in rows
+                of W and stencils, of the prior and of correlated noise, that reach r rows; with an operator, n > 8192.
         """
-        check_exact_is_affordable("log_evidence", self._factor, max(self._factor.stencil.row_reach, self._noise.reach))
-        with torch.no_grad():
-            mean = self.mean.double()  # where the derivative by x is 0
-        mean = self._values.where(self._known, mean)
-        log_prior = -negative_log_likelihood(mean - self._prior.loc.double(), *self._factor.coefficients)
-        log_likelihood = self._noise.log_prob(self._values - mean)
-        free = (~self._known).double().flatten(-len(self.event_shape)).sum(-1)
-        return log_prior + log_likelihood + 0.5 * (free * math.log(2 * math.pi) - self._logdet())
-
-    def _logdet(self) -> Tensor:
-        """log |Λ_ff + W|, by elimination of one block of rows after the other: Λ_ff is the sum of L_f L_fᵀ over its columns."""
-        rows, ndim = self.event_shape[0], len(self.event_shape)
-        known = self._known.flatten(-ndim).double()
-        row = known.shape[-1] // rows
-
-        def step(window: Tensor, block: tuple[int, int], coefficients: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-            own = slice(block[0] * row, block[1] * row)
-            columns = strip(coefficients, self._factor.stencil, rows - block[0])
-            height, width = columns.shape[-2:]
-            columns = columns * (1 - known[..., own.start : own.start + height, None])
-            parts = window, columns @ columns.mT, torch.diag_embed(known[..., own]), self._noise.gram(noise, rows - block[0])
-            size = max(part.shape[-1] for part in parts)
-            total = sum(torch.nn.functional.pad(part, (0, size - part.shape[-1]) * 2) for part in parts)
-            P = torch.linalg.cholesky(total[..., :width, :width])
-            Q = torch.linalg.solve_triangular(P, total[..., :width, width:], upper=False)
-            return total[..., width:, width:] - Q.mT @ Q, 2 * P.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-        blocks = list(zip(block_rows(self.event_shape), block_coefficients(self._factor), self._noise.blocks(), strict=True))
-        return sum(scan(step, known.new_zeros(0, 0), blocks))
+        self._system.check_factorisable("log_evidence")
+        factor = self._system.factor()
+        mean = self._mean(factor)
+        log_prior = -negative_log_likelihood(mean - self._prior.loc.double(), *self._system.prior_factor.coefficients)
+        log_likelihood = self._model.log_likelihood(self._observations, mean)
+        log_evidence = log_prior + log_likelihood + 0.5 * (self._num_free() * math.log(2 * math.pi) - factor.logdet())
+        return log_evidence.expand(self._batch_shape)
 
     def __repr__(self) -> str:
         return f"ConditionalGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
-    def _correct(self, x: Tensor, z: Tensor) -> Tensor:
-        """``x`` given the observations, with z for their noise: (*sample, *batch, *grid)."""
-        dtype, x = x.dtype, x.double()
-        start, noise = self._values.where(self._known, x), self._noise
-        rhs = noise.precision(self._values - noise.loc - x) + noise.root(z) - self._precision(start - x)
-        return (start + self._solve(rhs.masked_fill(self._known, 0))).to(dtype)
+    @property
+    def _double(self) -> dict:
+        return {"dtype": torch.float64, "device": self._prior.loc.device}
 
-    def _precision(self, x: Tensor) -> Tensor:
-        return self._factor.matvec(self._factor.matvec(x, transpose=True))
+    def _num_free(self) -> Tensor:
+        return (~self._known).double().flatten(-len(self._event_shape)).sum(-1)
 
-    def _operator(self, x: Tensor) -> Tensor:
-        """Λ_ff + W on the free sites, the identity on the others."""
-        free = x.masked_fill(self._known, 0)
-        return (self._precision(free) + self._noise.precision(free)).where(~self._known, x)
+    def _mean(self, factor=None) -> Tensor:
+        """In float64; with ``factor``, from it."""
+        zeros = torch.zeros(self._model.event_shape, **self._double)
+        return self._correct(self._prior.loc, zeros, factor).expand(self._extended_shape())
 
-    def _preconditioner(self) -> StencilCholesky:
-        """The prior's factor on the free sites, its diagonal enlarged so that that of Λ_ff + W is met exactly.
+    def _correct(self, x: Tensor, z: Tensor, factor=None) -> Tensor:
+        """``x`` given the observations, with z for their noise: (*sample, *batch, *grid) in float64."""
+        x = x.double()
+        start, system, model = self._values.where(self._known, x), self._system, self._model
+        rhs = model.score(self._observations, x) + model.root(z) - system.prior_product(start - x)
+        rhs = rhs.masked_fill(self._known, 0)
+        return start + (system.solve(rhs) if factor is None else system.solve_with(factor, rhs))
 
-        What a free site owes to the columns of known ones counts like the noise: it is missing from the product with Lᵀ.
+    def _monte_carlo_variance(self, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Var x_j = 1 / A_jj + Var E[x_j | others], A = Λ_ff + W, the second term from deviations d from the mean.
+
+        E[d_j | others] = d_j - (A d)_j / A_jj, and A d is what d was solved from. It is normal with mean 0, so that the mean of
+        N squares has the standard error √(2 / N) times its expectation.
         """
-        factor, known = self._factor, self._known.double()
-        owed = squares_matvec(factor, known)
-        diag = (factor.diag.square() + self._noise.diagonal + owed).sqrt()
-        _, both_free = gmrf_kernels.outer(1 - known, 1 - known, factor.stencil.offsets, factor.stencil.ndim)
-        off_diag = factor.coefficients.off_diag.where(both_free > 0, 0)
-        return StencilCholesky(diag.log().masked_fill(self._known, 0), off_diag, factor.stencil)
-
-    def _solve(self, rhs: Tensor) -> Tensor:
-        @torch.no_grad()
-        def solve(b: Tensor) -> Tensor:
-            M = self._preconditioner()
-            x, self.convergence = conjugate_gradients(
-                self._operator,
-                b,
-                lambda r: M.solve(M.solve(r), transpose=True),
-                len(self.event_shape),
-                self._tolerance,
-                self._max_iterations,
-            )
-            if not self.convergence.residual <= self._tolerance:
-                warnings.warn(
-                    f"conjugate gradients stopped after {self.convergence.iterations} iterations at a relative residual of "
-                    f"{self.convergence.residual:.1e}, above the tolerance of {self._tolerance:.1e}",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-            return x
-
-        x = solve(rhs)
-        if torch.is_grad_enabled():
-            x = x + ImplicitGradient.apply(rhs - self._operator(x), solve)
-        return x
+        system, model, grid = self._system, self._model, self._event_shape
+        diagonal = system.precision_diagonal()
+        conditional = 0 if diagonal is None else 1 / diagonal
+        size = max(1, _CHUNK_ELEMENTS // max(1, self._extended_shape().numel()))
+        squares = torch.zeros((), **self._double)
+        for start in range(0, num_samples, size):
+            count = min(size, num_samples - start)
+            u = torch.randn((count, *self._batch_shape, *grid), **self._double)
+            z = torch.randn((count, *self._batch_shape, *model.event_shape), **self._double)
+            rhs = (system.prior_factor.matvec(u) + model.root(z)).masked_fill(self._known, 0)
+            squares = squares + (system.solve(rhs) - rhs * conditional).square().sum(0)
+        explained = squares / num_samples
+        variance = (conditional + explained).masked_fill(self._known, 0)
+        return variance, (explained * math.sqrt(2 / num_samples)).masked_fill(self._known, 0)

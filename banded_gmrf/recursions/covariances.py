@@ -56,7 +56,7 @@ def scan_covariance(factor: HasCoefficients, reach: int, read: Callable[[int, in
     blocks = list(zip(block_rows(factor.grid), coefficients, strict=True))[::-1]
 
     def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
-        covariance = _prepend_block(strip(coefficients, factor.stencil, rows - block[0]), window)
+        covariance = prepend_block(strip(coefficients, factor.stencil, rows - block[0]), window)
         kept = reach * row
         # A view would keep all of the block's covariances for the backward pass.
         return covariance[..., :kept, :kept].contiguous(), read(*block, covariance)
@@ -65,7 +65,7 @@ def scan_covariance(factor: HasCoefficients, reach: int, read: Callable[[int, in
     return scan(step, window, blocks)[::-1]
 
 
-def _prepend_block(strip: Tensor, window: Tensor) -> Tensor:
+def prepend_block(strip: Tensor, window: Tensor) -> Tensor:
     """Σ of a block and the rows after it, from the block's strip and the Σ of these rows."""
     width = strip.shape[-1]
     D, E = strip[..., :width, :], strip[..., width:, :]

@@ -1,3 +1,5 @@
+import warnings
+
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -6,9 +8,13 @@ import banded_gmrf as bg
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
-# The solver stops at a relative residual of 10⁻¹³, which cond(Λ) ≈ 10² turns into an error of the solution.
-PRECISE = {"tolerance": 1e-13}
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
+
+
+@pytest.fixture(params=["direct", "iterative"])
+def precise(request):
+    """The iteration stops at a relative residual of 10⁻¹³, which cond(Λ) ≈ 10² turns into an error of the solution."""
+    return {"method": request.param, "tolerance": 1e-13}
 
 
 def random_gmrf(name, grid, batch=(), dtype=torch.float64):
@@ -38,22 +44,22 @@ def mixed_noise(shape):
 
 
 @pytest.mark.parametrize(("name", "grid"), FACTORS)
-def test_means_equal_the_dense_ones(name, grid):
+def test_means_equal_the_dense_ones(name, grid, precise):
     q = random_gmrf(name, grid, batch=(2,))
     y = torch.randn(2, *grid, dtype=torch.float64)
     for noise_variance in (torch.rand(grid, dtype=torch.float64) + 0.1, mixed_noise((2, *grid))):
         expected, _ = dense_posterior(q, y, noise_variance)
         values = y.masked_fill(noise_variance.isinf(), torch.nan)
-        torch.testing.assert_close(q.posterior(values, noise_variance, **PRECISE).mean, expected, **CLOSE)
+        torch.testing.assert_close(q.posterior(values, noise_variance, **precise).mean, expected, **CLOSE)
     mask = torch.rand(2, *grid) < 0.5
     expected, _ = dense_posterior(q, y, torch.zeros((), dtype=torch.float64).masked_fill(~mask, torch.inf))
-    torch.testing.assert_close(q.condition(mask, y.masked_fill(~mask, torch.nan), **PRECISE).mean, expected, **CLOSE)
+    torch.testing.assert_close(q.condition(mask, y.masked_fill(~mask, torch.nan), **precise).mean, expected, **CLOSE)
 
 
 # The noise reaches one row further than the prior, or one less.
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
-def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, block_sites, monkeypatch):
+def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, block_sites, monkeypatch, precise):
     monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     grid = (5, 3)
     tensors, means = [], []
@@ -63,7 +69,7 @@ def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, bloc
     y = torch.randn(grid, dtype=torch.float64, requires_grad=True)
     q = bg.GMRF(means[0], bg.StencilCholesky(*tensors[:2], STENCILS[stencil]))
     noise = bg.GMRF(means[1], bg.StencilCholesky(*tensors[2:], STENCILS[noise_stencil]))
-    posterior = q.posterior(y, noise=noise, **PRECISE)
+    posterior = q.posterior(y, noise=noise, **precise)
     prior_precision, noise_precision = (L @ L.mT for L in (dense(of.precision_cholesky) for of in (q, noise)))
     precision = prior_precision + noise_precision
     gain = torch.linalg.solve(precision, (noise_precision @ (y - noise.loc - q.loc).flatten(-2).unsqueeze(-1)))
@@ -82,14 +88,14 @@ def test_correlated_noise_gives_the_dense_posterior(stencil, noise_stencil, bloc
 
 
 @pytest.mark.parametrize(("stencil", "noise_stencil"), [("3x3", "5x5"), ("5x5", "3x3")])
-def test_samples_given_correlated_noise_have_the_dense_mean_and_covariance(stencil, noise_stencil, monkeypatch):
+def test_iterative_samples_given_correlated_noise_have_the_dense_mean_and_covariance(stencil, noise_stencil, monkeypatch):
     grid, n = (3, 2), 6
     tensors = [
         t.requires_grad_() for name in (stencil, noise_stencil) for t in random_factor(STENCILS[name].offsets, grid, (2,))
     ]
     q = bg.GMRF(torch.randn(2, *grid, dtype=torch.float64), bg.StencilCholesky(*tensors[:2], STENCILS[stencil]))
     noise = bg.GMRF(torch.randn(grid, dtype=torch.float64), bg.StencilCholesky(*tensors[2:], STENCILS[noise_stencil]))
-    posterior = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, **PRECISE)
+    posterior = q.posterior(torch.randn(grid, dtype=torch.float64), noise=noise, method="iterative", tolerance=1e-13)
     # In place of the prior's random numbers and the noise's, together (2 n,): zeros, which give the mean, and unit vectors,
     # which give the columns of A in mean + A u.
     units = torch.cat([torch.zeros(1, 2 * n), torch.eye(2 * n)]).double().reshape(2 * n + 1, 2, 1, *grid)
@@ -108,12 +114,12 @@ def test_samples_given_correlated_noise_have_the_dense_mean_and_covariance(stenc
 
 
 @pytest.mark.parametrize("name", ["5x5", "volume", "line with a gap"])
-def test_samples_have_the_dense_mean_and_covariance(name):
+def test_samples_have_the_dense_mean_and_covariance(name, precise):
     count = 20_000
     q = random_gmrf(name, (3, 2, 2)[: STENCILS[name].ndim])
     noise_variance = mixed_noise(q.event_shape)
     y = torch.randn(q.event_shape, dtype=torch.float64)
-    x = q.posterior(y, noise_variance, **PRECISE).sample((count,))
+    x = q.posterior(y, noise_variance, **precise).sample((count,))
     assert torch.equal(x[:, noise_variance == 0], y[noise_variance == 0].expand(count, -1))
     mean, (covariance,) = dense_posterior(q, y, noise_variance)
     x, variance = x.flatten(1), covariance.diagonal()
@@ -140,12 +146,12 @@ def dense_log_evidence(q, y, noise_variance):
 
 @pytest.mark.parametrize("block_sites", [1, 32])
 @pytest.mark.parametrize(("name", "grid"), FACTORS)
-def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch):
+def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch, precise):
     monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", block_sites)
     q = random_gmrf(name, grid, batch=(2,))
     y, noise_variance = torch.randn(2, *grid, dtype=torch.float64), mixed_noise(grid)
     expected = dense_log_evidence(q, y, noise_variance)
-    torch.testing.assert_close(q.posterior(y, noise_variance, **PRECISE).log_evidence, expected, **CLOSE)
+    torch.testing.assert_close(q.posterior(y, noise_variance, **precise).log_evidence, expected, **CLOSE)
     torch.testing.assert_close(
         q.posterior(y, torch.ones(grid)).log_evidence, dense_log_evidence(q, y, torch.ones(grid)), **CLOSE
     )
@@ -154,7 +160,7 @@ def test_log_evidence_equals_the_dense_one(name, grid, block_sites, monkeypatch)
     torch.testing.assert_close(q.condition(~mask, y).log_evidence, torch.zeros(2, dtype=torch.float64), **CLOSE)
 
 
-def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
+def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch, precise):
     monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)
     stencil, grid = STENCILS["5x5"], (4, 3)
     noise_variance = mixed_noise(grid)
@@ -164,7 +170,7 @@ def test_gradients_of_the_log_evidence_equal_the_dense_ones(monkeypatch):
     loc, log_diag, off_diag, y, noise = (t.requires_grad_() for t in tensors)
     q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil))
     noise_variance = noise_variance.masked_scatter(noisy, noise)
-    actual = q.posterior(y, noise_variance, **PRECISE).log_evidence
+    actual = q.posterior(y, noise_variance, **precise).log_evidence
     expected = dense_log_evidence(q, y, noise_variance)
     gradients = [torch.autograd.grad(value.sum(), tensors, retain_graph=True) for value in (actual, expected)]
     for a, e in zip(*gradients, strict=True):
@@ -194,16 +200,16 @@ def test_log_evidence_of_large_grids_is_refused(monkeypatch):
         random_gmrf("3x3", (4, 3)).posterior(torch.zeros(4, 3, dtype=torch.float64), 1.0).log_evidence  # noqa: B018
 
 
-def test_batches_are_broadcast():
+def test_batches_are_broadcast(precise):
     q = random_gmrf("3x3", (4, 3), batch=(2, 1))
     y = torch.randn(3, 4, 3, dtype=torch.float64)
     mask = torch.rand(5, 1, 1, 4, 3) < 0.5
-    conditional = q.condition(mask, y, **PRECISE)
+    conditional = q.condition(mask, y, **precise)
     assert (conditional.batch_shape, conditional.event_shape) == ((5, 2, 3), (4, 3))
     assert conditional.sample((7,)).shape == (7, 5, 2, 3, 4, 3)
     assert conditional.sample().shape == conditional.mean.shape == (5, 2, 3, 4, 3)
     one = bg.GMRF(q.loc[1, 0], bg.StencilCholesky(q.log_diag[1, 0], q.off_diag[1, 0], q.stencil))
-    torch.testing.assert_close(conditional.mean[4, 1, 2], one.condition(mask[4, 0, 0], y[2], **PRECISE).mean, **CLOSE)
+    torch.testing.assert_close(conditional.mean[4, 1, 2], one.condition(mask[4, 0, 0], y[2], **precise).mean, **CLOSE)
 
 
 def test_everything_and_nothing_observed():
@@ -226,14 +232,14 @@ def test_an_empty_batch():
 
 
 @pytest.mark.parametrize("draw", ["mean", "rsample"])
-def test_gradients(draw):
+def test_gradients(draw, precise):
     stencil, grid = STENCILS["3x3"], (3, 2)
     noise_variance = torch.tensor([[0.5, 0.0], [torch.inf, 1.5], [0.7, torch.inf]], dtype=torch.float64)
     noisy = (noise_variance > 0) & noise_variance.isfinite()
 
     def draw_one(loc, log_diag, off_diag, y, noise):
         q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil), validate_args=False)
-        posterior = q.posterior(y, noise_variance.masked_scatter(noisy, noise), **PRECISE)
+        posterior = q.posterior(y, noise_variance.masked_scatter(noisy, noise), **precise)
         torch.manual_seed(1)
         return posterior.mean if draw == "mean" else posterior.rsample((2,))
 
@@ -253,10 +259,10 @@ def test_gradients_ignore_entries_that_do_not_exist():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_dtypes(dtype):
+def test_dtypes(dtype, precise):
     q = random_gmrf("5x5", (5, 4), batch=(2,), dtype=dtype)
     y, noise_variance = torch.randn(2, 5, 4).to(dtype), torch.rand(5, 4).to(dtype) + 0.5
-    mean = q.posterior(y, noise_variance, **PRECISE).mean
+    mean = q.posterior(y, noise_variance, **precise).mean
     assert mean.dtype == q.posterior(y, noise_variance).sample().dtype == dtype
     expected, _ = dense_posterior(q, y, noise_variance)
     # Solved in float64: only the result is rounded.
@@ -268,24 +274,30 @@ def test_dtypes(dtype):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_smooth_fields_converge(dtype):
     q = bg.GMRF(torch.zeros(64, 64, dtype=dtype), smooth_cholesky((64, 64), dtype, nugget=1e-2))
-    x = q.sample()
+    x, solver = q.sample(), {"method": "iterative", "max_iterations": 100}
     for noise in (0.01, 0.1, 1.0):
-        q.posterior(x + noise * torch.randn_like(x), (noise * x.std().item()) ** 2, max_iterations=100).sample()
+        q.posterior(
+            x + noise * torch.randn_like(x), (noise * x.std().item()) ** 2, max_iterations=100, method="iterative"
+        ).sample()
     halves, block, scattered = (torch.ones(64, 64, dtype=torch.bool) for _ in range(3))
     halves[32:] = False
     block[20:44, 20:44] = False
     scattered[torch.rand(64, 64) < 0.9] = False
     for mask in (halves, halves.T, halves.flip(0), block, scattered):
-        q.condition(mask, x, max_iterations=100).sample()
+        q.condition(mask, x, **solver).sample()
 
 
 def test_convergence_is_that_of_the_last_solve():
     q = random_gmrf("3x3", (6, 5))
-    posterior = q.posterior(torch.randn(6, 5, dtype=torch.float64), 1.0)
+    posterior = q.posterior(torch.randn(6, 5, dtype=torch.float64), 1.0, method="iterative")
     assert posterior.convergence is None
     assert posterior.rsample().isfinite().all()
     assert posterior.convergence.iterations > 0
     assert posterior.convergence.residual <= 1e-6
+    posterior = q.posterior(torch.randn(6, 5, dtype=torch.float64), 1.0, method="direct")
+    assert posterior.mean.isfinite().all()
+    assert posterior.convergence.iterations == 0
+    assert posterior.convergence.residual <= 1e-14
     everything = q.condition(torch.ones(6, 5, dtype=torch.bool), q.loc)
     assert torch.equal(everything.mean, q.loc)
     assert everything.convergence == (0, 0.0)
@@ -294,14 +306,30 @@ def test_convergence_is_that_of_the_last_solve():
 def test_a_solver_that_does_not_converge_warns_with_its_residual():
     q = bg.GMRF(torch.zeros(20, 20, dtype=torch.float64), smooth_cholesky((20, 20)))
     x = q.sample()
-    posterior = q.posterior(x, 0.01 * x.var(), max_iterations=2)
+    posterior = q.posterior(x, 0.01 * x.var(), max_iterations=2, method="iterative")
     with pytest.warns(RuntimeWarning, match=r"stopped after 2 iterations at a relative residual of \d.\de-0\d, above"):
         posterior.mean  # noqa: B018
     assert posterior.convergence.iterations == 2
     assert posterior.convergence.residual > 1e-6
-    x[3, 4] = torch.nan
-    with pytest.warns(RuntimeWarning, match=r"stopped after 0 iterations at a relative residual of nan, above"):
-        q.posterior(x, 1.0).mean  # noqa: B018
+
+
+@pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
+def test_observed_values_that_are_not_finite(wrong, precise):
+    mask, values = torch.rand(5, 4) < 0.5, torch.randn(5, 4, dtype=torch.float64)
+    mask[3, 2], values[3, 2] = True, wrong
+    q = random_gmrf("3x3", (5, 4))
+    with pytest.raises(
+        ValueError, match="values has NaN or infinite entries where something was observed, expected finite ones"
+    ):
+        q.condition(mask, values, **precise)
+    for noise in ({"noise_variance": 1.0}, {"noise": q}):
+        with pytest.raises(ValueError, match="observation has NaN or infinite entries where something was observed"):
+            q.posterior(values, **noise, **precise)
+    unchecked = bg.GMRF(q.loc, q.precision_cholesky, validate_args=False)
+    for posterior in (unchecked.condition(mask, values, **precise), unchecked.posterior(values, 1.0, **precise)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # of the iteration
+            assert posterior.mean.isnan().any()
 
 
 @pytest.mark.parametrize(
@@ -343,6 +371,7 @@ def test_bad_posteriors(observation, noise_variance, error, message):
         ({"tolerance": float("nan")}, ValueError, "tolerance is nan, expected more than 0 and less than 1"),
         ({"max_iterations": 0}, ValueError, "max_iterations is 0, expected at least 1"),
         ({"max_iterations": 2.5}, TypeError, "max_iterations is 2.5, expected an integer"),
+        ({"method": "exact"}, ValueError, "method is 'exact', expected 'auto', 'direct' or 'iterative'"),
     ],
 )
 def test_bad_solvers(solver, error, message):
@@ -387,14 +416,14 @@ def test_batches_that_only_fit_the_distribution():
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_noise_has_any_dtype(dtype):
+def test_noise_has_any_dtype(dtype, precise):
     q = random_gmrf("3x3", (4, 3), (2,), dtype)
     noise = random_gmrf("5x5", (4, 3))
     y = torch.randn(4, 3).to(dtype)
     exact = bg.GMRF(q.loc.double(), bg.StencilCholesky(q.log_diag.double(), q.off_diag.double(), q.stencil))
-    mean = q.posterior(y, noise=noise, **PRECISE).mean
+    mean = q.posterior(y, noise=noise, **precise).mean
     assert mean.dtype == dtype
-    expected = exact.posterior(y.double(), noise=noise, **PRECISE).mean
+    expected = exact.posterior(y.double(), noise=noise, **precise).mean
     eps = torch.finfo(dtype).eps  # only the result is rounded
     torch.testing.assert_close(mean.double(), expected, rtol=eps, atol=eps)
 
