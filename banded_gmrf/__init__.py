@@ -15,6 +15,8 @@ Where things are; every file imports only what stands above it, but for analysis
     diagnostics/                      how well a model fits data
 """
 
+import torch
+
 from gmrf_kernels import use_backend
 
 from . import diagnostics, operators, precisions
@@ -25,6 +27,9 @@ from .inference.posterior import ConditionalGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import car_precision, matern_precision, thin_plate_precision
 from .stencil import Stencil
+
+# Nothing but tensors and integers is in their files: torch.load may read them with its default, weights_only=True.
+torch.serialization.add_safe_globals([GMRF, Stencil, StencilCholesky, StencilPrecision])
 
 __version__ = "0.1.0"
 

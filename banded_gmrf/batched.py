@@ -15,7 +15,9 @@ class Batched:
     """Base of objects made of tensors with common batch axes.
 
     A subclass says in `_parts` what it holds and in `_static` what else it consists of; `_from_parts` makes one of both.
-    `register_pytree` makes it a node of pytrees: DDP, FSDP2, checkpoints, `torch.vmap` and `torch.export` see its tensors.
+    `register_pytree` makes it a node of pytrees, for `torch.vmap`, `torch.export` and others. FSDP2 and DDP find tensors in the
+    fields of dataclasses instead, hook them, and may make a new object of them: a subclass is a dataclass, too, its fields
+    are the arguments of its constructor, and where nothing is expanded a field is the very tensor that is stored.
     """
 
     @property
@@ -161,12 +163,13 @@ def _children(node: Batched) -> list[tuple[str, Any]]:
     parts = node._parts()
     try:
         batch = node.batch_shape
-        return [(name, _expanded(part, axes, batch)) for name, (part, axes) in parts.items()]
+        return [(name, expanded(part, axes, batch)) for name, (part, axes) in parts.items()]
     except (AttributeError, RuntimeError, ValueError):  # what only holds the place of a tensor is passed on as it is
         return [(name, part) for name, (part, _) in parts.items()]
 
 
-def _expanded(part: Tensor | Batched, axes: int, batch: torch.Size) -> Tensor | Batched:
+def expanded(part: Tensor | Batched, axes: int, batch: torch.Size) -> Tensor | Batched:
+    """A part, with ``axes`` axes behind its batch, expanded to a batch; the part itself where it has that batch."""
     if isinstance(part, Batched):
         return part if part.batch_shape == batch else part.expand(batch)
     shape = (*batch, *part.shape[part.ndim - axes :])

@@ -1,5 +1,6 @@
 """`StencilCholesky`, the sparse Cholesky factor of a precision matrix, and the fused likelihood on its tensors."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
 
-from .batched import Batched, register_pytree
+from .batched import Batched, expanded, register_pytree
 from .coefficients import Coefficients
 from .construction.covariance import CovarianceFunction, factor_of_covariance
 from .construction.nearest import nearest_factor
@@ -19,6 +20,7 @@ from .stencil import Stencil, check_stencil
 
 
 @register_pytree("banded_gmrf.StencilCholesky", Stencil.to_json, Stencil.from_json)
+@dataclasses.dataclass(init=False, eq=False, repr=False)  # of the fields alone: see `Batched`
 class StencilCholesky(Batched):
     """Lower-triangular factor L of a precision Λ = L Lᵀ whose columns have the shape of a stencil.
 
@@ -38,6 +40,10 @@ class StencilCholesky(Batched):
         TypeError: not floating-point tensors of one dtype.
         ValueError: numbers of offsets, grids, batches or devices that do not fit, or an empty grid.
     """
+
+    log_diag: Tensor
+    off_diag: Tensor
+    stencil: Stencil
 
     def __init__(self, log_diag: Tensor, off_diag: Tensor, stencil: Stencil):
         check_stencil(stencil)
@@ -144,12 +150,12 @@ class StencilCholesky(Batched):
     @property
     def log_diag(self) -> Tensor:
         """Log-diagonal of L, (*batch, *grid), expanded to ``batch_shape`` without a copy."""
-        return self._log_diag.expand(*self.batch_shape, *self.grid)
+        return expanded(self._log_diag, self.stencil.ndim, self.batch_shape)
 
     @property
     def off_diag(self) -> Tensor:
         """Off-diagonals of L, (*batch, K-1, *grid), expanded to ``batch_shape`` without a copy."""
-        return self._off_diag.expand(*self.batch_shape, len(self.stencil), *self.grid)
+        return expanded(self._off_diag, self.stencil.ndim + 1, self.batch_shape)
 
     @property
     def batch_shape(self) -> torch.Size:

@@ -1,5 +1,6 @@
 """`GMRF`, the Gaussian Markov random field as a torch distribution."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 from .analysis import marginals, spectra
 from .analysis.marginals import VarianceEstimate
 from .analysis.spectra import Eigenpairs
-from .batched import Batched, register_pytree
+from .batched import Batched, expanded, register_pytree
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .inference.conditioning import Conditionable
 from .stencil import Stencil
@@ -22,6 +23,7 @@ _MAX_DENSE_SITES = 2**13
 
 
 @register_pytree("banded_gmrf.GMRF")
+@dataclasses.dataclass(init=False, eq=False, repr=False)  # of the fields alone: see `Batched`
 class GMRF(Distribution, Batched, Conditionable):
     """Gaussian Markov random field x ~ N(loc, Λ⁻¹), Λ = L Lᵀ, on a grid of 1 to 3 axes.
 
@@ -44,13 +46,17 @@ class GMRF(Distribution, Batched, Conditionable):
 
     has_rsample = True
 
+    loc: Tensor
+    precision_cholesky: StencilCholesky
+    validate_args: bool | None
+
     def __init__(self, loc: Tensor, precision_cholesky: StencilCholesky, validate_args: bool | None = None):
         if not isinstance(precision_cholesky, StencilCholesky):
             raise TypeError(f"precision_cholesky is a {type(precision_cholesky).__name__}, expected a StencilCholesky")
         grid = precision_cholesky.grid
         check_vector("loc", loc, "precision_cholesky", precision_cholesky.log_diag, grid)
         batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
-        self.loc = loc.expand(*batch, *grid)
+        self.loc = expanded(loc, len(grid), batch)
         self._factor = precision_cholesky
         super().__init__(batch, grid, validate_args=validate_args)
 
@@ -81,7 +87,12 @@ class GMRF(Distribution, Batched, Conditionable):
     @property
     def precision_cholesky(self) -> StencilCholesky:
         """The factor L, expanded to ``batch_shape`` without a copy."""
-        return self._factor.expand(self._batch_shape)
+        return expanded(self._factor, 0, self._batch_shape)
+
+    @property
+    def validate_args(self) -> bool | None:
+        """As at construction; None where torch's default was taken."""
+        return self.__dict__.get("_validate_args")
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "GMRF":
         """The distribution repeated over a larger batch; neither ``loc`` nor the factor is copied.
@@ -322,7 +333,7 @@ class GMRF(Distribution, Batched, Conditionable):
         return {"loc": (self.loc, self._factor.stencil.ndim), "precision_cholesky": (self._factor, 0)}
 
     def _static(self) -> bool | None:
-        return self.__dict__.get("_validate_args")  # None: torch's default, a class attribute
+        return self.validate_args
 
     @classmethod
     def _from_parts(cls, static, parts, batch_shape=None) -> "GMRF":

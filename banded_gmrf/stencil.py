@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from gmrf_kernels.stencils import overlap, wavefront_slopes
 
@@ -154,6 +155,9 @@ class Stencil:
 
     def __repr__(self) -> str:
         return f"Stencil({list(self._offsets)}, ndim={self._ndim})"
+
+
+pytree.register_constant(Stencil)  # torch.export in its strict mode takes nothing else as part of a factor
 
 
 def flat_index(index: Tensor, sizes: Sequence[int]) -> Tensor:

@@ -173,7 +173,7 @@ class LatentCovarianceNetwork(nn.Module):
         """The factors of codes (B, latent_size) and, where ``image_channels`` is not 0, images (B, image_channels, *grid)."""
         features = self.decoder(code)
         if self.image_channels:
-            expected = (len(code), self.image_channels, *features.shape[2:])
+            expected = (code.shape[0], self.image_channels, *features.shape[2:])
             if image is None or image.shape != expected:
                 raise ValueError(f"image has shape {None if image is None else tuple(image.shape)}, expected {expected}")
             features = torch.cat((features, image), dim=1)

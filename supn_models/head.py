@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 import banded_gmrf as bg
 
+from .graph import predicted_factor
 from .layers import MAX_LOG_RATIO, check_features, check_positive_int, check_stddev, check_stencil, conv, soft_bound
 
 
@@ -52,4 +53,4 @@ class StencilCholeskyHead(nn.Module):
             out = self.conv(features.to(self.conv.weight.dtype))
         # Bounded: features far from any seen in training must not make exp overflow.
         log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
-        return bg.StencilCholesky(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)
+        return predicted_factor(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)
