@@ -1,4 +1,4 @@
-"""`GMRF`, the Gaussian Markov random field as a torch distribution."""
+"""`GMRF`, the Gaussian Markov random field as a torch distribution; one file because it is one class."""
 
 import dataclasses
 import math

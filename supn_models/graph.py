@@ -25,7 +25,7 @@ def _coefficient(name: str) -> property:
         if torch.is_grad_enabled() and forward_ad._is_fwd_grad_enabled():
             raise RuntimeError(
                 "a network's factor left the autograd Function that computed it, such as a checkpoint with use_reentrant=True, "
-                "and so has no gradient: checkpoint with use_reentrant=False, or return from it the factor's log_diag and off_diag"
+                "and so has no gradient: checkpoint with use_reentrant=False, or return the factor's log_diag and off_diag"
             )
         return factor.__dict__[name]
 

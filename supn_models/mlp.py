@@ -101,7 +101,8 @@ class CovarianceMLP(nn.Module):
         if self.standardise:
             # Not by an index in brackets: the sums of its backward pass depend on the number of threads, and on chance.
             existing = existing * log_diag.exp().index_select(1, self._rows)
-        off_diag = existing.new_zeros(x.shape[0], len(self.stencil) * math.prod(self.grid)).index_copy(1, self._entries, existing)
+        zeros = existing.new_zeros(x.shape[0], len(self.stencil) * math.prod(self.grid))
+        off_diag = zeros.index_copy(1, self._entries, existing)
         return predicted_factor(
             log_diag.unflatten(1, self.grid), off_diag.unflatten(1, (len(self.stencil), *self.grid)), self.stencil
         )

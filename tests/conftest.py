@@ -13,8 +13,9 @@ def seed():
 
 @pytest.fixture
 def keep_torch_defaults():
-    """torch.compile turns the validation of every distribution off, for good."""
+    """The first torch.compile of a process turns the validation of every distribution off, for good."""
     before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     yield
     Distribution.set_default_validate_args(before)
     torch.compiler.reset()

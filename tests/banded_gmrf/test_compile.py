@@ -1,19 +1,12 @@
 import pytest
 import torch
-from torch.distributions import Distribution
 
 import banded_gmrf as bg
 from tests.cases import STENCILS
 from tests.dense import random_factor
 
 
-@pytest.fixture(autouse=True)
-def keep_torch_defaults():
-    """torch.compile turns the validation of every distribution off, for good."""
-    before = Distribution._validate_args
-    yield
-    Distribution.set_default_validate_args(before)
-    torch.compiler.reset()
+pytestmark = pytest.mark.usefixtures("keep_torch_defaults")
 
 
 def test_a_distribution_can_live_inside_a_compiled_function():

@@ -121,8 +121,8 @@ def test_ensemble_is_one_functional_call(make, shape):
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_network_takes_another_batch_and_grid(strict):
-    network = covariance_network()
-    program = torch.export.export(network, (torch.rand(2, 1, *GRID),), dynamic_shapes=({0: AUTO, 2: AUTO, 3: AUTO},), strict=strict)
+    network, dynamic_shapes = covariance_network(), ({0: AUTO, 2: AUTO, 3: AUTO},)
+    program = torch.export.export(network, (torch.rand(2, 1, *GRID),), dynamic_shapes=dynamic_shapes, strict=strict)
     file = io.BytesIO()
     torch.export.save(program, file)
     file.seek(0)
