@@ -1,4 +1,4 @@
-"""`GMRF`, the Gaussian Markov random field as a torch distribution; one file because it is one class."""
+"""`GMRF`, the Gaussian Markov random field as a torch distribution."""
 
 import dataclasses
 import math

@@ -5,7 +5,6 @@ import banded_gmrf as bg
 from tests.cases import STENCILS
 from tests.dense import random_factor
 
-
 pytestmark = pytest.mark.usefixtures("keep_torch_defaults")
 
 
