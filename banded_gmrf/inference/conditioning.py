@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import broadcast_batch, check_device
+from gmrf_kernels.checks import broadcast_batch, check_device, check_vector
 
+from ..operators.base import LinearOperator, as_operator, check_adjoint
 from .noise import CorrelatedNoise, IndependentNoise
 from .posterior import ConditionalGMRF
+from .seen_through import SeenThrough
 
 
 class Conditionable:
@@ -57,7 +59,7 @@ class Conditionable:
         if mask.ndim < len(grid) or mask.shape[mask.ndim - len(grid) :] != grid:
             raise ValueError(f"mask has shape {tuple(mask.shape)}, expected (..., {', '.join(map(str, grid))})")
         check_device("mask", mask, "values", values)
-        _broadcast_batches(self, values=values.shape, mask=mask.shape)
+        _broadcast_batches(self, values=values.shape[: values.ndim - len(grid)], mask=mask.shape[: mask.ndim - len(grid)])
         nothing = IndependentNoise(values.new_zeros((), dtype=torch.float64), grid)
         _check_observed(self, "values", values, mask)
         return ConditionalGMRF(self, mask, values, values, nothing, **solver)
@@ -70,61 +72,93 @@ class Conditionable:
         max_iterations: int = 1000,
         *,
         noise: "Conditionable | None" = None,
+        operator: LinearOperator | None = None,
         method: str = "auto",
     ) -> ConditionalGMRF:
-        """The distribution given observation = x + noise: for denoising.
+        """The distribution given observation = x + noise, or A x + noise: for denoising, deblurring, superresolution.
 
-        Its mean is the Wiener filter, loc + (Λ + W)⁻¹ W (observation - loc) with the precision W of the noise.
+        Its mean is the Wiener filter, loc + (Λ + AᵀVA)⁻¹ AᵀV (observation - A loc) with the precision V of the noise.
 
         Args:
-            observation: (*batch, *grid), broadcast against the distribution's batch.
-            noise_variance: of noise that is independent from site to site: a number, or a tensor that broadcasts to
-                (*batch, *grid), in squared units of the field; infinite where nothing is observed, 0 where the observation is
-                exact.
-            tolerance, max_iterations, method: as for `condition`.
-            noise: instead of a variance, the distribution of correlated noise on the same grid, in any dtype.
+            observation: (*batch, *grid), broadcast against the distribution's batch; with an operator (*batch, *output_shape).
+            noise_variance: of noise that is independent from one observation to the next: a number, or a tensor that
+                broadcasts to (*batch, *grid), with an operator (*batch, *output_shape), in squared units of the observation;
+                infinite where nothing is observed. 0 where the observation is exact; not with an operator, unless it merely
+                selects sites.
+            tolerance, max_iterations, method: as for `condition`. With an operator that does more than select sites, a direct
+                factor is dense: n³ operations for n sites, and at most 8192 of them.
+            noise: instead of a variance, the distribution of correlated noise on the same grid, or on that of the observation,
+                in any dtype.
+            operator: A, one of `banded_gmrf.operators`, or another object with a call and ``.adjoint``, or ``A`` and
+                ``A_adjoint``, that takes and gives batches (N, *shape).
 
         Returns:
             A `ConditionalGMRF`, a distribution on the whole grid.
 
         Raises:
             TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, both or neither are
-                given of the noise's two descriptions, or ``max_iterations`` is not an integer.
+                given of the noise's two descriptions, ``operator`` has no adjoint, or ``max_iterations`` is not an integer.
             ValueError: grids, batches or devices that do not fit, a variance that is negative or NaN, or ``tolerance``,
                 ``max_iterations`` or ``method`` as for `condition`; with ``validate_args``, NaN or infinity where something was
-                observed.
+                observed, and an operator whose adjoint is not its adjoint, by a product of random vectors.
         """
         if not isinstance(noise, Conditionable | None):
             raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
-        solver = self._solver(method, tolerance, max_iterations)
-        self.check_field("observation", observation)
         if (noise_variance is None) == (noise is None):
             raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
-        grid = self.event_shape
+        solver, grid = self._solver(method, tolerance, max_iterations), self.event_shape
+        shape = grid
+        if operator is not None:
+            operator = as_operator(operator).bind(grid, self.loc.device)
+            shape = operator.output_shape
+            if self._validate_args:
+                check_adjoint(operator, self.loc.device)
+        check_vector("observation", observation, "the distribution", self.loc, shape)
+        batches = {"observation": observation.shape[: observation.ndim - len(shape)]}
+        if operator is not None:
+            batches["operator"] = operator.batch_shape
         if noise is not None:
-            if noise.event_shape != grid:
-                raise ValueError(f"noise is on the grid {tuple(noise.event_shape)}, the distribution on {tuple(grid)}")
+            if noise.event_shape != shape:
+                others = "the distribution" if operator is None else "the observation"
+                raise ValueError(f"noise is on the grid {tuple(noise.event_shape)}, {others} on {tuple(shape)}")
             check_device("noise", noise.loc, "observation", observation)
-            _broadcast_batches(self, observation=observation.shape, noise=(*noise.batch_shape, *grid))
-            known = torch.zeros(grid, dtype=torch.bool, device=observation.device)
-            _check_observed(self, "observation", observation, ~known)
-            return ConditionalGMRF(self, known, observation, observation, CorrelatedNoise(noise), **solver)
+            _broadcast_batches(self, **batches, noise=noise.batch_shape)
+            _check_observed(self, "observation", observation, torch.ones_like(observation, dtype=torch.bool))
+            known, model = torch.zeros(grid, dtype=torch.bool, device=observation.device), CorrelatedNoise(noise)
+        else:
+            variance = self._variance(noise_variance, observation, shape)
+            _broadcast_batches(self, **batches, noise_variance=variance.shape[: variance.ndim - len(shape)])
+            _check_observed(self, "observation", observation, variance < math.inf)
+            if operator is not None and operator.selected_sites() is not None:
+                seen = operator.adjoint(torch.ones_like(variance)) > 0
+                variance = operator.adjoint(variance).where(seen, math.inf)
+                observation, operator, shape = operator.adjoint(observation), None, grid
+            known = variance == 0
+            if operator is not None:
+                if known.any():
+                    raise ValueError(
+                        "noise_variance has entries that are 0, expected more than 0 with an operator: see constrain"
+                    )
+                known = torch.zeros(grid, dtype=torch.bool, device=observation.device)
+            exact = variance == 0
+            model = IndependentNoise((1 / variance.masked_fill(exact, 1)).masked_fill(exact, 0), shape)
+        if operator is None:
+            return ConditionalGMRF(self, known, observation, observation, model, **solver)
+        return ConditionalGMRF(self, known, self.loc.new_zeros(grid), observation, SeenThrough(operator, model), **solver)
+
+    def _variance(self, noise_variance: Tensor | float, observation: Tensor, shape: torch.Size) -> Tensor:
+        """The variance of independent noise as a float64 tensor that has the axes of one observation."""
         variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
-        shape = (*self.batch_shape, *grid)
+        full = (*self.batch_shape, *shape)
         try:
-            torch.broadcast_shapes(variance.shape, shape)
+            torch.broadcast_shapes(variance.shape, full)
         except RuntimeError:
             raise ValueError(
-                f"noise_variance has shape {tuple(variance.shape)}, which does not broadcast with {shape}"
+                f"noise_variance has shape {tuple(variance.shape)}, which does not broadcast with {full}"
             ) from None
         if not (variance >= 0).all():
             raise ValueError("noise_variance has negative or NaN entries, expected at least 0")
-        variance = variance.expand(torch.broadcast_shapes(variance.shape, grid))
-        _broadcast_batches(self, observation=observation.shape, noise_variance=variance.shape)
-        known = variance == 0
-        weight = (1 / variance.masked_fill(known, 1)).masked_fill(known, 0)
-        _check_observed(self, "observation", observation, variance < math.inf)
-        return ConditionalGMRF(self, known, observation, observation, IndependentNoise(weight, grid), **solver)
+        return variance.expand(torch.broadcast_shapes(variance.shape, shape))
 
     def _solver(self, method: str, tolerance: float, max_iterations: int) -> dict[str, Any]:
         return {
@@ -141,9 +175,9 @@ def _check_observed(prior, name: str, values: Tensor, observed: Tensor) -> None:
         raise ValueError(f"{name} has NaN or infinite entries where something was observed, expected finite ones")
 
 
-def _broadcast_batches(prior, **shapes: Sequence[int]) -> None:
-    """Check that the batches of all shapes (*batch, *grid) broadcast with the distribution's and with each other."""
+def _broadcast_batches(prior, **batches: Sequence[int]) -> None:
+    """Check that all these batches broadcast with the distribution's and with each other."""
     batch, others = prior.batch_shape, "the distribution"
-    for name, shape in shapes.items():
-        batch = broadcast_batch(name, shape[: len(shape) - len(prior.event_shape)], others, batch)
+    for name, shape in batches.items():
+        batch = broadcast_batch(name, shape, others, batch)
         others += f" and {name}"

@@ -52,6 +52,7 @@ class PosteriorSystem:
 
     convergence: Convergence | None = None
     _kept: BlockCholesky | None = None
+    _kept_preconditioner: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
         self,
@@ -202,7 +203,9 @@ class PosteriorSystem:
 
     @torch.no_grad()
     def _iterate(self, b: Tensor) -> Tensor:
-        preconditioner = self._preconditioner()
+        if self._kept_preconditioner is None:
+            self._kept_preconditioner = self._preconditioner()
+        preconditioner = self._kept_preconditioner
         x, self.convergence = conjugate_gradients(
             self.product, b, preconditioner, len(self.prior_factor.grid), self._tolerance, self._max_iterations
         )

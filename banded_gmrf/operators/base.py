@@ -72,12 +72,16 @@ class LinearOperator:
     def __rmatmul__(self, other) -> "LinearOperator":
         return _Composition(as_operator(other, "the left operand of @"), self)
 
-    def _device(self) -> torch.device | None:
-        """That of the operator's tensors, None if it has none."""
+    def periodic_axes(self) -> set[int]:
+        """The axes of the grid along which the operator wraps around from one end to the other; a solver may ask."""
+        return set()
+
+    def selected_sites(self) -> Tensor | None:
+        """The raster numbers of the sites that the observations are, (m,) int64, if A merely selects sites; else None."""
         return None
 
-    def _selected(self) -> Tensor | None:
-        """The raster numbers of the sites that the observations are, (m,) int64, if A merely selects sites; else None."""
+    def _device(self) -> torch.device | None:
+        """That of the operator's tensors, None if it has none."""
         return None
 
     def __repr__(self) -> str:
@@ -164,8 +168,12 @@ class _Composition(LinearOperator):
         device = self._inner._device()
         return self._outer._device() if device is None else device
 
-    def _selected(self) -> Tensor | None:
-        inner, outer = self._inner._selected(), self._outer._selected()
+    def periodic_axes(self) -> set[int]:
+        on_one_grid = self._outer.grid == self._inner.grid
+        return self._inner.periodic_axes() | (self._outer.periodic_axes() if on_one_grid else set())
+
+    def selected_sites(self) -> Tensor | None:
+        inner, outer = self._inner.selected_sites(), self._outer.selected_sites()
         return None if inner is None or outer is None else inner[outer.to(inner.device)]
 
     def __repr__(self) -> str:

@@ -71,6 +71,9 @@ class Convolution(GridOperator):
     def _device(self) -> torch.device:
         return self.kernel.device
 
+    def periodic_axes(self) -> set[int]:
+        return {axis for axis, boundary in enumerate(self.boundary) if boundary == "periodic"}
+
     def _forward(self, x: Tensor) -> Tensor:
         for axis in self._reflected():
             x = x.index_select(axis, self._mirror(axis, x.device))

@@ -47,7 +47,7 @@ class Downsample(GridOperator):
             y = y.new_zeros(shape).index_copy(axis, torch.arange(0, n, factor, device=y.device), y)
         return y
 
-    def _selected(self) -> Tensor:
+    def selected_sites(self) -> Tensor:
         return self._forward(torch.arange(self.grid.numel()).reshape(self.grid)).flatten()
 
 
@@ -86,5 +86,5 @@ class Mask(GridOperator):
         zeros = y.new_zeros(*y.shape[:-1], self.grid.numel())
         return zeros.index_copy(-1, self._sites, y).unflatten(-1, self.grid)
 
-    def _selected(self) -> Tensor:
+    def selected_sites(self) -> Tensor:
         return self._sites

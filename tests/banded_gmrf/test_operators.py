@@ -101,13 +101,13 @@ def test_operators_take_tensors_that_are_not_contiguous():
 def test_selections_are_known_as_such():
     grid, x = (5, 6), random(5, 6)
     for name, A in every_operator(grid).items():
-        sites = A.bind(grid)._selected()
+        sites = A.bind(grid).selected_sites()
         assert (sites is not None) == (name in ("downsample", "mask"))
         if sites is not None:
             assert torch.equal(x.flatten()[sites], A(x).flatten())
     mask = torch.rand(3, 3) < 0.5
     both = (Mask(mask) @ Downsample(2)).bind(grid)
-    assert torch.equal(x.flatten()[both._selected()], both(x))
+    assert torch.equal(x.flatten()[both.selected_sites()], both(x))
 
 
 def test_operators_with_a_batch():
