@@ -1,6 +1,8 @@
-"""``python -m bench``: measure a preset, or what the options say. ``compare`` two such runs; ``toolbox``; ``training-step``."""
+"""``python -m bench``: measure a preset, or what the options say. ``compare`` two such runs; ``calls``; ``toolbox``;
+``training-step``."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -156,6 +158,34 @@ def measure_toolbox(
     _set_threads(threads)
     limits = Limits(seconds, memory_limit * GIB, time_limit)
     results = run_toolbox(fields, Sizes(), limits, device, folder, _console())
+    finish(folder, results["interrupted"])
+
+
+@app.command("calls")
+@interruptible
+def measure_calls(
+    device: Device = "cpu",
+    threads: Threads = None,
+    seconds: Annotated[float, typer.Option(min=0.0, help="For which each call is timed.")] = 1.0,
+    pause: Annotated[float, typer.Option(min=0.0, help="Milliseconds before a cold call.")] = 2.0,
+    stencils: Annotated[str | None, typer.Option(help="Of the images of --resolutions, in place of the default cases.")] = None,
+    resolutions: Annotated[str | None, typer.Option(help="With --stencils: as 64, 3x64 or 8x64x48.")] = None,
+    batch: Annotated[str | None, typer.Option(help="With --stencils: numbers of images.")] = None,
+    out: Out = None,
+) -> None:
+    """What does a call cost at each layer, and a sample beside its solve?"""
+    from programs.devices import usable_device
+    from programs.files import new_folder
+
+    from .calls import chosen_sizes, default_sizes, run_calls
+
+    with errors_of():
+        usable_device(device)
+        given = {"stencils": stencils, "resolutions": resolutions, "batches": batch}
+        sizes = default_sizes(device) if not any(given.values()) else chosen_sizes(given, device)
+        folder = new_folder("bench-calls", out)
+    _set_threads(threads)
+    results = run_calls(replace(sizes, seconds=seconds, pause=pause / 1e3), device, folder, _console())
     finish(folder, results["interrupted"])
 
 

@@ -60,13 +60,15 @@ def take_turns(
 
 
 def turns_by_the_clock(
-    functions: dict[Any, Callable[[], object]], seconds: float, least: int, most: int
+    functions: dict[Any, Callable[[], object]], seconds: float, least: int, most: int, pause: float = 0.0
 ) -> dict[Any, list[float]]:
-    """The seconds of each turn, as `take_turns` says for a CPU."""
+    """The seconds of each turn, as `take_turns` says for a CPU; with a ``pause`` before each, which is not among them."""
     measured = {name: [] for name in functions}
     remaining = dict(functions)
     while remaining:
         for name, function in list(remaining.items()):
+            if pause:
+                time.sleep(pause)
             start = time.perf_counter()
             function()
             measured[name].append(time.perf_counter() - start)

@@ -119,7 +119,7 @@ _TARGETS = (
     Sweep(resolutions=("1024",), batches=(8, 1), operations=_TRAINING[:3]),
     Sweep(resolutions=("64",), batches=(64, 1), operations=_TRAINING[:3]),
     Sweep(stencils=("3",), resolutions=("3x256",), batches=(8, 1), operations=_TRAINING[:3]),
-    Sweep(stencils=("7",), resolutions=("1024",), batches=(1,), samples=(1, 16), operations=("rsample_grad",)),
+    Sweep(stencils=("7",), resolutions=("1024",), batches=(1,), samples=(1, 16), operations=("sample", "rsample_grad")),
 )
 
 # On a GPU they are stated as fractions of the bandwidth of a copy, and as ratios to the reference, which launches kernels of
@@ -153,10 +153,11 @@ PRESETS = {
     ),
     "peers": Preset(
         sweeps=(
+            Sweep(resolutions=("32", "64"), batches=(1,), operations=_ALL_OPERATIONS, peers=_CPU_PEERS),
+            Sweep(stencils=("5",), resolutions=("32",), operations=_ALL_OPERATIONS, peers=_CPU_PEERS),
             Sweep(stencils=("7",), batches=(64,), operations=_ALL_OPERATIONS, peers=_CPU_PEERS),
             Sweep(stencils=("3", "5"), batches=(64,), operations=("log_prob_grad", "sample"), peers=_CPU_PEERS),
             Sweep(stencils=("7",), resolutions=("256",), operations=("log_prob_grad", "sample"), peers=_CPU_PEERS),
-            Sweep(stencils=("5",), resolutions=("32",), operations=_ALL_OPERATIONS, peers=_CPU_PEERS),
         ),
         seconds=0.5,
     ),
