@@ -18,7 +18,8 @@ def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, di
     """Check the two tensors of a factor against each other and the stencil; return their broadcast batch shape.
 
     Raises:
-        TypeError: not a tensor, not of a supported floating dtype, or not of one dtype.
+        TypeError: not a tensor, not of a supported floating dtype, or not of one dtype (a float32 diagonal is accepted beside
+            float16 and bfloat16 off-diagonals).
         ValueError: another number of offsets than the stencil's, an empty grid, or grids, batches or devices that differ.
     """
     for name, tensor in ((diag_name, diag), ("off_diag", off_diag)):
@@ -36,7 +37,7 @@ def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, di
         raise ValueError(f"off_diag has grid {tuple(off_diag.shape[-ndim:])}, {diag_name} has grid {tuple(grid)}")
     if off_diag.shape[-ndim - 1] != num_offsets:
         raise ValueError(f"off_diag has {off_diag.shape[-ndim - 1]} offsets, the stencil has {num_offsets}")
-    if diag_name != "diag" or diag.dtype != accumulate_dtype(off_diag.dtype):
+    if diag.dtype != accumulate_dtype(off_diag.dtype):
         check_dtype("off_diag", off_diag, diag_name, diag)
     check_device("off_diag", off_diag, diag_name, diag)
     return broadcast_batch("off_diag", off_diag.shape[: -ndim - 1], diag_name, diag.shape[: diag.ndim - ndim])

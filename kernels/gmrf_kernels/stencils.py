@@ -9,8 +9,13 @@ from collections.abc import Sequence
 Offsets = tuple[tuple[int, ...], ...]
 
 
+def flatten(offsets: Offsets) -> list[int]:
+    """The flat list of integers that the registered operators carry."""
+    return [component for offset in offsets for component in offset]
+
+
 def unflatten(flat: Sequence[int], ndim: int) -> Offsets:
-    """The offsets behind the flat list of integers that the registered operators carry."""
+    """The offsets behind the flat list of integers."""
     return tuple(tuple(flat[i : i + ndim]) for i in range(0, len(flat), ndim))
 
 

@@ -5,7 +5,7 @@ Also what tests compare with them, and the same values in other strides.
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 import torch
@@ -110,10 +110,14 @@ def matrices(diag: Tensor, off_diag: Tensor, offsets: Offsets) -> Tensor:
 
 def dense(name: str, args: Sequence) -> tuple[Tensor, ...]:
     """What ``call(name, args)`` must be, in float64."""
-    args = [a.detach().cpu().double() if isinstance(a, Tensor) else a for a in args]
-    return {"matvec": _matvec, "solve": _solve, "outer": _outer, "nll": _nll, "nll_factor_grad": _nll_factor_grad}[
-        name.split()[0]
-    ](*args)
+    results = dense_function(name, args)(*(t.detach().cpu().double() for t in tensors(args)))
+    return tuple(r.detach() for r in results)
+
+
+def dense_function(name: str, args: Sequence) -> Callable[..., tuple[Tensor, ...]]:
+    """The dense counterpart of an operator as a function of its tensors alone, float64 on the CPU; differentiable by torch."""
+    function = {"matvec": _matvec, "solve": _solve, "outer": _outer, "nll": _nll, "nll_factor_grad": _nll_factor_grad}
+    return lambda *new: function[name.split()[0]](*with_tensors(args, new))
 
 
 def _system(diag, off_diag, flat, transpose, log):
@@ -149,11 +153,12 @@ def _nll(residual, log_diag, off_diag, flat):
 def _nll_factor_grad(scale, residual, whitened, log_diag, flat, dtype):
     """By autograd, of Σ scale (wᵀLᵀr - log|L|): for w = Lᵀr its gradient is that of Σ scale (½ |Lᵀr|² - log|L|)."""
     offsets = unflatten(flat, log_diag.ndim - 1)
-    log_diag = log_diag.clone().requires_grad_()
+    if not log_diag.requires_grad:
+        log_diag = log_diag.clone().requires_grad_()
     off_diag = torch.zeros(len(log_diag), len(offsets), *log_diag.shape[1:], dtype=torch.float64, requires_grad=True)
     (product,) = _matvec(log_diag, off_diag, residual, flat, True, log=True)
     value = (whitened * product).flatten(2).sum(-1) - log_diag.flatten(1).sum(-1)
-    return torch.autograd.grad((scale * value).sum(), (log_diag, off_diag), materialize_grads=True)
+    return torch.autograd.grad((scale * value).sum(), (log_diag, off_diag), create_graph=True, materialize_grads=True)
 
 
 def assert_close(actual, expected):

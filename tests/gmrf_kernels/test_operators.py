@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -185,7 +186,9 @@ def _differentiable(name, stencil, grid, device):
 @pytest.mark.parametrize(("stencil", "grid"), SMALL, ids=named)
 def test_gradcheck(name, stencil, grid, device):
     function, inputs = _differentiable(name, stencil, grid, device)
-    assert torch.autograd.gradcheck(function, inputs, check_batched_grad=True)
+    assert torch.autograd.gradcheck(
+        function, inputs, check_batched_grad=True, check_forward_ad=True, check_batched_forward_grad=True
+    )
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -194,7 +197,7 @@ def test_gradcheck(name, stencil, grid, device):
 )
 def test_gradgradcheck(name, stencil, grid, device):
     function, inputs = _differentiable(name, stencil, grid, device)
-    assert torch.autograd.gradgradcheck(function, inputs)
+    assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -391,13 +394,50 @@ def test_compiled_by_inductor(device, keep_torch_defaults):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=named)
-def test_the_exponential_of_the_diagonal_is_accurate_far_from_zero(dtype, device):
-    """With no neighbours, a residual of ones is whitened to exp(log_diag)."""
-    log_diag = torch.linspace(-80, 80, 2000, dtype=dtype).reshape(1, 40, 50)
-    ones, none = torch.ones_like(log_diag)[None], log_diag.new_empty(1, 0, 40, 50)
-    _, whitened = torch.ops.gmrf_kernels.nll(ones.to(device), log_diag.to(device), none.to(device), [])
-    # Two roundings: of the exponential in half an ulp, and of what a library's function may lose beyond it.
-    torch.testing.assert_close(whitened[0].cpu(), log_diag.double().exp().to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=0)
+@pytest.mark.parametrize("operation", ["nll", "matvec", "solve", "gradient"])
+def test_the_exponential_of_the_diagonal_in_its_whole_range(operation, dtype, device):
+    """With no neighbours, ones are multiplied by exp(log_diag), or divided, wherever the result is in the normal range."""
+    finfo = torch.finfo(dtype)
+    log_diag = torch.linspace(math.log(finfo.tiny), math.log(finfo.max), 2000, dtype=torch.float64)
+    # One step from the ends, where the rounding of the logarithm itself decides.
+    log_diag = log_diag[1:-1].to(dtype).reshape(1, 37, 54)
+    if operation == "solve":  # 1 / exp(log_diag) is to be in the range, too
+        log_diag = log_diag.clamp(-math.log(finfo.max) + 1, -math.log(finfo.tiny) - 1)
+    ones, none = torch.ones_like(log_diag)[None].to(device), log_diag.new_empty(1, 0, 37, 54).to(device)
+    given = log_diag.to(device)
+    if operation == "nll":
+        actual = torch.ops.gmrf_kernels.nll(ones, given, none, [])[1]
+    elif operation == "gradient":
+        # exp(log_diag) - 1, whose second term vanishes where the exponential is large.
+        actual, _ = torch.ops.gmrf_kernels.nll_factor_grad(ones[:, :, 0, 0], ones, ones, given, [], dtype)
+        actual, log_diag = actual[given > 40], log_diag[log_diag > 40]
+    else:
+        actual = getattr(torch.ops.gmrf_kernels, operation)(given, none, ones, [], False, True)
+    # Correctly rounded by numpy's wider type; torch's own functions lose several roundings at the ends.
+    exact = np.exp(log_diag.numpy().astype(np.longdouble) * (-1 if operation == "solve" else 1))
+    expected = torch.from_numpy(exact.astype(log_diag.numpy().dtype))
+    # Two roundings: of the exponential in half an ulp, and of what a library's function may lose beyond it; then of a quotient.
+    rtol = (3 if operation == "solve" else 2) * finfo.eps
+    torch.testing.assert_close(actual.cpu().reshape(expected.shape), expected, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=named)
+def test_the_exponential_of_the_diagonal_beyond_its_range(dtype, device):
+    """Gradual underflow to 0, and overflow to infinity."""
+    finfo = torch.finfo(dtype)
+    low, high = math.log(finfo.smallest_normal * finfo.eps), math.log(finfo.max)
+    log_diag = torch.tensor([low - 2, low - 40, -1e4, high + 0.01, high + 40, 1e4], dtype=dtype)
+    below = torch.linspace(low, math.log(finfo.tiny), 200, dtype=torch.float64).to(dtype)
+    log_diag = torch.cat([log_diag, below]).reshape(1, -1)
+    ones, none = torch.ones_like(log_diag)[None], log_diag.new_empty(1, 0, log_diag.shape[-1])
+    product = torch.ops.gmrf_kernels.matvec(log_diag.to(device), none.to(device), ones.to(device), [], False, True)
+    product = product.cpu().flatten()
+    assert (product[:3] == 0).all()
+    assert product[3:6].isposinf().all()
+    # A denormal number is a multiple of the smallest.
+    exact = np.exp(below.numpy().astype(np.longdouble))
+    expected = torch.from_numpy(exact.astype(below.numpy().dtype))
+    torch.testing.assert_close(product[6:], expected, rtol=0, atol=2 * finfo.smallest_normal * finfo.eps)
 
 
 @pytest.mark.parametrize("transpose", [False, True])
