@@ -33,11 +33,12 @@ class StencilCholesky(Batched):
             tensors are broadcast.
         stencil: the stencil, with as many axes as the grid.
 
-    float16 and bfloat16 coefficients are computed with in float32. `to`, `detach` and indexing work as
-    for a tensor that has the batch axes alone. A factor is a pytree node of two tensors.
+    float16 and bfloat16 coefficients are computed with in float32. Such off-diagonals may stand beside a float32 log-diagonal,
+    where rounding costs most. `to`, `detach` and indexing work as for a tensor that has the batch axes alone. A factor is a
+    pytree node of two tensors.
 
     Raises:
-        TypeError: not floating-point tensors of one dtype.
+        TypeError: not floating-point tensors of one dtype (float32 is accepted for ``log_diag`` beside float16 and bfloat16).
         ValueError: numbers of offsets, grids, batches or devices that do not fit, or an empty grid.
     """
 
@@ -171,7 +172,7 @@ class StencilCholesky(Batched):
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the coefficients."""
+        """That of the coefficients; of ``log_diag``, where the off-diagonals have fewer bits."""
         return self._log_diag.dtype
 
     @property

@@ -32,7 +32,8 @@ BAD_FACTORS = [
             r"off_diag has batch shape \(2,\), .* with \(3,\) of log_diag",
         ),
         (LOG_DIAG, OFF_DIAG.double(), TypeError, "off_diag is torch.float64, log_diag is torch.float32"),
-        (LOG_DIAG, OFF_DIAG.half(), TypeError, "off_diag is torch.float16, log_diag is torch.float32"),
+        (LOG_DIAG.double(), OFF_DIAG.half(), TypeError, "off_diag is torch.float16, log_diag is torch.float64"),
+        (LOG_DIAG.half(), OFF_DIAG, TypeError, "off_diag is torch.float32, log_diag is torch.float16"),
         (LOG_DIAG, OFF_DIAG.to("meta"), ValueError, "off_diag is on meta, log_diag is on cpu"),
         (
             LOG_DIAG.long(),

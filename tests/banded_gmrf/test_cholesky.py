@@ -259,3 +259,28 @@ def test_negative_log_likelihood_equals_the_dense_one():
     whitened = dense_matvec(L, residual, transpose=True).flatten(2)
     expected = 0.5 * whitened.square().sum(-1) - torch.linalg.slogdet(dense(L)).logabsdet + 6 * math.log(2 * math.pi)
     assert_close(value, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_off_diagonals_beside_a_float32_log_diagonal(dtype):
+    """All that is computed is what float32 copies of the off-diagonals give."""
+    stencil = STENCILS["3x3"]
+    log_diag, off_diag = random_factor(stencil.offsets, (4, 5), (2,), torch.float32)
+    off_diag = off_diag.to(dtype)
+    mixed, full = (bg.StencilCholesky(log_diag, o, stencil) for o in (off_diag, off_diag.float()))
+    assert mixed.dtype == torch.float32
+    x = torch.randn(3, 2, 4, 5)
+
+    def everything(L):
+        q = bg.GMRF(torch.zeros(2, 4, 5), L, validate_args=True)
+        mask = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)) < 0.5
+        return [
+            *(L.diag, L.logdet(), L.to_dense(), L.matvec(x), L.solve(x, transpose=True)),
+            *(q.log_prob(x), q.entropy(), q.variance, q.covariance_matrix, q.correlation_with((1, 1))),
+            *(bg.kl_divergence(q, q.expand((2,))), q.condition(mask, x[0], tolerance=1e-7).mean),
+            *(L.nearest(STENCILS["5x5"]).log_diag, L.to(torch.float64).diag),
+        ]
+
+    actual, expected = everything(mixed), everything(full)
+    assert [a.dtype for a in actual] == [e.dtype for e in expected]
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
