@@ -23,6 +23,7 @@ from . import diagnostics, operators, precisions
 from .analysis.divergence import kl_divergence
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .gmrf import GMRF
+from .inference.constraints import ConstrainedGMRF
 from .inference.posterior import ConditionalGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import car_precision, matern_precision, thin_plate_precision
@@ -36,6 +37,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GMRF",
     "ConditionalGMRF",
+    "ConstrainedGMRF",
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",

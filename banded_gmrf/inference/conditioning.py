@@ -10,6 +10,7 @@ from torch import Tensor
 from gmrf_kernels.checks import broadcast_batch, check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
+from .constraints import ConstrainedGMRF
 from .noise import CorrelatedNoise, IndependentNoise
 from .posterior import ConditionalGMRF
 from .seen_through import SeenThrough
@@ -145,6 +146,36 @@ class Conditionable:
         if operator is None:
             return ConditionalGMRF(self, known, observation, observation, model, **solver)
         return ConditionalGMRF(self, known, self.loc.new_zeros(grid), observation, SeenThrough(operator, model), **solver)
+
+    def constrain(self, A: Tensor | LinearOperator, e: Tensor) -> ConstrainedGMRF:
+        """The distribution given that A x = e exactly: a sum that is 0, means of regions, values along a line.
+
+        It takes one solve for each constraint, and m² numbers for m of them.
+
+        Args:
+            A: (m, *grid), one field of weights for each constraint, all independent of each other; or a linear operator.
+            e: (*batch, m), the values; of an operator (*batch, *output_shape).
+
+        Returns:
+            A `ConstrainedGMRF`, a distribution on the whole grid.
+
+        Raises:
+            TypeError, ValueError: as for `ConstrainedGMRF`.
+        """
+        return ConstrainedGMRF(self, A, e, self._validate_args)
+
+    def mean_in_double(self) -> Tensor:
+        """The mean in float64, (*batch, *grid)."""
+        return self.loc.double()
+
+    def free_sites(self) -> None:
+        """None: no site is known exactly."""
+        return None
+
+    def covariance_times(self, x: Tensor) -> Tensor:
+        """Σ x in float64, of vectors (*sample, *batch, *grid) in float64."""
+        factor = self.precision_cholesky.unexpanded().to(torch.float64)
+        return factor.solve(factor.solve(x), transpose=True)
 
     def _variance(self, noise_variance: Tensor | float, observation: Tensor, shape: torch.Size) -> Tensor:
         """The variance of independent noise as a float64 tensor that has the axes of one observation."""

@@ -23,8 +23,10 @@ from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from ..analysis.marginals import VarianceEstimate
 from ..cholesky import negative_log_likelihood
+from ..operators.base import LinearOperator
 from ..validation import as_sites
 from .conjugate_gradients import Convergence
+from .constraints import ConstrainedGMRF
 from .noise import ObservationModel
 from .systems import PosteriorSystem
 
@@ -255,6 +257,27 @@ class ConditionalGMRF(Distribution):
         log_likelihood = self._model.log_likelihood(self._observations, mean)
         log_evidence = log_prior + log_likelihood + 0.5 * (self._num_free() * math.log(2 * math.pi) - factor.logdet())
         return log_evidence.expand(self._batch_shape)
+
+    def constrain(self, A: Tensor | LinearOperator, e: Tensor) -> ConstrainedGMRF:
+        """The distribution given that A x = e as well, exactly; see `GMRF.constrain`."""
+        return ConstrainedGMRF(self, A, e, self._validate_args)
+
+    @property
+    def prior(self):
+        """The `GMRF` before the observations, expanded to this distribution's batch."""
+        return self._prior
+
+    def mean_in_double(self) -> Tensor:
+        """The mean in float64, (*batch, *grid)."""
+        return self._mean()
+
+    def free_sites(self) -> Tensor:
+        """Bool, (*batch, *grid) or what broadcasts to it: the sites that are not known exactly."""
+        return ~self._known
+
+    def covariance_times(self, x: Tensor) -> Tensor:
+        """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""
+        return self._system.solve(x.masked_fill(self._known, 0)).masked_fill(self._known, 0)
 
     def __repr__(self) -> str:
         return f"ConditionalGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
