@@ -3,6 +3,7 @@
 Where things are; every file imports only what stands above it, but for analysis/divergence, which takes two `GMRF`s:
 
     stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
+    errors, transformations           what is raised where numbers are bad, whatever transformation of torch they are under
     validation                        checks of what a distribution is given
     precision_matrix, precisions/     sparse precisions Λ, and the classical fields defined by one, a file each
     recursions/                       dense recursions over rows of the grid, on raw coefficients

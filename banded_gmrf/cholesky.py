@@ -78,7 +78,9 @@ class StencilCholesky(Batched):
 
         Raises:
             TypeError: ``covariance`` is neither a floating-point tensor nor a function that returns one.
-            ValueError: shapes that do not fit, or covariances of a site and its neighbours that are not positive definite.
+            ValueError: shapes that do not fit.
+            torch.linalg.LinAlgError, which is a ValueError here: the covariance of a site and its neighbours is not positive
+                definite, or singular up to rounding.
         """
         return cls(*factor_of_covariance(covariance, stencil, grid), stencil)
 
@@ -117,7 +119,8 @@ class StencilCholesky(Batched):
             TypeError: samples of another type than floating-point tensors of one dtype.
             ValueError: shapes or devices that do not fit; with no ridge, fewer samples than a site has unknowns: its
                 coefficients, its variance, and its mean unless ``loc`` is given (with ``stationary`` every place where the
-                neighbours exist counts); samples whose covariance is not positive definite.
+                neighbours exist counts).
+            torch.linalg.LinAlgError, which is a ValueError here: the samples' covariance is not positive definite.
         """
         return cls(*factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
@@ -132,13 +135,18 @@ class StencilCholesky(Batched):
 
         With a stencil, the factor `nearest` to the exact one, which takes about as long again.
 
+        It is computed in float64 and rounded to the dtype of Λ. Where rounding of Λ itself may change variances by more than a
+        tenth, as for a smooth field in float32, Λ is refused: build such a field in float64 and round its factor,
+        ``StencilCholesky.from_precision(precision).to(torch.float32)``.
+
         Args:
             precision: Λ, as one of the builders of `banded_gmrf.precisions` or ``StencilPrecision.from_matrix`` gives it.
             stencil: the stencil of the factor; None is the exact factor.
 
         Raises:
             TypeError: ``precision`` is not a `StencilPrecision`, or ``stencil`` not a `Stencil`.
-            ValueError: Λ is not positive definite, or ``stencil`` has another number of axes.
+            torch.linalg.LinAlgError, which is a ValueError here: Λ is not positive definite, or singular up to rounding.
+            ValueError: Λ has an infinite or NaN entry, or ``stencil`` has another number of axes.
         """
         exact = cls(*factor_of_precision(precision))
         return exact if stencil is None else exact.nearest(stencil)

@@ -50,8 +50,8 @@ class StencilPrecision(Batched):
         """Λ from a matrix, its stencil being all offsets at which it has an entry that is not 0.
 
         Args:
-            matrix: a dense tensor (*batch, n, n), differentiable, or a SciPy sparse matrix (n, n), taken in float64; sites in
-                raster order. Only the lower triangle is read.
+            matrix: a dense tensor (*batch, n, n), a sparse one of any layout (n, n), both differentiable, or a SciPy sparse
+                matrix (n, n), taken in float64; sites in raster order. Only the lower triangle is read.
             grid: numbers of sites along each axis, their product n.
 
         Raises:
@@ -64,7 +64,15 @@ class StencilPrecision(Batched):
             check_tensor("matrix", matrix)
         if matrix.ndim < 2 or tuple(matrix.shape[-2:]) != (n, n):
             raise ValueError(f"matrix has shape {tuple(matrix.shape)}, expected (*batch, {n}, {n}) for grid {tuple(grid)}")
-        if isinstance(matrix, Tensor):
+        if isinstance(matrix, Tensor) and matrix.layout != torch.strided:
+            if matrix.ndim > 2:
+                raise ValueError(f"matrix has shape {tuple(matrix.shape)}, expected (n, n) for a sparse tensor")
+            matrix = matrix.to_sparse_coo().coalesce()
+            (rows, columns), entries = matrix.indices(), matrix.values()
+            own, lower = rows == columns, (rows > columns) & (entries.detach() != 0)
+            diag = entries.new_zeros(n).index_add(0, rows[own], entries[own])
+            rows, columns, entries = rows[lower], columns[lower], entries[lower]
+        elif isinstance(matrix, Tensor):
             diag = matrix.diagonal(dim1=-2, dim2=-1)
             rows, columns = matrix.detach().ne(0).reshape(-1, n, n).any(0).tril(-1).nonzero().unbind(1)
             entries = matrix[..., rows, columns]

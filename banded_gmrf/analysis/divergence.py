@@ -54,12 +54,14 @@ def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     of, to = (distribution.precision_cholesky.unexpanded() for distribution in (q, p))
+    dtype = accumulate_dtype(of.dtype)
     if method == "auto":
         method = "exact" if exact_is_affordable(of, _reach(of, to)) else "monte_carlo"
     trace = _exact_trace(of, to) if method == "exact" else _monte_carlo_trace(of, to, num_samples)
-    distance = p.whiten(q.loc).square().flatten(-len(q.event_shape)).sum(-1)
-    logdets = of.logdet() - to.logdet()
-    return (0.5 * (trace - q.event_shape.numel() + distance) + logdets).expand(batch)
+    of, to = of.to(torch.float64), to.to(torch.float64)  # the sum is small where q and p are near, and its terms are large
+    distance = to.matvec(q.loc.double() - p.loc.double(), transpose=True).square().flatten(-len(q.event_shape)).sum(-1)
+    divergence = 0.5 * (trace - q.event_shape.numel() + distance) + of.logdet() - to.logdet()
+    return divergence.expand(batch).to(dtype)
 
 
 register_kl(GMRF, GMRF)(kl_divergence)

@@ -26,7 +26,7 @@ class VarianceEstimate(NamedTuple):
 
 
 def marginal_variance(factor: StencilCholesky, method: str = "auto", num_samples: int = 256) -> VarianceEstimate:
-    """The diagonal of Λ⁻¹; see `GMRF.marginal_variance`. (*batch, *grid), in float32 for float16 and bfloat16 factors."""
+    """The diagonal of Λ⁻¹; see `GMRF.marginal_variance`. (*batch, *grid), in float64 if exact."""
     if method not in ("auto", "exact", "monte_carlo"):
         raise ValueError(f"method is {method!r}, expected 'auto', 'exact' or 'monte_carlo'")
     if num_samples < 1:

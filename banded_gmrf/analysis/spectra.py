@@ -14,12 +14,11 @@ import torch
 from scipy.sparse.linalg import LinearOperator, eigsh
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype
-
 from ..cholesky import StencilCholesky
 from ..recursions.covariances import check_exact_is_affordable
 from ..recursions.strips import block_coefficients, block_rows, scan, strip
-from ..stencil import as_integer
+from ..stencil import Stencil, as_integer
+from ..transformations import inspect, once_differentiable
 from .roots import bracketed_secant
 
 _TOLERANCE = 1e-6
@@ -36,29 +35,62 @@ class Eigenpairs(NamedTuple):
     residuals: Tensor
 
 
+@torch.compiler.disable
 def leading_eigenpairs(factor: StencilCholesky, k: int) -> Eigenpairs:
     """See `GMRF.leading_eigenpairs`; computed and returned in float64, (*batch) is the factor's."""
     ndim = len(factor.grid)
     _check_k(factor, k)
     batch = factor.batch_shape
-    double = factor.to(torch.float64)
-    vectors = double.log_diag.new_empty(*batch, k, *factor.grid)
-    for index in np.ndindex(*batch):
-        vectors[index] = _leading_eigenvectors(double[index], k)
-    vectors = vectors.movedim(len(batch), 0)
+    log_diag, off_diag = (once_differentiable(t.double(), "leading_eigenpairs") for t in (factor.log_diag, factor.off_diag))
+    double = StencilCholesky(log_diag, off_diag, factor.stencil)
+    vectors = _Eigenvectors.apply(log_diag, off_diag, factor.stencil, k).movedim(len(batch), 0)
     # ‖L⁻¹v‖² with a fixed v is the eigenvalue, and its derivative is the eigenvalue's.
     half = double.solve(vectors)
-    values = half.square().flatten(-ndim).sum(-1)
+    values = once_differentiable(half.square().flatten(-ndim).sum(-1), "leading_eigenpairs")
     with torch.no_grad():
         error = double.solve(half, transpose=True) - values.reshape(*values.shape, *[1] * ndim) * vectors
         residuals = error.flatten(-ndim).norm(dim=-1) / values
-        if not (residuals <= _TOLERANCE).all():
-            warnings.warn(
-                f"an eigenpair has a relative residual of {residuals.max():.1e}, above {_TOLERANCE}",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        inspect(_warn_of_residuals, residuals)
     return Eigenpairs(values.movedim(0, -1), vectors.movedim(0, len(batch)), residuals.movedim(0, -1))
+
+
+def _warn_of_residuals(residuals: Tensor) -> None:
+    if not (residuals <= _TOLERANCE).all():
+        warnings.warn(
+            f"an eigenpair has a relative residual of {residuals.max():.1e}, above {_TOLERANCE}", RuntimeWarning, stacklevel=6
+        )
+
+
+class _Eigenvectors(torch.autograd.Function):
+    """Of each factor of a batch, (*batch, k, *grid); constants of every derivative."""
+
+    @staticmethod
+    def forward(log_diag: Tensor, off_diag: Tensor, stencil: Stencil, k: int) -> Tensor:
+        factor = StencilCholesky(log_diag, off_diag, stencil)
+        vectors = log_diag.new_empty(*factor.batch_shape, k, *factor.grid)
+        for index in np.ndindex(*factor.batch_shape):
+            vectors[index] = _leading_eigenvectors(factor[index], k)
+        return vectors
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, *_):
+        return None
+
+    @staticmethod
+    def vmap(info, in_dims, log_diag, off_diag, stencil, k):
+        mapped = [
+            t.expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
+            for t, dim in zip((log_diag, off_diag), in_dims[:2], strict=True)
+        ]
+        return _Eigenvectors.apply(*mapped, stencil, k), 0
 
 
 @torch.no_grad()
@@ -79,6 +111,7 @@ def _leading_eigenvectors(factor: StencilCholesky, k: int) -> Tensor:
     return torch.from_numpy(vectors[:, descending].T.copy()).reshape(k, *factor.grid)
 
 
+@torch.compiler.disable
 def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) -> Tensor:
     """See `GMRF.project_on_leading`; x is (*sample, *batch, *grid), (*batch) the factor's, both of one dtype."""
     _check_k(factor, k)
@@ -117,11 +150,11 @@ def project_on_leading(factor: StencilCholesky, x: Tensor, k: int, degree: int) 
 def count_eigenvalues_below(factor: StencilCholesky, threshold: Tensor) -> Tensor:
     """How many eigenvalues of Λ are below ``threshold``, (*batch) like the result, of int64.
 
-    Counted in the dtype of the factor, float32 for float16 and bfloat16: eigenvalues that differ from the threshold by no more
-    than rounding of the largest one may be counted wrongly.
+    Counted in float64: eigenvalues that differ from the threshold by no more than rounding of the largest one may be counted
+    wrongly.
     """
     rows = factor.grid[0]
-    shift = threshold.to(accumulate_dtype(factor.dtype)).unsqueeze(-1)
+    shift = threshold.to(torch.float64).unsqueeze(-1)
     smallest = torch.finfo(shift.dtype).eps * shift  # in place of a pivot of 0, where the threshold is an eigenvalue
 
     def step(window: Tensor, block: tuple[int, int], coefficients: Tensor) -> tuple[Tensor, Tensor]:
@@ -175,7 +208,7 @@ def _cut_after(factor: StencilCholesky, k: int) -> Tensor:
         return logit(counts[elements]) - logit(torch.tensor(k))
 
     start = 2 * log_diag.double().flatten(1).mean(1)
-    point, missed = bracketed_secant(excess, start, torch.finfo(accumulate_dtype(factor.dtype)).eps, _MAX_COUNTS)
+    point, missed = bracketed_secant(excess, start, torch.finfo(torch.float64).eps, _MAX_COUNTS)
     if len(missed):
         warnings.warn(
             f"no value was found that {k} eigenvalues of the precision are below; the nearest has {counts[missed].max()}",

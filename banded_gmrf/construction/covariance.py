@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, check_tensor
+from gmrf_kernels.checks import check_tensor
 
+from ..errors import NotPositiveDefiniteError
 from ..stencil import Stencil, check_stencil, flat_index
+from ..transformations import inspect
 
 CovarianceFunction = Callable[[Tensor, Tensor], Tensor]
 
@@ -116,23 +118,35 @@ def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) ->
         sites: (m, ndim), named if the block is not positive definite.
 
     Returns:
-        (*batch, m, K), in float32 for float16 and bfloat16: the entries below the diagonal, 0 where they do not exist, and
-        last the logarithm of the diagonal.
+        (*batch, m, K) in float64: the entries below the diagonal, 0 where they do not exist, and last the logarithm of the
+        diagonal.
     """
     exists = exists.to(blocks.device)
-    blocks = blocks.to(accumulate_dtype(blocks.dtype))
+    dtype, blocks = blocks.dtype, blocks.to(torch.float64)
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     factors, failed = torch.linalg.cholesky_ex(torch.where(exists[:, :, None] & exists[:, None, :], blocks, eye))
     last = factors[..., -1, -1]
-    bad = ((failed != 0) | ~last.isfinite()).nonzero()
-    if len(bad):
-        number = bad[0, -1]
-        raise ValueError(
-            f"{name} is not positive definite{of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
-            f"and its {int(exists[number].sum()) - 1} neighbours"
-        )
+    # Squared pivots are what is left of a variance once others are known. What rounding could have left is nothing.
+    floor = max(len(eye) * torch.finfo(torch.float64).eps, torch.finfo(dtype).eps)
+    variances = torch.where(exists, blocks.diagonal(dim1=-2, dim2=-1), 1)
+    lost = (factors.diagonal(dim1=-2, dim2=-1).square() <= floor * variances).any(-1)
+    failed = (failed != 0) | lost | ~last.isfinite()
+    if torch.compiler.is_compiling():  # a compiled function cannot look at values
+        last = last.masked_fill(failed, torch.nan)
+    else:
+        inspect(lambda failed: _check_columns(name, failed, exists, sites), failed)
     columns = torch.linalg.solve_triangular(factors.mT, eye[:, -1:], upper=True)[..., 0]
     return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
+
+
+def _check_columns(name: str, failed: Tensor, exists: Tensor, sites: Tensor) -> None:
+    bad = failed.nonzero()
+    if len(bad):
+        number = bad[0, -1]
+        raise NotPositiveDefiniteError(
+            f"{name} is not positive definite{of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
+            f"and its {int(exists[number].sum()) - 1} neighbours: up to rounding it is singular, or has a negative direction"
+        )
 
 
 def of_batch(element: Tensor) -> str:

@@ -34,13 +34,15 @@ def matern_precision(
         smoothness: the Matérn ν > 0, such that α is a whole number: 1, 2, ... on two axes, ½, 3/2, ... on one or three.
         variance: the marginal variance σ² of the continuous field on an unbounded domain. On the grid it is approached for
             ranges of several pixels, and more than a range away from the edges; at an edge it is about twice as large.
-        dtype: of the result. In float32 the factorisation fails for ranges far beyond a few pixels.
+        dtype: of the result. In float32 the factorisation refuses ranges far beyond a few pixels, for which rounding of Λ
+            changes the field; keep float64 and round the factor.
         device: of the result.
 
     Returns:
         Λ with the offsets up to α steps along the axes.
 
     Raises:
+        TypeError: ``correlation_range`` is a list or a tuple, which could mean a range for each axis or for each field.
         ValueError: a parameter that is not positive, or α that is not a whole number.
     """
     ndim = len(grid)
@@ -48,6 +50,10 @@ def matern_precision(
     if not (smoothness > 0 and alpha == smoothness + ndim / 2):
         raise ValueError(
             f"smoothness is {smoothness}, expected a positive number that is whole with {ndim}/2 added, for {ndim} axes"
+        )
+    if isinstance(correlation_range, list | tuple):
+        raise TypeError(
+            f"correlation_range is {correlation_range}, expected a number, or a tensor with one range for each field of a batch"
         )
     correlation_range = positive("correlation_range", correlation_range, ndim, dtype, device)
     variance = positive("variance", variance, ndim, dtype, device)

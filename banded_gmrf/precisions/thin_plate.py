@@ -28,7 +28,8 @@ def thin_plate_precision(
         grid: numbers of sites along each axis.
         bending: the weight of the squared second differences.
         ridge: the weight of the squared values.
-        dtype: of the result. In float32 the factorisation fails for ridges far below ``bending``.
+        dtype: of the result. In float32 the factorisation refuses ridges far below ``bending``, for which rounding of Λ
+            changes the field; keep float64 and round the factor.
         device: of the result.
 
     Raises:

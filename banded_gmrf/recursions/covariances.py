@@ -73,11 +73,6 @@ def prepend_block(strip: Tensor, window: Tensor) -> Tensor:
     G = torch.linalg.solve_triangular(D, E, upper=False, left=False)
     inverse = torch.linalg.solve_triangular(D, torch.eye(width, dtype=D.dtype, device=D.device), upper=False)
     cross = window[..., :coupled] @ G
-    size = width + window.shape[-1]
-    covariance = window.new_empty(*window.shape[:-2], size, size)  # in place: nested calls of cat would copy the window twice
     own = inverse.mT @ inverse + G.mT @ cross[..., :coupled, :]
-    covariance[..., :width, :width] = 0.5 * (own + own.mT)  # what is not symmetric would grow exponentially from row to row
-    covariance[..., width:, :width] = -cross
-    covariance[..., :width, width:] = -cross.mT
-    covariance[..., width:, width:] = window
-    return covariance
+    own = 0.5 * (own + own.mT)  # what is not symmetric would grow exponentially from row to row
+    return torch.cat([torch.cat([own, -cross.mT], -1), torch.cat([-cross, window], -1)], -2)

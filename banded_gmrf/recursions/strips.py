@@ -9,12 +9,12 @@ the block to later rows.
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from gmrf_kernels.checks import accumulate_dtype
 from gmrf_kernels.stencils import overlap
 
 from ..coefficients import HasCoefficients
@@ -30,34 +30,36 @@ def block_rows(grid: torch.Size) -> list[tuple[int, int]]:
 
 
 def block_coefficients(factor: HasCoefficients) -> tuple[Tensor, ...]:
-    """The factor's coefficients, cut into blocks: (*batch, K, rows, ...), the diagonal of L first.
+    """The factor's coefficients in float64, cut into blocks: (*batch, K, rows, ...), the diagonal of L first.
 
+    In float64 whatever their dtype: rounding grows with the condition number of Λ, which is large for smooth fields.
     The batch is that of the tensors behind the factor: what was expanded is not repeated.
     """
     log_diag, off_diag, stencil = factor.coefficients
     ndim = stencil.ndim
-    log_diag, off_diag = (t.to(accumulate_dtype(t.dtype)) for t in (log_diag, off_diag))
+    log_diag, off_diag = log_diag.to(torch.float64), off_diag.to(torch.float64)
     diag = log_diag.exp().unsqueeze(-ndim - 1)
     batch = torch.broadcast_shapes(diag.shape[: -ndim - 1], off_diag.shape[: -ndim - 1])
     coefficients = torch.cat([t.expand(*batch, *t.shape[-ndim - 1 :]) for t in (diag, off_diag)], -ndim - 1)
     return coefficients.split([stop - start for start, stop in block_rows(factor.grid)], -ndim)
 
 
-def scan(step: Callable[..., tuple[Tensor, Tensor]], state: Tensor, blocks: Sequence[tuple]) -> list[Tensor]:
-    """Fold ``step(state, *block) -> (state, result)`` over blocks; return the results.
+def scan(step: Callable[..., tuple[Any, Tensor]], state: Any, blocks: Sequence[tuple]) -> list[Tensor]:
+    """Fold ``step(state, *block) -> (state, result)`` over blocks, the state being a tensor or a tuple; return the results.
 
-    Where a gradient may be asked for, only the states between short segments of blocks are kept, and the rest is computed again
-    in the backward pass: the memory grows with the square root of the number of blocks.
+    Where a backward pass of autograd may come, only the states between short segments of blocks are kept, and the rest is
+    computed again in that pass: the memory grows with the square root of the number of blocks.
     """
 
-    def segment(state: Tensor, part: Sequence[tuple]) -> tuple[Tensor, list[Tensor]]:
+    def segment(state: Any, part: Sequence[tuple]) -> tuple[Any, list[Tensor]]:
         results = []
         for block in part:
             state, result = step(state, *block)
             results.append(result)
         return state, results
 
-    if not torch.is_grad_enabled():
+    # What checkpoints rely on, hooks on saved tensors, torch.func's transformations refuse, and the compiler has its own way.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return segment(state, blocks)[1]
     length = max(1, math.isqrt(len(blocks)) // 4)  # a step keeps about 16 times as much as a state
     results = []
@@ -82,7 +84,8 @@ def strip(coefficients: Tensor, stencil: Stencil, rows_left: int) -> Tensor:
     rows, *rest = coefficients.shape[-stencil.ndim :]
     row = math.prod(rest)
     height, width = (rows + stencil.row_reach) * row, rows * row
-    source, target = _strip_index(stencil, rows, tuple(rest), coefficients.device)
+    index = _strip_index.__wrapped__ if torch.compiler.is_compiling() else _strip_index  # dynamo warns of caches
+    source, target = index(stencil, rows, tuple(rest), coefficients.device)
     entries = coefficients.flatten(-stencil.ndim - 1).index_select(-1, source)
     dense = entries.new_zeros(*entries.shape[:-1], height * width).index_copy(-1, target, entries)
     return dense.unflatten(-1, (height, width))[..., : rows_left * row, :]

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import scipy.sparse
@@ -492,13 +493,31 @@ def test_a_precision_from_a_matrix(grid):
     expected = precisions(grid)["thin plate"]
     matrix = dense_precision(expected)
     sparse = scipy.sparse.csr_array(matrix.numpy())
-    for source in (matrix, sparse, sparse.tocoo(), scipy.sparse.csc_matrix(sparse)):
+    stored_twice = torch.cat([matrix.to_sparse().indices(), matrix.to_sparse().indices()], 1)
+    halves = torch.cat([matrix.to_sparse().values() / 2] * 2)
+    uncoalesced = torch.sparse_coo_tensor(stored_twice, halves, matrix.shape, check_invariants=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls its compressed layouts a beta
+        tensors = [matrix.to_sparse(), matrix.to_sparse_csr(), matrix.to_sparse_csc(), uncoalesced]
+    for source in (matrix, *tensors, sparse, sparse.tocoo(), scipy.sparse.csc_matrix(sparse)):
         precision = bg.StencilPrecision.from_matrix(source, grid)
         assert precision.stencil == expected.stencil
         assert torch.equal(dense_precision(precision), matrix)
     assert_close(expected.to_dense(), matrix)
     x = torch.randn(2, *grid, dtype=torch.float64)
     assert_close(precision.matvec(x).flatten(1), x.flatten(1) @ matrix)
+
+
+def test_gradients_reach_the_values_of_a_sparse_tensor():
+    matrix = dense_precision(precisions((3, 4))["thin plate"])
+    values = matrix.to_sparse().values().clone().requires_grad_()
+    sparse = torch.sparse_coo_tensor(matrix.to_sparse().indices(), values, matrix.shape, check_invariants=True)
+    dense_matrix = matrix.clone().requires_grad_()
+    gradients = []
+    for source, leaf in ((sparse, values), (dense_matrix, dense_matrix)):
+        L = bg.StencilCholesky.from_precision(bg.StencilPrecision.from_matrix(source, (3, 4)))
+        gradients += torch.autograd.grad(L.logdet(), leaf)
+    assert torch.equal(gradients[0], gradients[1][matrix != 0])
 
 
 def test_matern_fields_have_their_variance_and_correlation():
@@ -568,6 +587,16 @@ BAD_PRECISIONS = [
             r"precision is not positive definite at site \(2, 3\)",
         ),
         (lambda: bg.StencilPrecision.from_matrix(torch.eye(12), (3, 5)), ValueError, r"matrix has shape \(12, 12\), expected"),
+        (
+            lambda: bg.StencilPrecision.from_matrix(torch.ones(2, 3, 3).to_sparse(), (3,)),
+            ValueError,
+            r"matrix has shape \(2, 3, 3\), expected \(n, n\) for a sparse tensor",
+        ),
+        (
+            lambda: bg.matern_precision((8, 8), (3.0, 6.0), 1),
+            TypeError,
+            r"correlation_range is \(3.0, 6.0\), expected a number, or a tensor with one range for each field",
+        ),
         (lambda: bg.StencilPrecision.from_matrix([[1.0]], (1,)), TypeError, "matrix is a list, expected a torch.Tensor"),
         (lambda: bg.StencilPrecision.from_matrix(torch.eye(2).int(), (2,)), TypeError, "matrix is torch.int32"),
         (
