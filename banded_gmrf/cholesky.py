@@ -110,7 +110,7 @@ class StencilCholesky(Batched):
             stationary: sites share their coefficients. Near an edge of the grid some neighbours do not exist: a site shares
                 its coefficients with all sites that have the same existing neighbours. They are estimated wherever on the
                 grid these neighbours exist. Nothing makes such a factor stable: if the stencil is too small for the samples,
-                samples of the factor may grow from one edge of the grid to the other.
+                samples of the factor may grow from one edge of the grid to the other; `diagnostics.sample_growth` tells.
 
         Returns:
             The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.

@@ -54,7 +54,7 @@ class GMRF(Distribution, Batched, Conditionable):
         if not isinstance(precision_cholesky, StencilCholesky):
             raise TypeError(f"precision_cholesky is a {type(precision_cholesky).__name__}, expected a StencilCholesky")
         grid = precision_cholesky.grid
-        check_vector("loc", loc, "precision_cholesky", precision_cholesky.log_diag, grid)
+        check_vector("loc", loc, "precision_cholesky", precision_cholesky.coefficients.off_diag, grid)
         batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
         self.loc = expanded(loc, len(grid), batch)
         self._factor = precision_cholesky
@@ -302,7 +302,7 @@ class GMRF(Distribution, Batched, Conditionable):
             TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
             ValueError: another grid or device, or a batch that does not broadcast.
         """
-        check_vector(name, field, "precision_cholesky", self._factor.log_diag, self._event_shape)
+        check_vector(name, field, "precision_cholesky", self._factor.coefficients.off_diag, self._event_shape)
         broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
 
     def __repr__(self) -> str:

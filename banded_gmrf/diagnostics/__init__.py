@@ -3,9 +3,11 @@
 The residual map itself is `GMRF.whiten`: y = Lᵀ(x - loc) is standard normal, independent from site to site, if x follows the
 model. `whitened_moments`, `autocorrelation` and `quantiles` say where and how y departs from that, `chi_squared_coverage` looks
 at its norm, and the energy and the variogram score compare x with samples of the model (both proper, lower is better).
+`sample_growth` needs no data: it tells a factor whose samples explode.
 """
 
 from .scores import energy_score, variogram_score
+from .stability import sample_growth
 from .whiteness import Moments, Quantiles, autocorrelation, chi_squared_coverage, quantiles, whitened_moments
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "chi_squared_coverage",
     "energy_score",
     "quantiles",
+    "sample_growth",
     "variogram_score",
     "whitened_moments",
 ]

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import check_tensor
+from gmrf_kernels.checks import accumulate_dtype, check_tensor
 
 from ..gmrf import GMRF
 from .lags import lags
@@ -51,7 +51,7 @@ def autocorrelation(fields: Tensor, max_lag: int, ndim: int = 2) -> Tensor:
 
     Returns:
         ``ndim`` axes of 2 max_lag + 1 entries, lag 0 (where it is 1) in the middle; of white noise, 0 everywhere else up to
-        about 1 / √(fields.numel()).
+        about 1 / √(fields.numel()); in float32 for float16 and bfloat16.
 
     Raises:
         TypeError: ``fields`` is not a floating-point tensor.
@@ -60,6 +60,7 @@ def autocorrelation(fields: Tensor, max_lag: int, ndim: int = 2) -> Tensor:
     grid = _grid(fields, ndim)
     if not 0 <= max_lag < min(grid):
         raise ValueError(f"max_lag is {max_lag}, expected at least 0 and less than the shortest axis of {tuple(grid)}")
+    fields = fields.to(accumulate_dtype(fields.dtype))
     centred = fields - fields.mean()
     products = centred.new_empty((2 * max_lag + 1,) * ndim)
     products[(max_lag,) * ndim] = centred.square().mean()
@@ -78,7 +79,8 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
         num: number of quantiles, at most that of values.
 
     Returns:
-        A named tuple of ``normal`` and ``data``, both (num,) in ascending order, in the dtype of ``values``.
+        A named tuple of ``normal`` and ``data``, both (num,) in ascending order, in the dtype of ``values``, or float32 for
+        float16 and bfloat16.
 
     Raises:
         TypeError: ``values`` is not a floating-point tensor.
@@ -88,6 +90,7 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
     if not 1 <= num <= values.numel():
         raise ValueError(f"num is {num}, expected between 1 and the number of values, {values.numel()}")
     probabilities = (torch.arange(num, dtype=torch.float64, device=values.device) + 0.5) / num
+    values = values.to(accumulate_dtype(values.dtype))
     ranked = values.flatten().sort().values  # torch.quantile takes no more than 16 million values
     return Quantiles(torch.special.ndtri(probabilities).to(values.dtype), ranked[(probabilities * len(ranked)).long()])
 

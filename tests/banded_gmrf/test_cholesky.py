@@ -284,3 +284,17 @@ def test_half_off_diagonals_beside_a_float32_log_diagonal(dtype):
     actual, expected = everything(mixed), everything(full)
     assert [a.dtype for a in actual] == [e.dtype for e in expected]
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mean_of_either_dtype_beside_such_a_factor(dtype):
+    stencil, grid = STENCILS["3x3"], (5, 7)
+    log_diag, off_diag = random_factor(stencil.offsets, grid, (2,), torch.float32)
+    mixed = bg.StencilCholesky(log_diag, off_diag.to(dtype), stencil)
+    single = bg.StencilCholesky(log_diag, off_diag.to(dtype).float(), stencil)
+    for loc in (torch.randn(grid), torch.randn(grid).to(dtype)):
+        q, p = bg.GMRF(loc, mixed), bg.GMRF(loc.float(), single)
+        x = torch.randn(4, 1, *grid)
+        assert_close(q.log_prob(x), p.log_prob(x).double())
+        assert_close(q.log_prob(x.to(dtype)), p.log_prob(x.to(dtype).float()).double())
+        assert q.sample().dtype == q.variance.dtype == loc.dtype

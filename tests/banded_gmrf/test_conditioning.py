@@ -5,6 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import banded_gmrf as bg
+from banded_gmrf.inference.conjugate_gradients import conjugate_gradients
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
@@ -311,6 +312,21 @@ def test_a_solver_that_does_not_converge_warns_with_its_residual():
         posterior.mean  # noqa: B018
     assert posterior.convergence.iterations == 2
     assert posterior.convergence.residual > 1e-6
+
+
+def test_the_residual_is_that_of_the_solution_and_not_the_recursion():
+    matrix = random_cholesky(STENCILS["3x3"], (4, 3)).to_dense()
+    matrix = matrix @ matrix.mT
+
+    def rough(x):
+        """A product that is only as precise as float32: the recursion goes on to 0, the solution does not."""
+        return (x.flatten(-2) @ matrix).float().double().reshape(x.shape)
+
+    b = torch.randn(4, 3, dtype=torch.float64)
+    x, convergence = conjugate_gradients(rough, b, lambda r: r, 2, 1e-14, 500)
+    assert convergence.iterations < 500
+    assert convergence.residual == pytest.approx(float((b - rough(x)).norm() / b.norm()), rel=1e-12)
+    assert convergence.residual > 1e-9
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])

@@ -133,6 +133,46 @@ def test_scores_prefer_the_right_model_and_have_gradients():
         assert (gradient != 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_summed_in_float32(dtype):
+    log_diag = torch.zeros(64, 64, dtype=dtype)
+    q = bg.GMRF(log_diag, bg.StencilCholesky(log_diag, torch.zeros(0, 64, 64, dtype=dtype), bg.Stencil.square(1)))
+    x = 8 * q.sample((3,))
+    single = bg.GMRF(q.loc.float(), q.precision_cholesky.to(torch.float32))
+    for score, tolerance in ((diagnostics.energy_score, 0.02), (diagnostics.variogram_score, 0.2)):
+        value = score(q, x)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, score(single, x.float()), rtol=tolerance, atol=0)  # of other samples
+    fields = 300 * torch.randn(2, 64, 64).to(dtype)
+    assert torch.equal(diagnostics.autocorrelation(fields, 2), diagnostics.autocorrelation(fields.float(), 2))
+    assert torch.equal(diagnostics.quantiles(fields).data, diagnostics.quantiles(fields.float()).data)
+    assert diagnostics.whitened_moments(q, x).mean_square.dtype == torch.float32
+
+
+def chain(ratio, size, dtype=torch.float64):
+    """x_j = ratio · x_{j+1} + noise along the first axis."""
+    log_diag = torch.zeros(size, 3, dtype=dtype)
+    off_diag = torch.full((1, size, 3), -ratio, dtype=dtype)
+    return bg.GMRF(log_diag, bg.StencilCholesky(log_diag, off_diag, bg.Stencil([(1, 0)])))
+
+
+def test_samples_that_grow():
+    assert (diagnostics.sample_growth(chain(0.5, 40)) < 3).all()
+    assert 1e7 < diagnostics.sample_growth(chain(2.0, 30)) < 2.0**30
+    assert diagnostics.sample_growth(chain(2.0, 30, torch.float32)) > 1e7
+    assert diagnostics.sample_growth(chain(1e8, 30)) > 1e200
+    assert diagnostics.sample_growth(chain(1e12, 30)) == torch.inf
+    flat, steep = chain(0.5, 30).precision_cholesky, chain(1.5, 30).precision_cholesky
+    both = bg.StencilCholesky(flat.log_diag, torch.stack([flat.off_diag, steep.off_diag]), flat.stencil)
+    growth = diagnostics.sample_growth(bg.GMRF(flat.log_diag, both))
+    assert growth.shape == (2,)
+    assert growth[0] < 3
+    assert growth[1] > 1e3
+    across = bg.StencilCholesky(flat.log_diag.mT, steep.off_diag.mT, bg.Stencil([(0, 1)]))
+    assert diagnostics.sample_growth(bg.GMRF(flat.log_diag.mT, across)) > 1e3
+    assert diagnostics.sample_growth(random_gmrf("volume", (3, 4, 3))) < 20
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -151,6 +191,7 @@ def test_scores_prefer_the_right_model_and_have_gradients():
             ValueError,
             "fields has NaN or infinite entries, expected finite ones",
         ),
+        (lambda q, x: diagnostics.sample_growth(q, 0), ValueError, "num_samples is 0, expected at least 1"),
         (lambda q, x: diagnostics.energy_score(q, x, 1), ValueError, "num_samples is 1, expected at least 2"),
         (lambda q, x: diagnostics.variogram_score(q, x, 5), ValueError, "max_lag is 5"),
         (lambda q, x: diagnostics.variogram_score(q, x, order=0), ValueError, "order is 0, expected a positive number"),

@@ -115,6 +115,16 @@ def test_monte_carlo_is_within_its_standard_error(name):
     assert (standard_error < math.sqrt(2 / 2000) * variance).all()
 
 
+def test_the_standard_error_is_that_of_the_estimates():
+    # 400 independent estimates at 12 sites; their own standard deviation is known to 1 / √(2 · 400) at each.
+    q = centred(random_cholesky(STENCILS["5x5"], (4, 3))).expand((400,))
+    q = bg.GMRF(q.loc, q.precision_cholesky)
+    variance, standard_error = q.marginal_variance("monte_carlo", num_samples=50)
+    ratio = standard_error.mean(0) / variance.std(0)
+    assert ((ratio - 1).abs() < 5 / 800**0.5).all()
+    assert abs(float(ratio.mean()) - 1) < 0.1
+
+
 def test_monte_carlo_of_independent_sites_is_exact():
     q = centred(random_cholesky(STENCILS["diagonal"], (3, 4), batch=(2,)))
     torch.testing.assert_close(q.marginal_variance("monte_carlo", num_samples=1), q.marginal_variance("exact"), **CLOSE)
