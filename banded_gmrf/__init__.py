@@ -25,6 +25,7 @@ from .analysis.divergence import kl_divergence
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .gmrf import GMRF
 from .inference.constraints import ConstrainedGMRF
+from .inference.laplace import LaplaceGMRF
 from .inference.posterior import ConditionalGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import car_precision, matern_precision, thin_plate_precision
@@ -39,6 +40,7 @@ __all__ = [
     "GMRF",
     "ConditionalGMRF",
     "ConstrainedGMRF",
+    "LaplaceGMRF",
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",

@@ -11,6 +11,7 @@ from gmrf_kernels.checks import broadcast_batch, check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
 from .constraints import ConstrainedGMRF
+from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
 from .posterior import ConditionalGMRF
 from .seen_through import SeenThrough
@@ -163,6 +164,47 @@ class Conditionable:
             TypeError, ValueError: as for `ConstrainedGMRF`.
         """
         return ConstrainedGMRF(self, A, e, self._validate_args)
+
+    def laplace(
+        self,
+        log_likelihood: LogLikelihood,
+        tolerance: float = 1e-10,
+        max_iterations: int = 100,
+        *,
+        operator: LinearOperator | None = None,
+        method: str = "auto",
+    ) -> LaplaceGMRF:
+        """Laplace's approximation of the posterior under any log likelihood: counts, classes, noise with heavy tails.
+
+        For counts, say: ``q.laplace(lambda x: torch.distributions.Poisson(x.exp()).log_prob(counts))``. The mode comes from
+        damped Newton iterations, derivatives of the log likelihood by autograd. Differentiable once, in the prior and in
+        whatever the log likelihood is made of.
+
+        Args:
+            log_likelihood: takes a field (*batch, *grid) in float64, with an operator A x (*batch, *output_shape), and gives
+                the log density of the observation at each of its sites, in nats, of the same shape up to its own batch. It is
+                twice differentiable, and 0 where nothing was observed. It need not be concave.
+            tolerance: the iteration stops after a step that promises at most this many nats.
+            max_iterations: of Newton's method; if they do not suffice, it warns (RuntimeWarning).
+            operator: as for `posterior`.
+            method: as for `condition`, of each step and of the result.
+
+        Returns:
+            A `LaplaceGMRF`, a `ConditionalGMRF` around the mode; its ``log_evidence`` is Laplace's approximation.
+
+        Raises:
+            TypeError: ``log_likelihood`` is no function, or ``operator`` has no adjoint.
+            ValueError: a log likelihood of another shape, not finite at the prior's mean, or with a derivative that is NaN;
+                ``tolerance`` or ``max_iterations`` out of range; with ``validate_args``, a log likelihood of one site that
+                depends on others.
+            torch.linalg.LinAlgError: the log density has no curvature at its mode.
+            NotImplementedError: under a transformation of `torch.func`.
+        """
+        if operator is not None:
+            operator = as_operator(operator).bind(self.event_shape, self.loc.device)
+            if self._validate_args:
+                check_adjoint(operator, self.loc.device)
+        return laplace(self, log_likelihood, operator, tolerance, max_iterations, method, self._validate_args)
 
     def mean_in_double(self) -> Tensor:
         """The mean in float64, (*batch, *grid)."""

@@ -70,6 +70,7 @@ class ConditionalGMRF(Distribution):
     """
 
     has_rsample = True
+    _own: tuple[str, ...] = ("_system", "_known", "_model", "_values", "_observations")  # what an expansion shares
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, as torch's own
 
     def __init__(
@@ -108,7 +109,7 @@ class ConditionalGMRF(Distribution):
         new = self._get_checked_instance(ConditionalGMRF, _instance)
         batch_shape = torch.Size(batch_shape)
         new._prior = self._prior.expand(batch_shape)
-        for name in ("_system", "_known", "_model", "_values", "_observations"):
+        for name in self._own:
             setattr(new, name, getattr(self, name))
         super(ConditionalGMRF, new).__init__(batch_shape, self._event_shape, validate_args=False)
         new._validate_args = self._validate_args

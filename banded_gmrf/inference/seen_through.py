@@ -24,35 +24,35 @@ class SeenThrough:
     diagonal = None
 
     def __init__(self, operator: LinearOperator, noise: IndependentNoise | CorrelatedNoise):
-        self._operator, self._noise = operator, noise
+        self._operator, self.noise = operator, noise
         self.batch_shape = torch.broadcast_shapes(operator.batch_shape, noise.batch_shape)
         self.event_shape = operator.output_shape
 
     def observed(self, values: Tensor) -> Tensor:
         """``values`` where they are observed, 0 elsewhere."""
-        return self._noise.observed(values)
+        return self.noise.observed(values)
 
     def precision(self, x: Tensor) -> Tensor:
         """W x."""
-        return self._operator.adjoint(self._noise.precision(self._operator(x)))
+        return self._operator.adjoint(self.noise.precision(self._operator(x)))
 
     def score(self, values: Tensor, x: Tensor) -> Tensor:
         """The derivative of log p(values | x) by x."""
-        return self._operator.adjoint(self._noise.score(values, self._operator(x)))
+        return self._operator.adjoint(self.noise.score(values, self._operator(x)))
 
     def root(self, z: Tensor) -> Tensor:
         """M z with M Mᵀ = W."""
-        return self._operator.adjoint(self._noise.root(z))
+        return self._operator.adjoint(self.noise.root(z))
 
     def log_likelihood(self, values: Tensor, x: Tensor) -> Tensor:
         """log p(values | x), (*batch) in nats."""
-        return self._noise.log_likelihood(values, self._operator(x))
+        return self.noise.log_likelihood(values, self._operator(x))
 
     def matrix(self) -> Tensor:
         """W, dense: (*batch, n, n)."""
         A = self._operator.to_dense()
         columns = A.movedim(-1, 0).unflatten(-1, self.event_shape)
-        weighted = self._noise.precision(columns)
+        weighted = self.noise.precision(columns)
         return A.mT @ weighted.flatten(weighted.ndim - len(self.event_shape)).movedim(0, -1)
 
     def preconditioner(self, factor: StencilCholesky) -> Callable[[Tensor], Tensor]:

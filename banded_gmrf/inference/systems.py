@@ -199,7 +199,7 @@ class PosteriorSystem:
 
     def _is_transformed(self) -> bool:
         """Whether A depends on something that a transformation of torch maps over or differentiates."""
-        return _transforming() and _is_transformed(self._probe())
+        return is_transforming() and _is_transformed(self._probe())
 
     @torch.no_grad()
     def _iterate(self, b: Tensor) -> Tensor:
@@ -232,13 +232,13 @@ class PosteriorSystem:
         """
         factor, known = self.prior_factor, self.known.double()
         owed = squares_matvec(factor, known)
-        diag = (factor.diag.square() + self._model.diagonal + owed).sqrt()
+        diag = (factor.diag.square() + self._model.diagonal.clamp(min=0) + owed).sqrt()
         _, both_free = gmrf_kernels.outer(1 - known, 1 - known, factor.stencil.offsets, factor.stencil.ndim)
         off_diag = factor.coefficients.off_diag.where(both_free > 0, 0)
         return StencilCholesky(diag.log().masked_fill(self.known, 0), off_diag, factor.stencil)
 
 
-def _transforming() -> bool:
+def is_transforming() -> bool:
     """Whether code runs inside a transformation of `torch.func`, or in forward mode."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
