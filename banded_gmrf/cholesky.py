@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 import gmrf_kernels
+from gmrf_kernels import operators
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
+from gmrf_kernels.ops import apply
 
 from .batched import Batched, expanded, register_pytree
 from .coefficients import Coefficients
@@ -200,11 +202,11 @@ class StencilCholesky(Batched):
             TypeError: another dtype than the factor's (float32 is accepted beside float16 and bfloat16).
             ValueError: another grid or device, or a batch that does not broadcast.
         """
-        return self._apply(gmrf_kernels.matvec, "x", x, transpose)
+        return self._apply(operators.matvec, "x", x, transpose)
 
     def solve(self, b: Tensor, transpose: bool = False) -> Tensor:
         """L⁻¹b, or L⁻ᵀb with ``transpose``; shapes and errors as for `matvec`."""
-        return self._apply(gmrf_kernels.solve, "b", b, transpose)
+        return self._apply(operators.solve, "b", b, transpose)
 
     def nearest(self, stencil: Stencil) -> "StencilCholesky":
         """The factor with another stencil whose distribution is nearest to this one's, as `from_covariance` defines it.
@@ -286,12 +288,20 @@ class StencilCholesky(Batched):
         new.stencil, new._batch_shape = static, batch_shape
         return new
 
-    def _apply(self, operation, name: str, vector: Tensor, transpose: bool) -> Tensor:
-        check_vector(name, vector, "the factor", self._off_diag, self.grid)
-        vector_batch = vector.shape[: vector.ndim - len(self.grid)]
-        batch = broadcast_batch(name, vector_batch, "the factor", self.batch_shape)
-        vector = vector.expand(*batch, *self.grid)
-        return operation(self._log_diag, self._off_diag, vector, self.stencil.offsets, self.stencil.ndim, transpose, log=True)
+    def _apply(self, operator: operators.Operator, name: str, vector: Tensor, transpose: bool) -> Tensor:
+        stencil, grid = self.stencil, self.grid
+        check_vector(name, vector, "the factor", self._off_diag, grid)
+        batch, given = self.batch_shape, vector.shape[: vector.ndim - len(grid)]
+        if given != batch:
+            batch = broadcast_batch(name, given, "the factor", batch)
+            if given != batch:
+                vector = vector.expand(*batch, *grid)
+        # What `expand` repeated is one factor that several vectors share.
+        own = self._log_diag.shape[: self._log_diag.ndim - len(grid)]
+        stored = batch if own == batch else self._stored_batch_shape()
+        return apply(
+            operator, name, self._log_diag, self._off_diag, vector, stored, stencil.offsets, len(grid), transpose, log=True
+        )
 
     def __repr__(self) -> str:
         return (

@@ -15,24 +15,38 @@ class Finite(constraints.Constraint):
         super().__init__()
 
     def check(self, value: Tensor) -> Tensor:
+        once = _without_repetitions(value, self.event_dim)
+        if _sum_is_finite(once):
+            return torch.ones((), dtype=torch.bool, device=value.device).expand(value.shape[: -self.event_dim])
+        return self._looked_into(once).expand(value.shape[: -self.event_dim])
+
+    def _looked_into(self, value: Tensor) -> Tensor:
         return value.isfinite().flatten(-self.event_dim).all(-1)
 
 
-class FiniteWhereItExists(constraints.Constraint):
+class FiniteWhereItExists(Finite):
     """Off-diagonals (*batch, K-1, *grid) whose existing entries are finite; the others are ignored."""
 
     def __init__(self, stencil: Stencil):
         self._stencil = stencil
-        self.event_dim = stencil.ndim + 1
-        super().__init__()
+        super().__init__(stencil.ndim + 1)
 
-    def check(self, value: Tensor) -> Tensor:
-        batch = value.shape[: -self.event_dim]
-        for axis, stride in enumerate(value.stride()[: len(batch)]):
-            if stride == 0 and batch[axis] > 1:  # one factor shared along a batch axis is checked once
-                value = value.narrow(axis, 0, 1)
+    def _looked_into(self, value: Tensor) -> Tensor:
         exists = self._stencil.mask(value.shape[-self._stencil.ndim :], device=value.device)
-        return (value.isfinite() | ~exists).flatten(-self.event_dim).all(-1).expand(batch)
+        return (value.isfinite() | ~exists).flatten(-self.event_dim).all(-1)
+
+
+def _without_repetitions(value: Tensor, event_dim: int) -> Tensor:
+    """One of the tensors that are shared along a batch axis."""
+    for axis, stride in enumerate(value.stride()[: value.ndim - event_dim]):
+        if stride == 0 and value.shape[axis] > 1:
+            value = value.narrow(axis, 0, 1)
+    return value
+
+
+def _sum_is_finite(value: Tensor) -> bool:
+    """True only where all numbers are finite, in one pass that writes nothing; sums of such numbers may still overflow."""
+    return bool(value.detach().sum().isfinite())
 
 
 def as_sites(sites, grid: torch.Size, device: torch.device) -> Tensor:

@@ -75,7 +75,7 @@ def broadcast_batch(name: str, batch: Sequence[int], other_name: str, other: Seq
         ) from None
 
 
-def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: Tensor, grid: Sequence[int]) -> None:
+def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: Tensor, grid: torch.Size) -> None:
     """Check a vector (*sample, *batch, *grid) against the factor that it meets.
 
     Raises:
@@ -83,7 +83,7 @@ def check_vector(name: str, vector: Tensor, coefficient_name: str, coefficient: 
         ValueError: its grid or its device is not the factor's.
     """
     check_tensor(name, vector)
-    if vector.ndim < len(grid) or vector.shape[vector.ndim - len(grid) :] != torch.Size(grid):
+    if vector.ndim < len(grid) or vector.shape[vector.ndim - len(grid) :] != grid:
         raise ValueError(f"{name} has shape {tuple(vector.shape)}, expected (..., {', '.join(map(str, grid))})")
     if vector.dtype != accumulate_dtype(coefficient.dtype):
         check_dtype(name, vector, coefficient_name, coefficient)

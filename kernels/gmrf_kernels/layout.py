@@ -1,6 +1,7 @@
 """Batch axes of vectors and factors, sorted into those that own a factor and those that share one."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,29 +10,55 @@ from .checks import broadcast_batch
 
 
 class Layout:
-    """How the batch axes of vectors and factors map to the canonical (S, B, *grid) and (B, ...), and back."""
+    """How the batch axes of vectors and factors map to the canonical (S, B, *grid) and (B, ...), and back.
 
-    def __init__(self, name: str, vector: Tensor, factor_batch: torch.Size, grid: torch.Size):
-        batch = broadcast_batch(name, vector.shape[: vector.ndim - len(grid)], "the factor", factor_batch)
-        padded = (1,) * (len(batch) - len(factor_batch)) + tuple(factor_batch)
-        shared = [axis for axis, size in enumerate(padded) if size == 1]
-        own = [axis for axis, size in enumerate(padded) if size != 1]
-        self.batch, self.grid = batch, grid
+    What has the canonical shape already is passed on as it is: an operation of torch that does nothing takes a microsecond.
+    """
+
+    def __init__(self, name: str, vector_batch: torch.Size, factor_batch: torch.Size, grid: torch.Size):
+        samples = len(vector_batch) - len(factor_batch)
+        if samples >= 0 and vector_batch[samples:] == factor_batch:
+            batch = vector_batch
+        else:
+            batch = broadcast_batch(name, vector_batch, "the factor", factor_batch)
+            samples = len(batch) - len(factor_batch)
+        self.batch, self.grid, self.factor_batch = batch, grid, factor_batch
+        shared = [*range(samples), *(samples + axis for axis, size in enumerate(factor_batch) if size == 1)]
+        own = [samples + axis for axis, size in enumerate(factor_batch) if size != 1]
         self.order = (*shared, *own)
+        self.sorted = self.order == tuple(range(len(batch)))
         self.canonical = (math.prod([batch[axis] for axis in shared]), math.prod([batch[axis] for axis in own]))
 
     def vector(self, x: Tensor) -> Tensor:
         """(*sample, *batch, *grid) to (S, B, *grid)."""
-        expanded = x.expand(*self.batch, *self.grid)
-        grid_axes = range(len(self.batch), expanded.ndim)
-        return expanded.permute(*self.order, *grid_axes).reshape(*self.canonical, *self.grid)
+        if x.shape[: x.ndim - len(self.grid)] != self.batch:
+            x = x.expand(*self.batch, *self.grid)
+        if not self.sorted:
+            x = x.permute(*self.order, *range(len(self.batch), x.ndim))
+        return _reshaped(x, (*self.canonical, *self.grid))
 
     def factor(self, t: Tensor, ndim: int) -> Tensor:
-        """(*batch, ...), with ``ndim`` axes after the batch, to (B, ...)."""
-        return t.reshape(self.canonical[1], *t.shape[t.ndim - ndim :])
+        """(*batch, ...), with ``ndim`` axes after a batch that may lack repetitions, to (B, ...)."""
+        rest = t.shape[t.ndim - ndim :]
+        if t.shape[: t.ndim - ndim] != self.factor_batch:
+            t = t.expand(*self.factor_batch, *rest)
+        return _reshaped(t, (self.canonical[1], *rest))
 
     def batched(self, t: Tensor) -> Tensor:
         """(S, B, ...) back to the broadcast batch axes."""
+        rest = t.shape[2:]
+        if self.sorted:
+            return _reshaped(t, (*self.batch, *rest))
         back = sorted(range(len(self.order)), key=self.order.__getitem__)
-        unflat = t.reshape((*(self.batch[axis] for axis in self.order), *t.shape[2:]))
+        unflat = t.reshape((*(self.batch[axis] for axis in self.order), *rest))
         return unflat.permute((*back, *range(len(back), unflat.ndim)))
+
+
+def _reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
+    if t.shape == shape:
+        return t
+    if t.shape == shape[1:] and shape[0] == 1:  # one vector for each factor, to canonical
+        return t.unsqueeze(0)
+    if t.shape[1:] == shape and t.shape[0] == 1:  # and back
+        return t.squeeze(0)
+    return t.reshape(shape)

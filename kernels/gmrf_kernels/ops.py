@@ -15,30 +15,41 @@ from .layout import Layout
 from .stencils import Offsets
 
 
-def _expand_factor(diag: Tensor, off_diag: Tensor, ndim: int, batch: torch.Size) -> tuple[Tensor, Tensor]:
-    """Both tensors with one batch shape."""
-    return (
-        diag.expand(*batch, *diag.shape[diag.ndim - ndim :]),
-        off_diag.expand(*batch, *off_diag.shape[-ndim - 1 :]),
-    )
-
-
-def _apply(operator, name, diag, off_diag, x, offsets, ndim, transpose, log):
-    batch = check_factor(diag, off_diag, len(offsets), ndim)
-    grid = diag.shape[diag.ndim - ndim :]
-    check_vector(name, x, "off_diag", off_diag, grid)
-    diag, off_diag = _expand_factor(diag, off_diag, ndim, batch)
-    dtype = accumulate_dtype(x.dtype)
-    layout = Layout(name, x, diag.shape[: diag.ndim - ndim], grid)
+def apply(
+    operator: operators.Operator,
+    name: str,
+    diag: Tensor,
+    off_diag: Tensor,
+    vector: Tensor,
+    factor_batch: torch.Size,
+    offsets: Offsets,
+    ndim: int,
+    transpose: bool,
+    log: bool,
+) -> Tensor:
+    """`matvec` or `solve` of arguments that were checked, but for the broadcast of the vector with the factor's batch."""
+    batch_ndim = vector.ndim - ndim
+    dtype = accumulate_dtype(vector.dtype)
+    layout = Layout(name, vector.shape[:batch_ndim], factor_batch, vector.shape[batch_ndim:])
     y = operator(
-        layout.factor(diag.to(dtype), ndim),
+        layout.factor(_converted(diag, dtype), ndim),
         layout.factor(off_diag, ndim + 1),
-        layout.vector(x.to(dtype)),
+        layout.vector(_converted(vector, dtype)),
         offsets,
         transpose,
         log,
     )
-    return layout.batched(y).to(x.dtype)
+    return _converted(layout.batched(y), vector.dtype)
+
+
+def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
+
+
+def _checked_apply(operator, name, diag, off_diag, vector, offsets, ndim, transpose, log):
+    batch = check_factor(diag, off_diag, len(offsets), ndim)
+    check_vector(name, vector, "off_diag", off_diag, diag.shape[diag.ndim - ndim :])
+    return apply(operator, name, diag, off_diag, vector, batch, offsets, ndim, transpose, log)
 
 
 def matvec(
@@ -64,14 +75,14 @@ def matvec(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
     """
-    return _apply(operators.matvec, "x", diag, off_diag, x, offsets, ndim, transpose, log)
+    return _checked_apply(operators.matvec, "x", diag, off_diag, x, offsets, ndim, transpose, log)
 
 
 def solve(
     diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, ndim: int, transpose: bool = False, log: bool = False
 ) -> Tensor:
     """Solution of L x = b, or of Lᵀx = b with ``transpose``; arguments, shapes and errors as for `matvec`."""
-    return _apply(operators.solve, "b", diag, off_diag, b, offsets, ndim, transpose, log)
+    return _checked_apply(operators.solve, "b", diag, off_diag, b, offsets, ndim, transpose, log)
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 0) -> tuple[Tensor, Tensor]:
@@ -102,7 +113,8 @@ def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 
         raise ValueError(f"a has the empty grid {tuple(grid)}, every axis needs at least one site")
     canonical = (math.prod(a.shape[:sample_ndim]), math.prod(batch), *grid)
     dtype = accumulate_dtype(a.dtype)
-    diag, off_diag = operators.outer(a.to(dtype).reshape(canonical), b.to(dtype).reshape(canonical), offsets, a.dtype)
+    a_vectors, b_vectors = (_converted(t, dtype).reshape(canonical) for t in (a, b))
+    diag, off_diag = operators.outer(a_vectors, b_vectors, offsets, a.dtype)
     return diag.reshape(*batch, *grid).to(a.dtype), off_diag.reshape(*batch, len(offsets), *grid)
 
 
@@ -123,12 +135,11 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
     batch = check_factor(log_diag, off_diag, len(offsets), ndim, "log_diag")
     grid = log_diag.shape[log_diag.ndim - ndim :]
     check_vector("residual", residual, "off_diag", off_diag, grid)
-    log_diag, off_diag = _expand_factor(log_diag, off_diag, ndim, batch)
     dtype = accumulate_dtype(residual.dtype)
-    layout = Layout("residual", residual, log_diag.shape[: log_diag.ndim - ndim], grid)
+    layout = Layout("residual", residual.shape[: residual.ndim - ndim], batch, grid)
     value, _ = operators.nll(
-        layout.vector(residual.to(dtype)),
-        layout.factor(log_diag.to(dtype), ndim),
+        layout.vector(_converted(residual, dtype)),
+        layout.factor(_converted(log_diag, dtype), ndim),
         layout.factor(off_diag, ndim + 1),
         offsets,
     )

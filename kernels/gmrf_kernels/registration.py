@@ -10,7 +10,7 @@ import operator
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
@@ -18,12 +18,15 @@ from .stencils import flatten, unflatten
 
 _library = torch.library.Library("gmrf_kernels", "DEF")
 
+# Looked up once: together they run at every call.
+_dispatch_keys = _C._dispatch_keys
+
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
 
 def _key_set(*names: str) -> int:
     """A set of dispatch keys, as its bits."""
-    keys = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    keys = (_C.DispatchKeySet(getattr(_C.DispatchKey, name)) for name in names)
     return functools.reduce(operator.or_, keys).raw_repr()
 
 
@@ -106,12 +109,12 @@ class Operator:
         torch.library.register_vmap(f"gmrf_kernels::{name}", self._vmap, lib=_library)
 
     def __call__(self, *args):
-        if not torch.compiler.is_compiling() and _nothing_intervenes(args[: self._count]):
-            if torch.is_grad_enabled() and any(t.requires_grad for t in args[: self._count]):
+        tensors = args[: self._count]
+        if not torch.compiler.is_compiling() and _nothing_intervenes(tensors):
+            if _requires_grad(tensors):
                 return self._differentiable(*args, self._kernel)
             return self._kernel(*args)
-        tensors, offsets, options = args[: self._count], args[self._count], args[self._count + 1 :]
-        return self.op(*tensors, flatten(offsets), *options)
+        return self.op(*tensors, flatten(args[self._count]), *args[self._count + 1 :])
 
     def _with_offsets(self, args: Sequence) -> list:
         """The arguments of the schema as those of the kernel."""
@@ -121,11 +124,15 @@ class Operator:
 
     def _autograd(self, keyset, *args):
         """Below autograd, the dispatcher goes on: to the next transformation, or to the kernel."""
-        below = keyset & torch._C._after_autograd_keyset
+        below = keyset & _C._after_autograd_keyset
+        transformed = forward_ad._current_level >= 0 or _C._are_functorch_transforms_active()
+        if not transformed and not _requires_grad(args[: self._count]):
+            with _C._AutoDispatchBelowAutograd():
+                return self.op.redispatch(below, *args)
 
         def values(*_):
             # Both modes are off inside of an autograd function and of its rules; transformations further out need them on.
-            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), _C._AutoDispatchBelowAutograd():
                 return self.op.redispatch(below, *args)
 
         with enable_single_level_autograd_function():
@@ -157,15 +164,25 @@ def _into_axis(tensor: Tensor, in_dim: int | None, size: int, axis: int) -> Tens
     return tensor.flatten(axis, axis + 1)
 
 
+def _requires_grad(tensors: Sequence[Tensor]) -> bool:
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                return True
+    return False
+
+
 def _nothing_intervenes(tensors: Sequence[Tensor]) -> bool:
     """Nothing but autograd in reverse mode would see a call of torch's dispatcher with these tensors."""
+    for t in tensors:
+        if type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() not in _PLAIN_KEYS:
+            return False
     return (
         forward_ad._current_level < 0
-        and torch._C._dynamo.eval_frame.get_eval_frame_callback() is None
-        and not torch._C._len_torch_dispatch_stack()
-        and not torch._C._len_torch_function_stack()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._get_tracing_state() is None
+        and _C._dynamo.eval_frame.get_eval_frame_callback() is None
+        and not _C._len_torch_dispatch_stack()
+        and not _C._len_torch_function_stack()
+        and not _C._are_functorch_transforms_active()
+        and _C._get_tracing_state() is None
         and not torch.autograd._profiler_enabled()
-        and all(type(t) in _PLAIN_TYPES and torch._C._dispatch_keys(t).raw_repr() in _PLAIN_KEYS for t in tensors)
     )
