@@ -25,6 +25,7 @@ from .analysis.divergence import kl_divergence
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .gmrf import GMRF
 from .inference.constraints import ConstrainedGMRF
+from .inference.evidence import EvidenceFit, maximum_evidence
 from .inference.laplace import LaplaceGMRF
 from .inference.posterior import ConditionalGMRF
 from .precision_matrix import StencilPrecision
@@ -40,6 +41,7 @@ __all__ = [
     "GMRF",
     "ConditionalGMRF",
     "ConstrainedGMRF",
+    "EvidenceFit",
     "LaplaceGMRF",
     "Stencil",
     "StencilCholesky",
@@ -48,6 +50,7 @@ __all__ = [
     "diagnostics",
     "kl_divergence",
     "matern_precision",
+    "maximum_evidence",
     "negative_log_likelihood",
     "operators",
     "precisions",

@@ -1,5 +1,6 @@
 """Matérn fields, as solutions of a stochastic partial differential equation."""
 
+import functools
 import itertools
 import math
 import operator
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..precision_matrix import StencilPrecision
+from ..stencil import Stencil
 from .parameters import differences, positive
 
 
@@ -59,17 +61,24 @@ def matern_precision(
     variance = positive("variance", variance, ndim, dtype, device)
     kappa2 = 8 * smoothness / correlation_range.square()
     tau2 = math.gamma(smoothness) / (math.gamma(alpha) * (4 * math.pi) ** (ndim / 2) * kappa2**smoothness * variance)
-    laplacian = sum(D.T @ D for D in (differences(grid, (axis,)) for axis in range(ndim)))
+    stencil, diags, off_diags = _laplacian_powers(tuple(grid), alpha)
+    weights = [math.comb(alpha, m) * tau2 * kappa2 ** (alpha - m) for m in range(alpha + 1)]
+    diag = sum(weight * power.to(weight) for weight, power in zip(weights, diags, strict=True))
+    off_diag = sum(weight.unsqueeze(-ndim - 1) * power.to(weight) for weight, power in zip(weights, off_diags, strict=True))
+    return StencilPrecision(diag, off_diag, stencil)
+
+
+@functools.lru_cache(maxsize=8)
+def _laplacian_powers(grid: tuple[int, ...], alpha: int) -> tuple[Stencil, list[Tensor], list[Tensor]]:
+    """The stencil of G^alpha, and the diagonals and off-diagonals of G⁰ to G^alpha on it: a fit asks for them at every step."""
+    laplacian = sum(D.T @ D for D in (differences(grid, (axis,)) for axis in range(len(grid))))
     powers = itertools.accumulate([laplacian] * alpha, operator.matmul, initial=scipy.sparse.eye_array(math.prod(grid)))
     terms = [StencilPrecision.from_matrix(power, grid) for power in powers]
     # It has every offset of the lower powers: whatever m, the entries of Gᵐ at odd distances are ≤ 0, the others ≥ 0, so that
     # nothing cancels from one power to the next.
     stencil = terms[-1].stencil
-    diag = off_diag = 0
-    for m, term in enumerate(terms):
-        weight = math.comb(alpha, m) * tau2 * kappa2 ** (alpha - m)
+    off_diags = []
+    for term in terms:
         where = torch.tensor([stencil.offsets.index(offset) for offset in term.stencil.offsets], dtype=torch.int64)
-        entries = torch.zeros(len(stencil), *grid, dtype=torch.float64).index_copy(0, where, term.off_diag)
-        diag = diag + weight * term.diag.to(weight)
-        off_diag = off_diag + weight.unsqueeze(-ndim - 1) * entries.to(weight)
-    return StencilPrecision(diag, off_diag, stencil)
+        off_diags.append(torch.zeros(len(stencil), *grid, dtype=torch.float64).index_copy(0, where, term.off_diag))
+    return stencil, [term.diag for term in terms], off_diags
