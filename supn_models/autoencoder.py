@@ -7,7 +7,8 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
-from .layers import check_features, check_positive_int, conv, normalization, upsample
+from .layers import check_features, check_positive_int, conv, normalization
+from .upsampling import upsample
 
 
 class ConvEncoder(nn.Module):

@@ -11,7 +11,8 @@ import banded_gmrf as bg
 
 from .autoencoder import ConvDecoder
 from .head import StencilCholeskyHead
-from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv, upsample
+from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv
+from .upsampling import upsample
 
 
 class CovarianceNetwork(nn.Module):

@@ -1,7 +1,6 @@
 """What the networks share: layers for 1 to 3 grid axes, and checks of their arguments."""
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,12 @@ from banded_gmrf import Stencil
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # exp(±10) around an initial standard deviation: far beyond what residuals in one image span, and far within float32.
 MAX_LOG_RATIO = 10.0
-_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 
 def conv(ndim: int, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
     """A convolution over ``ndim`` axes, padded so that stride 1 keeps a grid's size n and stride 2 makes it ceil(n / 2)."""
     return _CONV[ndim](in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
-
-
-def upsample(x: Tensor, grid: Sequence[int]) -> Tensor:
-    """Interpolate x (B, C, *coarse) linearly onto a finer grid of any size: (B, C, *grid)."""
-    return nn.functional.interpolate(x, size=tuple(grid), mode=_LINEAR[len(grid)])
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 import banded_gmrf as bg
 from supn_models import ConvAutoencoder, CovarianceMLP, CovarianceNetwork, LatentCovarianceNetwork, StructuredLikelihood
+from tests.marks import needs_inductor
 
 STENCIL, GRID = bg.Stencil.square(3), (9, 7)
 AUTO = torch.export.Dim.AUTO
@@ -159,6 +160,34 @@ def test_compiled_network_gives_a_factor(keep_torch_defaults):
     torch.testing.assert_close(gradients(network, nll(compiled(image), residual)), expected)
     with torch.no_grad():
         assert type(compiled(image)) is bg.StencilCholesky
+
+
+@needs_inductor
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch's own, when inductor is first imported
+def test_every_layer_of_a_network_compiled_by_inductor_has_its_gradient(keep_torch_defaults):
+    """Of torch's own interpolation, layers below it got a gradient of 0: see `supn_models.upsampling`."""
+    network, image, weights = covariance_network(), torch.rand(2, 1, 16, 16), torch.randn(2, 16, 16)
+    expected, actual = (
+        gradients(network, (forward(image).log_diag * weights).sum()) for forward in (network, torch.compile(network))
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)  # float32, and gradients of up to 10
+
+
+@pytest.mark.parametrize("grids", [((5,), (3,)), ((7, 1), (4, 1)), ((3, 6, 5), (2, 3, 3))])
+def test_interpolation_of_compiled_code_is_torchs(grids):
+    fine, coarse = grids
+    x = torch.rand(2, 3, *coarse, dtype=torch.float64, requires_grad=True)
+    upsample, adjoint = torch.ops.supn_models.upsample.default, torch.ops.supn_models.upsample_adjoint.default
+    mode = ("linear", "bilinear", "trilinear")[len(fine) - 1]
+    assert torch.equal(upsample(x, fine), nn.functional.interpolate(x, size=fine, mode=mode))
+    torch.autograd.gradcheck(lambda x: upsample(x, fine), x)
+    torch.autograd.gradgradcheck(lambda x: upsample(x, fine), x)
+    torch.library.opcheck(upsample, (x, fine))
+    torch.library.opcheck(adjoint, (upsample(x, fine).detach().requires_grad_(), coarse))
+    many = torch.rand(2, 4, 3, *coarse)
+    torch.testing.assert_close(
+        torch.vmap(lambda x: upsample(x, fine), 1, 1)(many), torch.stack([upsample(x, fine) for x in many.unbind(1)], 1)
+    )
 
 
 def test_backward_hook_of_a_module_warns_that_it_is_not_called():
