@@ -21,36 +21,47 @@ class StencilCholeskyHead(nn.Module):
 
     With a stencil that has no offsets (``Stencil.square(1)``) the prediction stays diagonal.
 
+    With ``out_channels``, the factor is that of a field of so many correlated channels, such as colours: its grid is (*grid,
+    out_channels), the stencil's last axis counts channels, and each channel has K values per site of its own.
+
     Source: Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018, section 4, which predicts the same K values
     per pixel without the scaling of the off-diagonals.
 
     Args:
         in_channels: C.
-        stencil: stencil of 1, 2 or 3 axes; as many grid axes are expected.
+        stencil: stencil of 1, 2 or 3 axes; as many grid axes are expected, with ``out_channels`` one less.
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+        out_channels: channels of the field; None for a field without an axis of channels.
 
     Raises:
         ValueError: an argument out of range, or features of another shape.
     """
 
-    def __init__(self, in_channels: int, stencil: bg.Stencil, initial_stddev: float = 1.0):
+    def __init__(self, in_channels: int, stencil: bg.Stencil, initial_stddev: float = 1.0, out_channels: int | None = None):
         super().__init__()
         check_positive_int("in_channels", in_channels)
         check_stencil(stencil)
         check_stddev("initial_stddev", initial_stddev)
-        self.in_channels = in_channels
+        if out_channels is not None:
+            check_positive_int("out_channels", out_channels)
+            if stencil.ndim == 1:
+                raise ValueError("stencil has 1 axis, with out_channels it needs one or two more for the grid")
+        self.in_channels, self.out_channels = in_channels, out_channels
         self.stencil = stencil
+        self.ndim = stencil.ndim - (out_channels is not None)
         self.initial_stddev = float(initial_stddev)
-        self.conv = conv(stencil.ndim, in_channels, 1 + len(stencil), kernel_size=1)
+        self.conv = conv(self.ndim, in_channels, (1 + len(stencil)) * (out_channels or 1), kernel_size=1)
         nn.init.zeros_(self.conv.weight)
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> bg.StencilCholesky:
-        """The factors, batch (B,), of features (B, C, *grid)."""
-        check_features("features", features, self.in_channels, self.stencil.ndim)
+        """The factors, batch (B,), of features (B, C, *grid): on the grid (*grid,) or (*grid, out_channels)."""
+        check_features("features", features, self.in_channels, self.ndim)
         # In the precision of the weights under autocast, too: a likelihood feels errors of its factor that no feature shows.
         with torch.autocast(features.device.type, enabled=False):
             out = self.conv(features.to(self.conv.weight.dtype))
+        if self.out_channels is not None:
+            out = out.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
         # Bounded: features far from any seen in training must not make exp overflow.
         log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return predicted_factor(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)

@@ -1,9 +1,11 @@
 """The head and the networks: shapes, the promised first prediction, gradients, and arguments that do not fit."""
 
 import json
+import math
 
 import pytest
 import torch
+from torch import nn
 
 import banded_gmrf as bg
 from supn_models import (
@@ -82,6 +84,44 @@ def test_one_seed_gives_one_trunk_whatever_the_stencil():
     assert all(torch.equal(trunks[0][key], trunks[1][key]) for key in trunks[0])
 
 
+def test_head_of_channels_that_are_not_coupled_is_a_head_for_each():
+    """Colours as the last axis of the grid: three channels, and a stencil that does not reach from one to another."""
+    plane = bg.Stencil.square(3)
+    colours = bg.Stencil([(*offset, 0) for offset in plane.offsets])
+    head, features = StencilCholeskyHead(4, colours, 0.1, out_channels=3), torch.randn(2, 4, 5, 6)
+    nn.init.normal_(head.conv.weight, std=0.1)
+    L = head(features)
+    assert (L.batch_shape, L.grid) == ((2,), (5, 6, 3))
+    residual = torch.randn(2, 5, 6, 3)
+    likelihoods = []
+    for channel in range(3):
+        alone = StencilCholeskyHead(4, plane, 0.1)
+        alone.load_state_dict({name: tensor[channel::3] for name, tensor in head.state_dict().items()})
+        single = alone(features)
+        assert torch.equal(single.log_diag, L.log_diag[..., channel])
+        assert torch.equal(single.off_diag, L.off_diag[..., channel])
+        likelihoods.append(nll(single, residual[..., channel]))
+    torch.testing.assert_close(nll(L, residual), sum(likelihoods))
+
+
+@pytest.mark.parametrize("grid", [(5, 6), (1, 1), (4,)])
+def test_head_of_channels_learns_that_they_are_correlated(grid):
+    """From equal values in all channels: the diagonal start cannot say so, a step of the head does."""
+    stencil = bg.Stencil.box((*[0] * len(grid), 2))  # all pairs of channels of one site
+    head, features = StencilCholeskyHead(2, stencil, out_channels=3), torch.ones(64, 2, *grid)
+    residual = torch.randn(64, *grid, 1) + 0.5 * torch.randn(64, *grid, 3)
+    optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nll(head(features), residual).backward()
+        optimizer.step()
+    # All sites share one 3 x 3 factor, and the likelihood's maximum is the data's own precision.
+    site = residual.reshape(-1, 3)
+    n = math.prod(grid) * 3
+    precision = head(features[:1]).to_dense()[0].reshape(n, n)[-3:, -3:]
+    torch.testing.assert_close(precision @ precision.mT, torch.linalg.inv(site.mT @ site / len(site)), rtol=0.05, atol=0.05)
+
+
 def test_head_stays_finite_far_from_training():
     head = StencilCholeskyHead(1, bg.Stencil.square(3))
     torch.nn.init.ones_(head.conv.weight)
@@ -149,6 +189,9 @@ SQUARE = bg.Stencil.square(3)
         (lambda: StencilCholeskyHead(1, SQUARE, initial_stddev=0.0), "initial_stddev is 0.0"),
         (lambda: StencilCholeskyHead(1, SQUARE, initial_stddev=float("nan")), "initial_stddev is nan"),
         (lambda: StencilCholeskyHead(4, SQUARE)(torch.rand(1, 3, 8, 8)), r"features has shape \(1, 3, 8, 8\)"),
+        (lambda: StencilCholeskyHead(1, SQUARE, out_channels=0), "out_channels is 0"),
+        (lambda: StencilCholeskyHead(1, bg.Stencil([1]), out_channels=3), "stencil has 1 axis"),
+        (lambda: StencilCholeskyHead(1, SQUARE, out_channels=3)(torch.rand(1, 1, 8, 8)), r"features has shape \(1, 1, 8, 8\)"),
         (lambda: CovarianceNetwork(1.5, SQUARE), "in_channels is 1.5"),
         (lambda: CovarianceNetwork(1, "square"), "stencil is a str"),
         (lambda: CovarianceNetwork(1, SQUARE, channels=0), "channels is 0"),
