@@ -1,10 +1,10 @@
 """Networks that predict the Cholesky factor of a precision, and the autoencoders whose residuals they explain.
 
 Their output, a factor or a distribution, is seen by what torch wraps around modules and functions: DDP and FSDP2, `torch.vmap`
-and ``functional_call``, checkpoints with ``use_reentrant=False``, `torch.compile`, and `torch.export`: with a dynamic batch, and
-of a `CovarianceNetwork` with a dynamic grid, whose coarsest level must keep two sites along each axis. A reentrant checkpoint
-of a network is refused where its factor is used. `torch.nn.DataParallel`, `torch.jit` and a backward hook of a whole network take
-tensors only, and say so.
+and ``functional_call``, checkpoints with ``use_reentrant=False``, `torch.compile`, and `torch.export` with a dynamic batch; a
+`CovarianceNetwork` also with a dynamic grid, whose coarsest level must keep two sites along each axis. A reentrant checkpoint
+of a network is refused where its factor is used. `torch.nn.DataParallel`, `torch.jit` and a backward hook of a whole network
+take tensors only, and say so.
 """
 
 from .autoencoder import ConvAutoencoder, ConvDecoder, ConvEncoder
