@@ -46,7 +46,7 @@ def _without_repetitions(value: Tensor, event_dim: int) -> Tensor:
 
 def _sum_is_finite(value: Tensor) -> bool:
     """True only where all numbers are finite, in one pass that writes nothing; sums of such numbers may still overflow."""
-    return bool(value.detach().sum().isfinite())
+    return bool(torch._is_all_true(value.detach().sum().isfinite()))  # of all that vmap maps over, as torch's own checks
 
 
 def as_sites(sites, grid: torch.Size, device: torch.device) -> Tensor:
