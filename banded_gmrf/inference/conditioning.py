@@ -10,6 +10,7 @@ from torch import Tensor
 from gmrf_kernels.checks import broadcast_batch, check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
+from ..transformations import require
 from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
@@ -229,8 +230,7 @@ class Conditionable:
             raise ValueError(
                 f"noise_variance has shape {tuple(variance.shape)}, which does not broadcast with {full}"
             ) from None
-        if not (variance >= 0).all():
-            raise ValueError("noise_variance has negative or NaN entries, expected at least 0")
+        require(variance >= 0, "noise_variance has negative or NaN entries, expected at least 0")
         return variance.expand(torch.broadcast_shapes(variance.shape, shape))
 
     def _solver(self, method: str, tolerance: float, max_iterations: int) -> dict[str, Any]:
@@ -244,8 +244,9 @@ class Conditionable:
 
 def _check_observed(prior, name: str, values: Tensor, observed: Tensor) -> None:
     """Raise ValueError, if the prior checks its arguments, for NaN or infinity where something was observed."""
-    if prior._validate_args and not (values.isfinite() | ~observed).all():
-        raise ValueError(f"{name} has NaN or infinite entries where something was observed, expected finite ones")
+    if prior._validate_args:
+        message = f"{name} has NaN or infinite entries where something was observed, expected finite ones"
+        require(values.isfinite() | ~observed, message)
 
 
 def _broadcast_batches(prior, **batches: Sequence[int]) -> None:

@@ -120,10 +120,22 @@ def test_checks_under_vmap_see_every_element():
         build(several.flip(0))
 
 
-@pytest.mark.parametrize("tool", ["log_prob", "variance", "kl_divergence", "nearest"])
+@pytest.mark.parametrize("tool", ["log_prob", "variance", "kl_divergence", "nearest", "log_evidence"])
 def test_compiled_to_one_graph(tool, monkeypatch, keep_torch_defaults):
     monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)  # several blocks
     function = TOOLS[tool]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_close(compiled(LOG_DIAG), function(LOG_DIAG))
     assert_close(by_autograd(compiled)(LOG_DIAG), by_autograd(function)(LOG_DIAG))
+
+
+def test_posteriors_of_several_noise_variances_by_vmap():
+    q = field(LOG_DIAG)
+
+    def evidence(variance):
+        return q.posterior(Y, variance).log_evidence
+
+    several = torch.tensor([0.1, 0.3, 2.0], dtype=torch.float64)
+    assert_close(vmap(evidence)(several), torch.stack([evidence(one) for one in several]))
+    with pytest.raises(ValueError, match="noise_variance has negative"):
+        vmap(evidence)(-several)
