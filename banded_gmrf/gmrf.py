@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from .analysis import marginals, spectra
@@ -208,8 +209,12 @@ class GMRF(Distribution, Batched, Conditionable):
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """loc + L⁻ᵀu with u ~ N(0, I): (*sample_shape, *batch, *grid), differentiable in ``loc`` and the factor."""
         shape = self._extended_shape(torch.Size(sample_shape))
-        u = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return self.loc + self._factor.solve(u, transpose=True)
+        u = standard_normal(shape, self.loc.dtype, self.loc.device)
+        x = self._factor.solve(u, transpose=True)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return self.loc + x
+        # Nobody else has this solution. Of large images, new memory for the sum would cost more than the numbers.
+        return x.add_(self.loc)
 
     def whiten(self, value: Tensor) -> Tensor:
         """Lᵀ(value - loc), standard normal if ``value`` follows this distribution.

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype
 
 from ..cholesky import StencilCholesky, squares_matvec
@@ -73,7 +74,7 @@ def _monte_carlo_variance(factor: StencilCholesky, num_samples: int) -> Variance
     size = max(1, _CHUNK_ELEMENTS // max(1, math.prod(shape)))
     squares = torch.zeros((), dtype=dtype, device=factor.device)
     for start in range(0, num_samples, size):
-        u = torch.randn(min(size, num_samples - start), *shape, dtype=dtype, device=factor.device)
+        u = standard_normal((min(size, num_samples - start), *shape), dtype, factor.device)
         conditional_mean = factor.solve(u, transpose=True) - factor.matvec(u) * conditional_variance
         squares = squares + conditional_mean.square().sum(0)
     explained = squares / num_samples

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
+from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from ..analysis.marginals import VarianceEstimate
@@ -192,10 +193,10 @@ class ConditionalGMRF(Distribution):
         shape, prior = self._extended_shape(torch.Size(sample_shape)), self._prior
         if not self._system.direct:
             x = prior.rsample(sample_shape)
-            z = torch.randn((*shape[: len(shape) - len(self._event_shape)], *self._model.event_shape), **self._double)
+            z = standard_normal((*shape[: len(shape) - len(self._event_shape)], *self._model.event_shape), **self._double)
             return self._correct(x, z).to(prior.loc.dtype)
         factor = self._system.factor()
-        deviation = self._system.solve_with(factor, torch.randn(shape, **self._double), root=True)
+        deviation = self._system.solve_with(factor, standard_normal(shape, **self._double), root=True)
         return (self._mean(factor) + deviation.masked_fill(self._known, 0)).to(prior.loc.dtype)
 
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
@@ -316,8 +317,8 @@ class ConditionalGMRF(Distribution):
         squares = torch.zeros((), **self._double)
         for start in range(0, num_samples, size):
             count = min(size, num_samples - start)
-            u = torch.randn((count, *self._batch_shape, *grid), **self._double)
-            z = torch.randn((count, *self._batch_shape, *model.event_shape), **self._double)
+            u = standard_normal((count, *self._batch_shape, *grid), **self._double)
+            z = standard_normal((count, *self._batch_shape, *model.event_shape), **self._double)
             rhs = (system.prior_factor.matvec(u) + model.root(z)).masked_fill(self._known, 0)
             squares = squares + (system.solve(rhs) - rhs * conditional).square().sum(0)
         explained = squares / num_samples

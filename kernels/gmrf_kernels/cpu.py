@@ -12,6 +12,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import sys
 import tempfile
 import threading
@@ -25,7 +26,7 @@ import numba
 import torch
 from torch import Tensor
 
-from . import cpu_loops, cpu_solve, cpu_unrolled, simd
+from . import cpu_loops, cpu_solve, cpu_unrolled, simd_normals
 from .memory import empty
 from .stencils import Offsets
 from .threads import run_in_threads
@@ -110,6 +111,15 @@ def nll_factor_grad(
     return _outer(residual, whitened, scale.contiguous(), log_diag, offsets, dtype)
 
 
+def standard_normal(shape: Sequence[int], dtype: torch.dtype, key: int) -> Tensor:
+    """The first numbers, in C order, of the stream of float32 or float64 numbers that has this key of 63 bits."""
+    result = empty(shape, dtype)
+    size = result.numel()
+    kernel = _compiled(simd_normals.source, _name(result), ())
+    _launch(kernel, [key, result, size], -(-size // simd_normals.block_size(_name(result))), _num_threads(size))
+    return result
+
+
 def _outer(
     a: Tensor, b: Tensor, scale: Tensor, log_diag: Tensor | None, offsets: Offsets, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -126,8 +136,8 @@ def _outer(
     return diag, off_diag
 
 
-def _name(off_diag: Tensor) -> str:
-    return str(off_diag.dtype).removeprefix("torch.")
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _prepare(*tensors: Tensor, ndim: int | None = None) -> list[Tensor]:
@@ -167,17 +177,22 @@ def _run_bands(kernel: Callable, arguments: list[Tensor | int], vector: Tensor, 
 def _run(
     kernel: Callable, arguments: Sequence[Tensor | int], vector: Tensor, items: int, threads: int, multiple: int = 1
 ) -> None:
+    """`_launch` with the sizes of the vectors as the last arguments."""
+    grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
+    if grid[-1] > _LONGEST_ROW:
+        raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
+    _launch(kernel, [*arguments, *vector.shape[:2], *grid], items, threads, multiple)
+
+
+def _launch(kernel: Callable, arguments: Sequence[Tensor | int], items: int, threads: int, multiple: int = 1) -> None:
     """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``.
 
     The kernel gets the address of each tensor among its arguments.
     """
-    grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
-    if grid[-1] > _LONGEST_ROW:
-        raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
     # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
     span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
     addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    data = array("q", [0, 0, items, span, *addresses, *vector.shape[:2], *grid])
+    data = array("q", [0, 0, items, span, *addresses])
     run_in_threads(kernel, data.buffer_info()[0], threads, owners=(data, *arguments))
 
 
@@ -224,7 +239,9 @@ def _compiled(write: Callable[..., str], dtype: str, options: tuple) -> Callable
         )
     source = write(dtype=dtype, cache=True, **dict(options))
     # Numba checks the source file, not the intrinsics that it calls.
-    digest = hashlib.sha256((source + Path(simd.__file__).read_text() + numba.__version__).encode()).hexdigest()[:24]
+    modules = [sys.modules[name] for name in re.findall(r"^from (gmrf_kernels\.\w+) import", source, re.MULTILINE)]
+    intrinsics = "".join(Path(module.__file__).read_text() for module in modules)
+    digest = hashlib.sha256((source + intrinsics + numba.__version__).encode()).hexdigest()[:24]
     name = f"{write.__name__}_{digest}.py"
     try:
         return _from_disk(source, _cache_directory() / name)

@@ -2,13 +2,14 @@ import pytest
 import torch
 
 import banded_gmrf as bg
+from gmrf_kernels import normals
 from tests.cases import STENCILS
 from tests.dense import random_factor
 
 pytestmark = pytest.mark.usefixtures("keep_torch_defaults")
 
 
-def test_a_distribution_can_live_inside_a_compiled_function():
+def test_a_distribution_can_live_inside_a_compiled_function(monkeypatch):
     stencil = STENCILS["3x3"]
 
     def score(loc, log_diag, off_diag, value):
@@ -26,4 +27,7 @@ def test_a_distribution_can_live_inside_a_compiled_function():
         values = function(*arguments)
         return values, torch.autograd.grad(sum(v.sum() for v in values), tensors)
 
-    torch.testing.assert_close(values_and_gradients(compiled), values_and_gradients(score), rtol=1e-12, atol=1e-12)
+    actual = values_and_gradients(compiled)
+    # Compiled, torch draws; of a seed it makes other numbers than the CPU backend.
+    monkeypatch.setattr(normals, "_runs_eagerly", lambda: False)
+    torch.testing.assert_close(actual, values_and_gradients(score), rtol=1e-12, atol=1e-12)

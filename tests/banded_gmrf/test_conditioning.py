@@ -5,6 +5,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import banded_gmrf as bg
+from banded_gmrf import gmrf, inference
 from banded_gmrf.inference.conjugate_gradients import conjugate_gradients
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
@@ -101,7 +102,8 @@ def test_iterative_samples_given_correlated_noise_have_the_dense_mean_and_covari
     # which give the columns of A in mean + A u.
     units = torch.cat([torch.zeros(1, 2 * n), torch.eye(2 * n)]).double().reshape(2 * n + 1, 2, 1, *grid)
     numbers = iter(units.expand(2 * n + 1, 2, 2, *grid).unbind(1))
-    monkeypatch.setattr(torch, "randn", lambda shape, **options: next(numbers).expand(shape))
+    for module in (gmrf, inference.posterior):
+        monkeypatch.setattr(module, "standard_normal", lambda shape, dtype, device: next(numbers).expand(shape))
     mean, *columns = posterior.rsample((2 * n + 1,)).flatten(2)
     monkeypatch.undo()
     torch.testing.assert_close(mean, posterior.mean.flatten(1), **CLOSE)

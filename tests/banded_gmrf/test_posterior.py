@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Distribution, MultivariateNormal
 
 import banded_gmrf as bg
-from banded_gmrf.inference import systems
+from banded_gmrf.inference import posterior, systems
 from tests.banded_gmrf.test_conditioning import dense_log_evidence, dense_posterior, mixed_noise, random_gmrf
 from tests.cases import FACTORS, STENCILS, dense
 from tests.dense import random_factor
@@ -97,7 +97,7 @@ def test_direct_samples_are_a_root_of_the_covariance(name, monkeypatch):
     p = q.posterior(y, noise_variance, method="direct")
     # In place of random numbers: zeros, which give the mean, and unit vectors, which give the columns of A in mean + A u.
     units = torch.cat([torch.zeros(1, n), torch.eye(n)]).double().reshape(n + 1, 1, *grid)
-    monkeypatch.setattr(torch, "randn", lambda shape, **options: units.expand(shape))
+    monkeypatch.setattr(posterior, "standard_normal", lambda shape, dtype, device: units.expand(shape))
     mean, *columns = p.sample((n + 1,)).flatten(2)
     monkeypatch.undo()
     torch.testing.assert_close(mean, p.mean.flatten(1), **CLOSE)
