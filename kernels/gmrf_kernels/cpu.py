@@ -68,19 +68,28 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, b = _prepare(diag, off_diag, b)
     x = empty(b.shape, b.dtype)
-    images = b.shape[0] * b.shape[1]
-    threads = min(_num_threads(off_diag.numel() * b.shape[0]), images)
+    samples, batch = b.shape[:2]
+    threads = min(_num_threads(off_diag.numel() * samples), samples * batch)
     if _unrolled(offsets):
-        in_step = 2 if images >= 2 * threads else 1
-        options, scratch_size = {"chains": in_step}, cpu_solve.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
+        in_step, shared = _solved_in_step(samples, batch, threads)
+        options = {"chains": in_step, **({"shared": True} if shared else {})}
+        items, multiple = (batch * -(-samples // in_step), 1) if shared else (samples * batch, in_step)
+        scratch_size = cpu_solve.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
     else:
-        in_step = min(b.shape[0], -(-images // threads))
         options, scratch_size = {}, cpu_loops.solve_scratch()
+        items, multiple = samples * batch, min(samples, -(-samples * batch // threads))
     kernel, stencil = _kernel("solve", offsets, _name(off_diag), transpose=transpose, log=log, **options)
     scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
-    arguments = [*stencil, *_strided(diag, off_diag, b), x, scratch]
-    _run(kernel, arguments, b, items=images, threads=threads, multiple=in_step)
+    _run(kernel, [*stencil, *_strided(diag, off_diag, b), x, scratch], b, items, threads, multiple)
     return x
+
+
+def _solved_in_step(samples: int, batch: int, threads: int) -> tuple[int, bool]:
+    """How many images a thread solves in step, and whether these are samples of one factor, which share its coefficients."""
+    for in_step in (4, 2):
+        if samples >= in_step and batch * -(-samples // in_step) >= threads:
+            return in_step, True
+    return (2 if samples * batch >= 2 * threads else 1), False
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

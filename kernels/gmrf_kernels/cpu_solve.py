@@ -9,6 +9,8 @@ the latency of one multiply-add, which several images in step hide. A row in whi
 walked *again*, with a division a site.
 """
 
+from collections.abc import Sequence
+
 from .cpu_source import diagonal_value, element_bytes, inside, kernel_source, load
 from .cpu_unrolled import Terms
 from .simd import lanes
@@ -21,9 +23,13 @@ _REGISTERS = 4
 _SCRATCH_PLANES = 3
 
 
-def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, chains: int) -> str:
-    """x = L⁻¹b or L⁻ᵀb over images, ``chains`` of them in step; ``diag`` is the log-diagonal where ``log``."""
-    return _Solve(offsets, dtype, transpose, log, chains).source(cache)
+def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, chains: int, shared: bool = False) -> str:
+    """x = L⁻¹b or L⁻ᵀb over images, ``chains`` of them in step; ``diag`` is the log-diagonal where ``log``.
+
+    Where ``shared``, those in step are samples of one factor, and each coefficient is loaded and divided once for all of them.
+    The kernel's items are then so many samples.
+    """
+    return _Solve(offsets, dtype, transpose, log, chains, shared).source(cache)
 
 
 def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int) -> int:
@@ -44,7 +50,8 @@ class _Solve:
     unsafe          mask of the lanes in which a quotient left the normal range
     """
 
-    def __init__(self, offsets: Offsets, dtype: str, transpose: bool, log: bool, chains: int):
+    def __init__(self, offsets: Offsets, dtype: str, transpose: bool, log: bool, chains: int, shared: bool):
+        self.shared = shared
         self.vector, self.coefficient = element_bytes(dtype)
         self.dtype, self.transpose, self.log, self.chains = dtype, transpose, log, range(chains)
         self.terms = Terms(offsets, dtype, transpose)
@@ -67,25 +74,28 @@ class _Solve:
         )
         row = (
             ("r = rows - 1 - j\n" if self.transpose else "r = j\n")
-            + "".join(self.gather(c) for c in self.chains)
+            + "".join(self.gather(members) for members in ([self.chains] if self.shared else [[c] for c in self.chains]))
             + "# The recursion along the row.\n"
             + self.recursion(self.chains, careful=False)
             + "".join(self.again(c) for c in self.chains)
         )
-        body = f"for first in range(start, stop, {len(self.chains)}):\n" + inside(
-            "".join(self.image(c) for c in self.chains) + "for j in range(rows):\n" + inside(row)
-        )
+        if self.shared:
+            setup += f"groups = (samples + {len(self.chains) - 1}) // {len(self.chains)}\n"
+        items = "item in range(start, stop)" if self.shared else f"first in range(start, stop, {len(self.chains)})"
+        body = f"for {items}:\n" + inside("".join(self.image(c) for c in self.chains) + "for j in range(rows):\n" + inside(row))
         arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch"
         return kernel_source(self.dtype, cache, arguments, setup, body)
 
     def image(self, c: int) -> str:
         """Addresses of an image; one too many in step solves the last image once more."""
+        if self.shared:
+            place = f"b = item // groups\ns = min((item - b * groups) * {len(self.chains)} + {c}, samples - 1)\n"
+        else:
+            place = f"item = min(first + {c}, stop - 1)\nb = item // samples\ns = item - b * samples\n"
         return (
             f"# Image {c + 1} of {len(self.chains)} in step: sample s of factor b.\n"
-            f"item = min(first + {c}, stop - 1)\n"
-            "b = item // samples\n"
-            "s = item - b * samples\n"
-            f"d{c} = diag + b * diag_b * {self.vector}\n"
+            + place
+            + f"d{c} = diag + b * diag_b * {self.vector}\n"
             f"c{c} = off + b * off_b * {self.coefficient}\n"
             f"b{c} = rhs + (s * rhs_s + b * rhs_b) * {self.vector}\n"
             f"x{c} = x + (s * batch + b) * n * {self.vector}\n"
@@ -93,50 +103,64 @@ class _Solve:
             f"z{c} = s{c} + ({self.planes} * padded + {self.margin}) * {self.vector}\n"
         )
 
-    def gather(self, c: int) -> str:
-        """The row's right-hand side without what other rows contribute, in passes; the last one divides."""
+    def gather(self, members: Sequence[int]) -> str:
+        """The row's right-hand sides without what other rows contribute, in passes; the last one divides.
+
+        The images have one factor. What they do not share ends in their number if there are several.
+        """
+        first = members[0]
+        names = {c: "" if len(members) == 1 else f"_{c}" for c in members}
 
         def begin(number):
-            row, index = ("b_row", "w") if number == 0 else (f"s{c}", self.rest)
-            return lambda masked: f"a = {load('load', row, index, masked and number == 0)}\n"
+            def read(masked):
+                code = ""
+                for c, v in names.items():
+                    row, index = (f"b_row{v}", "w") if number == 0 else (f"s{c}", self.rest)
+                    code += f"a{v} = {load('load', row, index, masked and number == 0)}\n"
+                return code
+
+            return read
 
         def keep(masked):
-            return f"store(s{c}, {self.rest}, a)\n"
+            return "".join(f"store(s{c}, {self.rest}, a{v})\n" for c, v in names.items())
 
         def divide(masked):
-            values = ["a", *(self.terms.coefficient(*term, masked) for term in self.own)]
-            return (
-                keep(masked)
-                + f"d = {diagonal_value(masked, self.log)}\n"
-                + "".join(self.quotient(c, plane, value, masked) for plane, value in enumerate(values))
-            )
+            code = keep(masked) + f"d = {diagonal_value(masked, self.log)}\n"
+            for c, v in names.items():
+                code += self.quotient(f"s{c}", 0, f"a{v}", f"unsafe{c}", masked)
+            for plane, term in enumerate(self.own, 1):
+                unsafe = f"unsafe{first}" if len(members) == 1 else "unsafe"
+                code += self.quotient(f"s{first}", plane, self.terms.coefficient(*term, masked), unsafe, masked)
+            return code
 
-        code = (
-            f"d_row = d{c} + r * width * {self.vector}\n"
-            f"c_row = c{c} + r * width * {self.coefficient}\n"
-            f"b_row = b{c} + r * width * {self.vector}\n"
-            f"x_row = x{c} + r * width * {self.vector}\n"
-            f"row{c} = x_row\n"
-            f"unsafe{c} = no_lanes()\n"
-        )
+        code = f"d_row = d{first} + r * width * {self.vector}\nc_row = c{first} + r * width * {self.coefficient}\n"
+        for c, v in names.items():
+            code += (
+                f"b_row{v} = b{c} + r * width * {self.vector}\n"
+                f"x_row{v} = x{c} + r * width * {self.vector}\n"
+                f"row{c} = x_row{v}\n"
+                f"unsafe{c} = no_lanes()\n"
+            )
+        code += "unsafe = no_lanes()\n" if len(members) > 1 else ""
         passes = self.terms.passes([g for g in range(len(self.terms.groups)) if g not in self.terms.own_row])
         for number, groups in enumerate(passes):
             last = number == len(passes) - 1
             code += f"# Gather, pass {number + 1} of {len(passes)}: subtract what other rows contribute"
             code += ", and divide by the diagonal.\n" if last else ".\n"
-            code += self.terms.fold(
-                groups, "x_row", "subtract_product", begin(number), divide if last else keep, self.terms.own_row
-            )
+            finish, own_row = divide if last else keep, self.terms.own_row
+            code += self.terms.fold(groups, "subtract_product", begin(number), finish, own_row, list(names.values()))
+        if len(members) > 1:
+            code += "".join(f"unsafe{c} = either(unsafe{c}, unsafe)\n" for c in members)
         return code
 
-    def quotient(self, c: int, plane: int, value: str, masked: bool) -> str:
+    def quotient(self, scratch: str, plane: int, value: str, unsafe: str, masked: bool) -> str:
         """``value / d`` into a plane of the scratch; plane 0 is the right-hand side, which may be subnormal or 0."""
-        unsafe = "not_finite(quotient)" if plane == 0 else "not_normal(quotient, value)"
+        outside = "not_finite(quotient)" if plane == 0 else "not_normal(quotient, value)"
         return (
             f"value = {value}\n"
             "quotient = divide(value, d)\n"
-            f"store(s{c}, {plane} * padded + w, quotient)\n"
-            f"unsafe{c} = either(unsafe{c}, {f'both({unsafe}, inside)' if masked else unsafe})\n"
+            f"store({scratch}, {plane} * padded + w, quotient)\n"
+            f"{unsafe} = either({unsafe}, {f'both({outside}, inside)' if masked else outside})\n"
         )
 
     def recursion(self, chains: range, careful: bool) -> str:
@@ -149,7 +173,8 @@ class _Solve:
         for plane, (_, _, column) in sorted(enumerate(self.own, 1), key=lambda term: -abs(term[1][2])):
             for c in chains:
                 solved = f"z{c}_{abs(column)}" if abs(column) <= _REGISTERS else f"load_scalar(z{c}, w + {column})"
-                step += f"a{c} = subtract_product_scalar(a{c}, load_scalar(s{c}, {plane} * padded + w), {solved})\n"
+                scratch = "s0" if self.shared and not careful else f"s{c}"
+                step += f"a{c} = subtract_product_scalar(a{c}, load_scalar({scratch}, {plane} * padded + w), {solved})\n"
         for c in chains:
             step += f"a{c} = a{c} / load_scalar(s{c}, {self.diagonal})\n" if careful else ""
             step += f"store_scalar(row{c}, w, a{c})\n"

@@ -6,7 +6,7 @@ A pass over a row folds the terms that read one or a few rows of neighbours into
 planes of coefficients, a power of two apart in large images, would drive each other out of the caches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 from .cpu_source import (
@@ -80,21 +80,33 @@ class Terms:
         return load("load", row, f"w + shift{g} + {column}", masked, _mask(g, column))
 
     def fold(
-        self, groups: list[int], row: str, operation: str, begin: Callable, finish: Callable, masks: list[int] | None = None
+        self,
+        groups: list[int],
+        operation: str,
+        begin: Callable,
+        finish: Callable,
+        masks: Sequence[int] = (),
+        vectors: Sequence[str] = ("",),
     ) -> str:
         """One pass over the blocks of a row.
 
-        ``begin(masked)`` sets ``a``, ``operation`` adds each term of the groups to it or subtracts it, and ``finish(masked)``
-        stores it; that may use the masks of the groups ``masks``, too.
+        ``begin(masked)`` sets ``a``, ``operation`` adds each term of the groups to it, times values of ``x_row``, or subtracts
+        it, and ``finish(masked)`` stores it; that may use the masks of the groups ``masks``, too. Several ``vectors`` share
+        each coefficient: their variables have these endings.
         """
-        masks = groups + (masks or [])
+        masks = [*groups, *masks]
 
         def block(masked):
             code = begin(masked)
             for g in groups:
                 for k, column in self.groups[g][2]:
-                    factors = f"{self.coefficient(g, k, column, masked)}, {self.neighbour(g, column, row, masked)}"
-                    code += f"a = {operation}(a, {factors})\n"
+                    coefficient = self.coefficient(g, k, column, masked)
+                    if len(vectors) > 1:
+                        code += f"coefficient = {coefficient}\n"
+                        coefficient = "coefficient"
+                    for v in vectors:
+                        neighbour = self.neighbour(g, column, f"x_row{v}", masked)
+                        code += f"a{v} = {operation}(a{v}, {coefficient}, {neighbour})\n"
             return code + finish(masked)
 
         return self.ends(masks) + self.blocks(masks, block)
@@ -146,7 +158,7 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
             f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
         )
         code += "sums = no_sums()\n" if sums else ""
-        code += terms.fold(passes[number], "x_row", "add_product", begin, finish)
+        code += terms.fold(passes[number], "add_product", begin, finish)
         code += "store_double(row_sums, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
         return band_rows(code)
 

@@ -372,6 +372,46 @@ def test_neither_arguments_nor_memory_around_results_are_written(name, either_ke
     assert_same_bits(tensors(args), before)
 
 
+# --- samples that share a factor ---
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_sample_is_solved_alike_alone_and_among_others(transpose, dtype, count):
+    """To the bit, in each number of samples in step; also where a sample or the factor leaves the normal range."""
+    diag, off_diag, b, *_ = arguments("solve", OFFSETS["5x5"], (9, 37), 9, 3, dtype, nan_outside=False)
+    off_diag[1, 0, 4] = torch.finfo(dtype).smallest_normal / 4  # a row that is walked again, for all samples of a factor
+    b[4, 2, 3, 5] = torch.inf  # and one for one sample
+    torch.set_num_threads(count)
+
+    def solve(b):
+        return cpu.solve(diag, off_diag, b, OFFSETS["5x5"], transpose, False)
+
+    alone = torch.cat([solve(one) for one in b.split(1)])
+    for samples in range(2, 10):
+        torch.testing.assert_close(solve(b[:samples]), alone[:samples], rtol=0, atol=0, equal_nan=True)
+    assert alone[:4].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "threads", "expected"),
+    [
+        (1, 1, 1, (1, False)),
+        (1, 2, 1, (2, False)),
+        (1, 3, 2, (1, False)),
+        (2, 1, 1, (2, True)),
+        (2, 1, 2, (1, False)),
+        (3, 5, 2, (2, True)),
+        (16, 1, 2, (4, True)),
+        (4, 1, 2, (2, True)),
+        (4, 2, 2, (4, True)),
+    ],
+)
+def test_samples_share_coefficients_unless_that_leaves_threads_without_work(samples, batch, threads, expected):
+    assert cpu._solved_in_step(samples, batch, threads) == expected
+
+
 # --- stencils of many offsets ---
 
 # Longer than the blocks of a row in which a solve takes it; more rows than a band has.
