@@ -266,6 +266,49 @@ def test_second_derivatives_are_right_or_refused(quantity, method):
         torch.testing.assert_close((second * step).sum(), slope, rtol=1e-4, atol=1e-10)
 
 
+TRANSFORMATIONS = {
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": torch.func.hessian,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # torch's own, at the first forward derivative
+@pytest.mark.parametrize("transformation", list(TRANSFORMATIONS))
+@pytest.mark.parametrize("quantity", [name for name in QUANTITIES if name != "rsample"])
+def test_transformations_of_direct_posteriors(quantity, transformation):
+    function, tensors = differentiable_case()
+    for number in (1, 3):  # log_diag, the observation
+
+        def of(argument, number=number):
+            return function(quantity)(*tensors[:number], argument, *tensors[number + 1 :]).square().sum()
+
+        actual = TRANSFORMATIONS[transformation](of)(tensors[number])
+        plain = tensors[number].clone().requires_grad_()
+        value = of(plain) + 0 * plain.sum()
+        (expected,) = torch.autograd.grad(value, plain)
+        if transformation == "hessian":
+            step = 1e-5 * torch.randn_like(plain)
+            ahead, behind = (
+                torch.autograd.grad(of(at) + 0 * at.sum(), at)[0]
+                for at in ((plain + by).detach().requires_grad_() for by in (step, -step))
+            )
+            expected = (ahead - behind) / 2
+            torch.testing.assert_close((actual * step).sum((-1, -2)), expected, rtol=1e-4, atol=1e-10)
+        else:
+            torch.testing.assert_close(actual, expected, **CLOSE)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+def test_transformations_of_iterative_posteriors_are_refused():
+    function, tensors = differentiable_case()
+    for transformation in (torch.func.grad, torch.func.jacfwd, torch.func.vmap):
+        with pytest.raises(NotImplementedError, match="the method 'iterative' takes no transformations"):
+            transformation(lambda y: function("mean", "iterative")(*tensors[:3], y, tensors[4]).sum())(
+                tensors[3] if transformation is not torch.func.vmap else torch.stack([tensors[3], tensors[3]])
+            )
+
+
 def test_vmap_of_direct_posteriors():
     function, tensors = differentiable_case()
     many = random(3, 3, 2)
