@@ -198,7 +198,11 @@ def test_leaves_are_the_stored_tensors_themselves(kind):
     assert all(leaf is tensor for leaf, tensor in zip(pytree.tree_leaves(node)[-2:], stored(node)[-2:], strict=True))
 
 
-@pytest.mark.parametrize("placeholder", [None, object(), 3.0, torch.zeros(()), torch.zeros(5, 5)], ids=str)
+@pytest.mark.parametrize(
+    "placeholder",
+    [None, object(), 3.0, torch.zeros(()), torch.zeros(5, 5)],
+    ids=["None", "object", "number", "tensor without axes", "tensor without a batch"],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pytree_of_placeholders_keeps_its_structure(kind, placeholder):
     node = kind((2,), ())
