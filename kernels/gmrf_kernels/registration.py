@@ -7,6 +7,7 @@ profiles, the dispatcher would do nothing but find the kernel and take as long a
 
 import functools
 import operator
+import re
 from collections.abc import Callable, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from torch import _C, Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from .checks import accumulate_dtype
 from .stencils import flatten, unflatten
 
 _library = torch.library.Library("gmrf_kernels", "DEF")
@@ -96,6 +98,7 @@ class Operator:
         _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
         self.op = getattr(torch.ops.gmrf_kernels, name).default
         self._kernel, self._vector = kernel, vector
+        self._names = re.findall(r"Tensor (\w+)", schema)
         self._count = len(batch_axes)
         self._batch_axes, self._factors, self._out_axes = batch_axes, factors, out_axes
         # Not `derivatives.apply`, which looks up signatures at every call and takes `torch.func` for its own to handle.
@@ -117,8 +120,16 @@ class Operator:
         return self.op(*tensors, flatten(args[self._count]), *args[self._count + 1 :])
 
     def _with_offsets(self, args: Sequence) -> list:
-        """The arguments of the schema as those of the kernel."""
+        """The arguments of the schema as those of the kernel.
+
+        Raises:
+            TypeError: tensors of several dtypes, or of 16 bits, which only off-diagonals may have beside float32.
+        """
         args = list(args)
+        expected = accumulate_dtype(args[self._vector].dtype)
+        for name, tensor in zip(self._names, args, strict=False):
+            if (accumulate_dtype(tensor.dtype) if name == "off_diag" else tensor.dtype) != expected:
+                raise TypeError(f"{name} is {tensor.dtype}, expected {expected}")
         args[self._count] = unflatten(args[self._count], args[self._vector].ndim - 2)
         return args
 

@@ -68,6 +68,19 @@ def test_public_functions_and_their_derivatives_call_the_kernels_directly(device
     assert not through_the_dispatcher
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_registered_operators_refuse_dtypes_that_kernels_would_misread(name, dtype, device):
+    args = arguments(name, OFFSETS["5x5"], (3, 4), device=device, dtype=torch.float32)
+    for i, tensor in enumerate(tensors(args)):
+        is_off_diag = tensor.ndim == 4 and tensor.shape[1] == len(OFFSETS["5x5"])
+        if is_off_diag and dtype != torch.float64:
+            continue  # 16 bits beside float32 are what they are for
+        wrong = [t.to(dtype) if j == i else t for j, t in enumerate(tensors(args))]
+        with pytest.raises(TypeError, match=r"is torch\.\w+, expected torch\.float"):
+            call(name, with_tensors(args, wrong))
+
+
 def _inputs(device, requires_grad=True):
     _, log_diag, off_diag, _ = arguments("nll", OFFSETS["5x5"], (3, 4), device=device, nan_outside=False)
     x = torch.randn(2, 2, 3, 4, dtype=torch.float64).to(device)
