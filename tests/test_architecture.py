@@ -109,7 +109,7 @@ def test_the_map_of_the_library_is_true():
                 assert order.index(inside[target]) <= order.index(name), f"{module} imports {target}"
 
 
-@pytest.mark.parametrize("package", ["banded_gmrf", "supn_models", "programs", "experiments", "bench"])
+@pytest.mark.parametrize("package", BELOW)
 def test_a_long_file_says_why(package):
     for module in modules_of(package):
         text = MODULES[module].read_text(encoding="utf-8")

@@ -144,6 +144,15 @@ class _Buffer:
     """Memory that a worker writes."""
 
 
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt, which processes of pytest-xdist ignore."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("where", ["in its own share", "while it waits"])
 def test_an_interrupt_leaves_the_pool_its_buffers(where, monkeypatch):
     """Today's results are freed by Ctrl-C, and tomorrow's lie where workers of Python's pool still write."""

@@ -1,7 +1,6 @@
 """Triangular solves with no GPU: the plan of the wavefronts, and the machine code as the schedule launches it."""
 
 import re
-import sys
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ pytest.importorskip("triton")
 
 from gmrf_kernels import triton_kernels
 from gmrf_kernels.triton_kernels.geometry import offsets3
+from gmrf_kernels.triton_kernels.unrolling import constants, terms_of
 from gmrf_kernels.triton_kernels.wavefronts import plan
 from tests.gmrf_kernels.triton_compilation import TARGETS, compile_launches
 
@@ -67,10 +67,10 @@ def test_a_block_of_one_site_has_the_slopes_of_sites():
 def test_each_term_is_unrolled_once(stencil, sites, full, transpose):
     offsets = offsets3(ALL[stencil])
     order = plan(offsets, sites, False)
-    tiles, known, new = sys.modules["gmrf_kernels.triton_kernels.solve"]._terms(offsets, order, sites, full, transpose)
-    terms = [(site, tiles[tile][2]) for site, tile, *_ in (*known, *new)]
+    tiles, known, new = terms_of(offsets, order, sites, full, transpose)
+    terms = [(term.site, tiles[term.tile].offset) for term in (*known, *new)]
     assert sorted(terms) == [(site, k) for site in range(sites) for k in range(len(offsets))]
-    assert all(0 <= value < sites * order.blocks_kept for *_, value, _ in known)
+    assert all(0 <= term.value < sites * order.blocks_kept for term in known)
 
 
 @pytest.mark.parametrize("stencil", ALL)
@@ -80,12 +80,12 @@ def test_what_a_band_reads_is_older_than_what_it_has_waited_for(stencil, sites, 
     """In step t a band loads for step t + 1, and has waited until all before t + 2 - YOUNGEST is done."""
     offsets = offsets3(ALL[stencil])
     order = plan(offsets, sites, one_plane=True)
-    constants = sys.modules["gmrf_kernels.triton_kernels.solve"]._constants(offsets, sites, True, rows, False)
-    bands = {planes: (most, count) for planes, _, most, _, count in constants["BANDS_BEFORE"]}
+    unrolled = constants(offsets, sites, True, rows, False)
+    bands = {plane.planes: (plane.most_rows, plane.bands) for plane in unrolled["BANDS_BEFORE"]}
     for window in order.windows[1:]:
-        assert window.youngest >= constants["YOUNGEST"] >= 1
+        assert window.youngest >= unrolled["YOUNGEST"] >= 1
         # Before its own first step a band takes what lies ahead of its first block.
-        assert constants["LEAD"] >= -window.blocks
+        assert unrolled["LEAD"] >= -window.blocks
         most, count = bands[window.planes]
         for own in range(3 * rows, 4 * rows):
             band = (own - window.rows) // rows

@@ -12,10 +12,11 @@ from programs.environment import environment, machine_text
 from programs.tables import markdown_table
 
 
-def test_environment_is_that_of_this_process():
+def test_environment_is_that_of_this_process(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["bench", "--preset", "quick"])
     about = environment("bench", ["torch", "numpy"], "cpu")
     assert json.loads(json.dumps(about)) == about
-    assert about["command"].startswith("python -m bench ")
+    assert about["command"] == "python -m bench --preset quick"
     assert about["versions"].keys() == {"torch", "numpy"}
     assert about["versions"]["torch"] == torch.__version__
     machine = about["machine"]

@@ -12,9 +12,9 @@ numbers from a counter, so a band only ever waits for programs that have begun b
 programs, and however few it holds at a time, they cannot wait for each other for ever.
 
 Bytes moved through memory: each coefficient, diagonal and right-hand side is read once, each solution written once.
-"""
 
-import functools
+One file because it is one loop: its steps and the functions that they call share the layout of registers.
+"""
 
 import torch
 import triton
@@ -25,21 +25,16 @@ from ..stencils import Offsets
 from . import schedule
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
 from .tiles import exp
-from .wavefronts import Plan, block_shifts, plan
+from .unrolling import PlaneBefore, Term, Tile, Window, constants, positions
 
-# Positions in the tuples from which the kernel unrolls its code.
-_PLANES, _ROWS = tl.constexpr(0), tl.constexpr(1)
-_OFFSET, _SHIFT, _FROM, _TO, _TERMS, _TERMS_END = (tl.constexpr(i) for i in range(2, 8))  # of a tile
-_YOUNGEST, _COUNT, _FIRST, _PASSED_ON, _PLANES_TO_SOURCE, _ROWS_TO_SOURCE = (
-    tl.constexpr(i) for i in range(2, 8)
-)  # of a window
-_MOST_ROWS, _FIRST_BAND, _BANDS = (tl.constexpr(i) for i in range(2, 5))  # of a plane with bands to read
-_SITE, _TILE, _ENTRY, _VALUE, _BOUND = (tl.constexpr(i) for i in range(5))  # of a term
+# Where the fields stand in the tuples from which the kernel unrolls its code: inside of a tuple Triton knows no names.
+_PLANES, _ROWS, _OFFSET, _SHIFT, _FROM, _TO, _TERMS, _TERMS_END = positions(Tile)
+_PLANES, _ROWS, _YOUNGEST, _COUNT, _FIRST, _PASSED_ON, _PLANES_TO_SOURCE, _ROWS_TO_SOURCE = positions(Window)
+_PLANES, _ROWS, _MOST_ROWS, _FIRST_BAND, _BANDS = positions(PlaneBefore)
+_SITE, _TILE, _ENTRY, _VALUE, _BOUND = positions(Term)
 
 # Later than every step.
 _DONE = tl.constexpr(2**30)
-
-Numbers = tuple[tuple[int, ...], ...]
 
 
 def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
@@ -63,7 +58,7 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
             *(x, counters),
             *(samples, samples * batch, depth, height, width),
             *(groups, chosen.items, chosen.row_lanes),
-            **_constants(offsets, chosen.sites, width % chosen.sites == 0, chosen.band, transpose),
+            **constants(offsets, chosen.sites, width % chosen.sites == 0, chosen.band, transpose),
             TRANSPOSE=transpose,
             LOG=log,
             DIAG_VECTORS=_in_vectors(diag, chosen.sites),
@@ -77,94 +72,6 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
             num_warps=1,
         )
     return x
-
-
-@functools.cache
-def _constants(offsets: Offsets, sites: int, full: bool, band: int, transpose: bool) -> dict[str, object]:
-    """What the kernel is unrolled from, for a stencil and blocks of ``sites`` sites that are all ``full`` or not."""
-    order = plan(offsets, sites, one_plane=band > 0)
-    tiles, known, new = _terms(offsets, order, sites, full, transpose)
-    bands_before = _bands_before(order, band) if band else ()
-    return {
-        "TILES": tiles,
-        "KNOWN": known,
-        "NEW": new,
-        "WINDOWS": _windows(order),
-        "KEPT": sites * order.blocks_kept,
-        "PLANE_SLOPE": order.slopes[0],
-        "ROW_SLOPE": order.slopes[1],
-        "FULL": full,
-        "BANDS_BEFORE": bands_before,
-        "BANDS_READ": triton.next_power_of_2(max(1, sum(bands for *_, bands in bands_before))),
-        "LEAD": order.lead,
-        "YOUNGEST": order.youngest,
-    }
-
-
-def _terms(offsets: Offsets, order: Plan, sites: int, full: bool, transpose: bool) -> tuple[Numbers, Numbers, Numbers]:
-    """The tiles of coefficients that a block of sites meets, and the terms in which they stand.
-
-    Returns:
-        tiles: (planes and rows from the site to its neighbour, offset, blocks from the coefficients to the site, first and last
-            column that count, first and last of the known terms). Lᵀ has its coefficients at the sites, L at the neighbours.
-        known: terms whose solutions are in the windows: (site, tile, column of the tile, number of the solution, bound).
-        new: the same for solutions of the block itself, numbered in the order of the solve.
-
-    A tile is loaded as a whole. Where an entry of it exists only if the site's column + ``bound`` lies on the grid, that is not
-    0; the load itself leaves out what does not exist in L.
-    """
-    windows = {(w.planes, w.rows): w for w in order.windows}
-    tiles, known, new = [], [], []
-    # Old solutions first, the own row last, and in it the nearest neighbours.
-    for k in sorted(range(len(offsets)), key=lambda k: (order.windows.index(windows[offsets[k][:2]]), k), reverse=True):
-        planes, rows, columns = offsets[k]
-        window = windows[planes, rows]
-        for shift in [0] if transpose else block_shifts((columns,), sites):
-            first, last = (
-                (0, sites) if transpose else (max(0, shift * sites - columns), min(sites, (shift + 1) * sites - columns))
-            )
-            first_term = len(known)
-            for column in range(first, last):
-                site = column if transpose else column + columns - shift * sites
-                neighbour = column + columns if transpose else column - shift * sites
-                bound = 0
-                if transpose and (not 0 <= neighbour < sites or (columns > 0 and not full)):
-                    bound = neighbour // sites * sites if full else neighbour
-                blocks = neighbour // sites if transpose else shift
-                term = (site, len(tiles), column - first)
-                if window.rows == window.planes == 0 and blocks == 0:
-                    new.append((*term, sites - 1 - neighbour if transpose else neighbour, bound))
-                else:
-                    kept = window.first + blocks - window.blocks
-                    known.append((*term, kept * sites + neighbour % sites, bound))
-            tiles.append((planes, rows, k, shift, first, last, first_term, len(known)))
-    return tuple(tiles), tuple(known), tuple(new)
-
-
-def _windows(order: Plan) -> Numbers:
-    """What the kernel needs of each window: (planes, rows and blocks from the site to the youngest block, number of blocks,
-    number of the first, number of the block that the source passes on or -1, planes and rows from there to the lane)."""
-    windows = []
-    for w in order.windows:
-        source = order.windows[w.source] if w.source >= 0 else w
-        passed_on = source.first + w.youngest - source.youngest if w.source >= 0 else -1
-        way = (w.planes - source.planes, w.rows - source.rows)
-        windows.append((w.planes, w.rows, w.blocks, w.oldest - w.youngest + 1, w.first, passed_on, *way))
-    return tuple(windows)
-
-
-def _bands_before(order: Plan, band: int) -> Numbers:
-    """Where a band finds the rows that it reads, plane by plane: (planes before, fewest and most rows before, number of the
-    first band among all of them, bands that the rows can lie in)."""
-    rows: dict[int, list[int]] = {}
-    for w in order.windows[1:]:
-        rows.setdefault(w.planes, []).append(w.rows)
-    before, first = [], 0
-    for planes, distances in sorted(rows.items()):
-        bands = (band - 2 + max(distances) - min(distances)) // band + 2
-        before.append((planes, min(distances), max(distances), first, bands))
-        first += bands
-    return tuple(before)
 
 
 def _in_vectors(tensor: Tensor, sites: int) -> bool:
