@@ -1,4 +1,4 @@
-"""Observation models: what a posterior asks of Gaussian noise, independent from site to site or correlated."""
+"""Observation models of the field itself, y = x + noise, independent from site to site or correlated; what any model offers."""
 
 import math
 from typing import Protocol
