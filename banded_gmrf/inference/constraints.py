@@ -10,16 +10,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
 
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_tensor, check_vector
 
 from ..analysis.marginals import VarianceEstimate
 from ..operators.base import as_operator
 from ..validation import as_sites
+from .inferred_field import InferredField
 
 
-class ConstrainedGMRF(Distribution):
+class ConstrainedGMRF(InferredField):
     """A GMRF or a posterior, given that A x = e exactly; made by `GMRF.constrain` and `ConditionalGMRF.constrain`.
 
     A `torch.distributions.Distribution`. Its densities and entropies are those on the fields that fulfil the constraints, an
@@ -37,8 +37,8 @@ class ConstrainedGMRF(Distribution):
             other, or bind only sites that are known exactly.
     """
 
-    has_rsample = True
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, as torch's own
+    _conditioned = "_base"
+    _own = ("_A", "_bound", "_e", "_gain", "_root")
 
     def __init__(self, base, A, e: Tensor, validate_args: bool | None = None):
         grid, device = base.event_shape, base.mean_in_double().device
@@ -62,39 +62,12 @@ class ConstrainedGMRF(Distribution):
         Raises:
             RuntimeError: ``batch_shape`` is not an expansion of the distribution's, as for torch's own distributions.
         """
-        new = self._get_checked_instance(ConstrainedGMRF, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new._base = self._base.expand(batch_shape)
-        for name in ("_A", "_bound", "_e", "_gain", "_root"):
-            setattr(new, name, getattr(self, name))
-        super(ConstrainedGMRF, new).__init__(batch_shape, self._event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self):
-        return constraints.independent(constraints.real, len(self._event_shape))
+        return self._expanded(self._get_checked_instance(ConstrainedGMRF, _instance), batch_shape)
 
     @property
     def mean(self) -> Tensor:
         """(*batch, *grid)."""
         return self._correct(self._base.mean_in_double()).to(self._dtype).expand(self._extended_shape())
-
-    @property
-    def mode(self) -> Tensor:
-        """(*batch, *grid), the mean."""
-        return self.mean
-
-    @property
-    def variance(self) -> Tensor:
-        """(*batch, *grid), `marginal_variance` with its defaults."""
-        return self.marginal_variance().variance
-
-    @property
-    def stddev(self) -> Tensor:
-        """(*batch, *grid), the root of the variance; 0 where that is, and its gradient there as well."""
-        variance = self.variance
-        return variance.where(variance > 0, 1).sqrt().where(variance > 0, 0)
 
     def marginal_variance(self, method: str = "auto", num_samples: int = 256) -> VarianceEstimate:
         """Variances of all sites with their standard errors: those of the distribution without constraints, less what these
@@ -120,11 +93,6 @@ class ConstrainedGMRF(Distribution):
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable."""
         return self._correct(self._base.rsample(sample_shape).double()).to(self._dtype)
-
-    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """(*sample_shape, *batch, *grid)."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density on the fields with A x = e, in nats; -∞ for others.

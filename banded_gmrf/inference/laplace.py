@@ -17,10 +17,11 @@ from torch import Tensor
 from ..cholesky import negative_log_likelihood
 from ..operators.base import LinearOperator
 from ..stencil import as_integer
+from ..transformations import is_transforming
 from .noise import IndependentNoise, ObservationModel
 from .posterior import ConditionalGMRF
 from .seen_through import SeenThrough
-from .systems import PosteriorSystem, is_transforming
+from .systems import PosteriorSystem
 
 LogLikelihood = Callable[[Tensor], Tensor]
 

@@ -17,7 +17,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, constraints
 
 from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
@@ -28,13 +27,14 @@ from ..operators.base import LinearOperator
 from ..validation import as_sites
 from .conjugate_gradients import Convergence
 from .constraints import ConstrainedGMRF
+from .inferred_field import InferredField
 from .noise import ObservationModel
 from .systems import PosteriorSystem
 
 _CHUNK_ELEMENTS = 2**22
 
 
-class ConditionalGMRF(Distribution):
+class ConditionalGMRF(InferredField):
     """A GMRF given observations, on the whole grid; made by `GMRF.condition` and `GMRF.posterior`.
 
     A `torch.distributions.Distribution` with the prior's grid as its event. Sites that are known exactly have their value in
@@ -70,9 +70,8 @@ class ConditionalGMRF(Distribution):
             ``max_iterations`` less than 1.
     """
 
-    has_rsample = True
-    _own: tuple[str, ...] = ("_system", "_known", "_model", "_values", "_observations")  # what an expansion shares
-    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, as torch's own
+    _conditioned = "_prior"
+    _own = ("_system", "_known", "_model", "_values", "_observations")
 
     def __init__(
         self,
@@ -107,18 +106,7 @@ class ConditionalGMRF(Distribution):
         Raises:
             RuntimeError: ``batch_shape`` is not an expansion of the distribution's, as for torch's own distributions.
         """
-        new = self._get_checked_instance(ConditionalGMRF, _instance)
-        batch_shape = torch.Size(batch_shape)
-        new._prior = self._prior.expand(batch_shape)
-        for name in self._own:
-            setattr(new, name, getattr(self, name))
-        super(ConditionalGMRF, new).__init__(batch_shape, self._event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @constraints.dependent_property(is_discrete=False)
-    def support(self):
-        return constraints.independent(constraints.real, len(self._event_shape))
+        return self._expanded(self._get_checked_instance(ConditionalGMRF, _instance), batch_shape)
 
     @property
     def convergence(self) -> Convergence | None:
@@ -129,22 +117,6 @@ class ConditionalGMRF(Distribution):
     def mean(self) -> Tensor:
         """(*batch, *grid)."""
         return self._mean().to(self._prior.loc.dtype)
-
-    @property
-    def mode(self) -> Tensor:
-        """(*batch, *grid), the mean."""
-        return self.mean
-
-    @property
-    def variance(self) -> Tensor:
-        """(*batch, *grid), `marginal_variance` with its defaults: exact, or from 256 samples where that would take long."""
-        return self.marginal_variance().variance
-
-    @property
-    def stddev(self) -> Tensor:
-        """(*batch, *grid), the root of the variance; 0 where a site is known exactly, and its gradient there as well."""
-        variance = self.variance
-        return variance.where(~self._known, 1).sqrt().masked_fill(self._known, 0)
 
     def marginal_variance(self, method: str = "auto", num_samples: int = 256) -> VarianceEstimate:
         """Variances of all sites, with their standard errors.
@@ -198,11 +170,6 @@ class ConditionalGMRF(Distribution):
         factor = self._system.factor()
         deviation = self._system.solve_with(factor, standard_normal(shape, **self._double), root=True)
         return (self._mean(factor) + deviation.masked_fill(self._known, 0)).to(prior.loc.dtype)
-
-    def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
-        """(*sample_shape, *batch, *grid)."""
-        with torch.no_grad():
-            return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log density of the free sites in nats; -∞ where a site that is known exactly has another value.

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 import gmrf_kernels
 
@@ -19,6 +18,7 @@ from ..recursions.covariances import check_exact_is_affordable, exact_is_afforda
 from ..recursions.elimination import BlockCholesky, add_padded, block_cholesky
 from ..recursions.strips import block_coefficients, block_rows, strip
 from ..stencil import as_integer
+from ..transformations import is_transformed, is_transforming
 from .conjugate_gradients import Convergence, ImplicitGradient, conjugate_gradients, relative_residual
 from .noise import ObservationModel
 
@@ -115,7 +115,7 @@ class PosteriorSystem:
             NotImplementedError: the iteration under a transformation, which it would differentiate step by step.
         """
         if not self.direct:
-            if self._is_transformed() or _is_transformed(b):
+            if self._is_transformed() or is_transformed(b):
                 raise NotImplementedError(
                     "the method 'iterative' takes no transformations of torch.func, no forward derivatives: expected 'direct'"
                 )
@@ -129,7 +129,7 @@ class PosteriorSystem:
         else:
             x = self.solve_with(kept, b.detach())
             x = x + ImplicitGradient.apply(b - self.product(x), lambda r: self.solve_with(kept, r))
-        if not _is_transformed(b):
+        if not is_transformed(b):
             with torch.no_grad():
                 self.convergence = Convergence(0, relative_residual(b - self.product(x), b, len(self.prior_factor.grid)))
         return x
@@ -199,7 +199,7 @@ class PosteriorSystem:
 
     def _is_transformed(self) -> bool:
         """Whether A depends on something that a transformation of torch maps over or differentiates."""
-        return is_transforming() and _is_transformed(self._probe())
+        return is_transforming() and is_transformed(self._probe())
 
     @torch.no_grad()
     def _iterate(self, b: Tensor) -> Tensor:
@@ -236,14 +236,3 @@ class PosteriorSystem:
         _, both_free = gmrf_kernels.outer(1 - known, 1 - known, factor.stencil.offsets, factor.stencil.ndim)
         off_diag = factor.coefficients.off_diag.where(both_free > 0, 0)
         return StencilCholesky(diag.log().masked_fill(self.known, 0), off_diag, factor.stencil)
-
-
-def is_transforming() -> bool:
-    """Whether code runs inside a transformation of `torch.func`, or in forward mode."""
-    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
-
-
-def _is_transformed(tensor: Tensor) -> bool:
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return True
-    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(tensor).tangent is not None
