@@ -9,6 +9,7 @@ from torch import Tensor
 from gmrf_kernels.checks import check_tensor
 
 from ..stencil import as_integer
+from ..transformations import require
 from .base import GridOperator
 
 _BOUNDARIES = ("zero", "reflect", "periodic")
@@ -51,8 +52,7 @@ class Convolution(GridOperator):
         self._sizes = kernel.shape[kernel.ndim - self.ndim :]
         if 0 in self._sizes:
             raise ValueError(f"kernel has shape {tuple(kernel.shape)}, expected at least one entry along each axis")
-        if not torch._C._functorch.is_functorch_wrapped_tensor(kernel) and not kernel.isfinite().all():
-            raise ValueError("kernel has NaN or infinite entries, expected finite ones")
+        require(kernel.isfinite(), "kernel has NaN or infinite entries, expected finite ones")
         self.boundary = (boundary,) * self.ndim if isinstance(boundary, str) else tuple(boundary)
         if len(self.boundary) != self.ndim or any(one not in _BOUNDARIES for one in self.boundary):
             raise ValueError(f"boundary is {boundary!r}, expected 'zero', 'reflect' or 'periodic', or one for each axis")

@@ -322,3 +322,11 @@ def test_bad_input(make, error, message):
 
 def test_the_namespace():
     assert operators.__all__ == ["Convolution", "Downsample", "LinearOperator", "Mask", "Matrix"]
+
+
+def test_a_kernel_that_is_not_finite_is_refused_under_vmap_too():
+    kernels = torch.ones(2, 3, 3, dtype=torch.float64)
+    kernels[1, 0, 0] = torch.nan
+    x = torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(ValueError, match="kernel has NaN"):
+        torch.vmap(lambda kernel: Convolution(kernel)(x))(kernels)
