@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-wheel emulate clean
+.PHONY: demo test test-gpu test-wheel emulate docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments demo
@@ -40,6 +40,15 @@ emulate: $(VENV)/ready
 	$(BIN)/python $(PTXEMU)/cases.py $(CASES) && \
 	PTXEMU=$(abspath $(PTXEMU)) OMP_NUM_THREADS=1 $(BIN)/python -B -m pytest -m gpu; fi
 
+# The site, in docs/_build/html. Warnings are errors; scripts of the gallery run again only when they have changed.
+docs: $(VENV)/docs-ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+$(VENV)/docs-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[docs]
+	touch $@
+
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[dev]
@@ -47,4 +56,4 @@ $(VENV)/ready: pyproject.toml constraints.txt
 
 # With an old build/, the next `pip install .` would also install modules that have gone since.
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) build dist docs/_build docs/auto_examples docs/generated docs/reference/generated docs/sg_execution_times.rst

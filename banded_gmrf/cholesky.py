@@ -81,8 +81,8 @@ class StencilCholesky(Batched):
         Raises:
             TypeError: ``covariance`` is neither a floating-point tensor nor a function that returns one.
             ValueError: shapes that do not fit.
-            torch.linalg.LinAlgError, which is a ValueError here: the covariance of a site and its neighbours is not positive
-                definite, or singular up to rounding.
+            torch.linalg.LinAlgError: the covariance of a site and its neighbours is not positive definite, or singular up to
+                rounding; a ValueError as well.
         """
         return cls(*factor_of_covariance(covariance, stencil, grid), stencil)
 
@@ -122,7 +122,7 @@ class StencilCholesky(Batched):
             ValueError: shapes or devices that do not fit; with no ridge, fewer samples than a site has unknowns: its
                 coefficients, its variance, and its mean unless ``loc`` is given (with ``stationary`` every place where the
                 neighbours exist counts).
-            torch.linalg.LinAlgError, which is a ValueError here: the samples' covariance is not positive definite.
+            torch.linalg.LinAlgError: the samples' covariance is not positive definite; a ValueError as well.
         """
         return cls(*factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
 
@@ -147,7 +147,7 @@ class StencilCholesky(Batched):
 
         Raises:
             TypeError: ``precision`` is not a `StencilPrecision`, or ``stencil`` not a `Stencil`.
-            torch.linalg.LinAlgError, which is a ValueError here: Λ is not positive definite, or singular up to rounding.
+            torch.linalg.LinAlgError: Λ is not positive definite, or singular up to rounding; a ValueError as well.
             ValueError: Λ has an infinite or NaN entry, or ``stencil`` has another number of axes.
         """
         exact = cls(*factor_of_precision(precision))

@@ -1,0 +1,92 @@
+"""Pages that are made of what lies elsewhere in the checkout, written to ``docs/generated`` before Sphinx reads its sources.
+
+These are the ``--help`` of the command lines, and Markdown files outside of ``docs``: reports of results, the account of the
+kernels. Links between Markdown files are those that a reader of the checkout follows; here they lead to the pages.
+"""
+
+import importlib
+import os
+import re
+from pathlib import Path
+
+from typer.main import get_command
+from typer.testing import CliRunner
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+GENERATED = DOCS / "generated"
+PROGRAMS = ("experiments", "bench")
+HELP_WIDTH = 100
+
+
+def outside_pages() -> dict[Path, Path]:
+    """The Markdown files outside of ``docs`` that are pages, each with the page."""
+    pages = {
+        ROOT / "CONTRIBUTING.md": GENERATED / "contributing.md",
+        ROOT / "CHANGELOG.md": GENERATED / "changes.md",
+        ROOT / "kernels" / "README.md": GENERATED / "kernels.md",
+        ROOT / "kernels" / "generated_solve.md": GENERATED / "generated_solve.md",
+    }
+    for program in PROGRAMS:
+        for source in sorted((ROOT / program / "results").glob("*/*.md")):
+            pages[source] = GENERATED / f"{program}_{source.parent.name}.md"
+    return pages
+
+
+def with_links_of_pages(text: str, source: Path, page: Path) -> str:
+    """The text of ``source``, its relative links as they must be in ``page``."""
+    pages = outside_pages()
+
+    def moved(link: re.Match) -> str:
+        target, _, heading = link.group(1).partition("#")
+        if not target or "://" in target:
+            return link.group()
+        path = (source.parent / target).resolve()
+        relative = os.path.relpath(pages.get(path, path), page.parent)
+        return f"]({relative}{'#' if heading else ''}{heading})"
+
+    return re.sub(r"\]\(([^)\s]+)\)", moved, text)
+
+
+def helps(program: str) -> dict[str, str]:
+    """What a program and each of its commands print with ``--help``, by what is typed."""
+    app = importlib.import_module(f"{program}.__main__").app
+    name = f"python -m {program}"
+    environment = {"COLUMNS": str(HELP_WIDTH), "NO_COLOR": "1", "TERM": "dumb", "BANDED_GMRF_DATA": None}
+    texts = {}
+    for words in [[], *([command] for command in get_command(app).commands)]:
+        shown = CliRunner().invoke(app, [*words, "--help"], prog_name=name, env=environment)
+        if shown.exit_code:
+            raise RuntimeError(f"{name} {' '.join(words)} --help ended with {shown.exit_code}: {shown.output}")
+        texts[" ".join([name, *words])] = "\n".join(line.rstrip() for line in shown.output.strip().splitlines())
+    return texts
+
+
+def command_line_page(program: str) -> str:
+    """The Markdown of a program's page."""
+    sections = [f"## `{command}`\n\n```text\n{text}\n```\n" for command, text in helps(program).items()]
+    return "\n".join([f"# `python -m {program}`\n", *sections])
+
+
+def write_pages(app) -> None:
+    """Write what has changed, so that Sphinx reads no page again for nothing."""
+    texts = {GENERATED / f"command_{program}.md": command_line_page(program) for program in PROGRAMS}
+    for source, page in outside_pages().items():
+        texts[page] = with_links_of_pages(source.read_text(encoding="utf-8"), source, page)
+    GENERATED.mkdir(exist_ok=True)
+    for page, text in texts.items():
+        if not page.exists() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def link_to_pages(app, docname: str, content: list[str]) -> None:
+    """The same for the links of the pages that lie in ``docs``."""
+    page = DOCS / f"{docname}.md"
+    if page.exists() and page.parent != GENERATED:
+        content[0] = with_links_of_pages(content[0], page, page)
+
+
+def setup(app):
+    app.connect("builder-inited", write_pages)
+    app.connect("source-read", link_to_pages)
+    return {"parallel_read_safe": True}
