@@ -26,7 +26,11 @@ def inspect(look: Callable[..., None], *tensors: Tensor) -> None:
 
     Under `torch.vmap` the mapped axis is the first of each tensor, before what was its batch: ``look`` must broadcast.
     """
-    _Inspect.apply(look, *(t.detach() for t in tensors))
+    tensors = [t.detach() for t in tensors]
+    if torch.compiler.is_compiling() or is_transforming():
+        _Inspect.apply(look, *tensors)
+    else:  # the same, in a tenth of the time
+        look(*tensors)
 
 
 def require(condition: Tensor, message: str) -> None:

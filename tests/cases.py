@@ -52,3 +52,9 @@ def dense(L: bg.StencilCholesky) -> Tensor:
     off_diag = L.off_diag.reshape(L.batch_shape.numel(), len(L.stencil), *L.grid)
     matrices = [dense_factor(*factor, L.stencil.offsets) for factor in zip(log_diag, off_diag, strict=True)]
     return torch.stack(matrices).reshape(*L.batch_shape, n, n) if matrices else torch.zeros(*L.batch_shape, n, n).double()
+
+
+def dense_precision(precision: bg.StencilPrecision) -> Tensor:
+    """(*batch, n, n) in float64, element by element; differentiable in the precision's tensors."""
+    lower = dense(bg.StencilCholesky(precision.diag.log(), precision.off_diag, precision.stencil))
+    return lower + lower.tril(-1).mT

@@ -9,7 +9,7 @@ from gmrf_kernels.stencils import overlap
 
 from ..precision_matrix import StencilPrecision
 from ..stencil import Stencil, check_stencil
-from .parameters import positive
+from .parameters import check, positive
 
 
 def car_precision(
@@ -43,8 +43,7 @@ def car_precision(
     check_stencil(neighbours, "neighbours", ndim)
     variance = positive("variance", variance, ndim, dtype, device)
     dependence = torch.as_tensor(dependence, dtype=dtype, device=device)
-    if not (dependence.detach().abs() < 1).all():
-        raise ValueError(f"dependence is {dependence.tolist()}, expected less than 1 in magnitude")
+    check("dependence", dependence, dependence.abs() < 1, "less than 1 in magnitude")
     exists = neighbours.mask(grid, device).to(dtype)
     degree = exists.sum(0)
     for k, offset in enumerate(neighbours.offsets):
@@ -53,5 +52,5 @@ def car_precision(
     if not degree.all():
         site = tuple((degree == 0).nonzero()[0].tolist())
         raise ValueError(f"site {site} of grid {tuple(grid)} has no neighbours, expected at least one for every site")
-    weight = dependence.reshape(*dependence.shape, *[1] * ndim) / variance
+    weight = dependence[(..., *[None] * ndim)] / variance
     return StencilPrecision(degree / variance, -weight.unsqueeze(-ndim - 1) * exists, neighbours)

@@ -1,11 +1,14 @@
 """What the builders share: differences of fields as sparse matrices, and checks of their parameters."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import scipy.sparse
 import torch
 from torch import Tensor
+
+from ..transformations import inspect
 
 
 def differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_array:
@@ -23,6 +26,18 @@ def differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_ar
 def positive(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     """A parameter as a tensor (*batch, 1, ..., 1) with as many axes of size 1 as the grid has."""
     value = torch.as_tensor(value, dtype=dtype, device=device)
-    if not ((value.detach() > 0) & value.detach().isfinite()).all():
-        raise ValueError(f"{name} is {value.tolist()}, expected finite and positive")
-    return value.reshape(*value.shape, *[1] * ndim)
+    check(name, value, (value > 0) & value.isfinite(), "finite and positive")
+    return value[(..., *[None] * ndim)]
+
+
+def check(name: str, value: Tensor, holds: Tensor, expected: str) -> None:
+    """Raise ValueError with the value unless ``holds`` is true everywhere, also under `torch.func`'s transformations."""
+    if torch.compiler.is_compiling():
+        torch._assert_async(holds.all(), f"{name}: expected {expected}")
+    else:
+        inspect(functools.partial(_raise_unless, name, expected), holds, value)
+
+
+def _raise_unless(name: str, expected: str, holds: Tensor, value: Tensor) -> None:
+    if not holds.all():
+        raise ValueError(f"{name} is {value.tolist()}, expected {expected}")

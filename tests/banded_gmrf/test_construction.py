@@ -12,7 +12,7 @@ import banded_gmrf as bg
 from banded_gmrf.construction import covariance as nearest_to_covariance
 from banded_gmrf.construction import precision as elimination
 from banded_gmrf.construction import samples as estimation
-from tests.cases import FACTORS, STENCILS, dense, random_cholesky
+from tests.cases import FACTORS, STENCILS, dense, dense_precision, random_cholesky
 from tests.dense import exists, neighbours, random_factor
 
 # Blocks of at most 13 sites with condition numbers below 1e3: some hundred roundings, amplified by as much.
@@ -368,12 +368,6 @@ def test_bad_samples(samples, options, error, message):
         bg.StencilCholesky.from_samples(samples, STENCILS["3x3"], **options)
 
 
-def dense_precision(precision):
-    """(*batch, n, n), element by element."""
-    lower = dense(bg.StencilCholesky(precision.diag.log(), precision.off_diag, precision.stencil))
-    return lower + lower.tril(-1).mT
-
-
 def precisions(grid):
     """One of each kind, positive definite and in float64."""
     d = len(grid)
@@ -591,11 +585,6 @@ BAD_PRECISIONS = [
             lambda: bg.StencilPrecision.from_matrix(torch.ones(2, 3, 3).to_sparse(), (3,)),
             ValueError,
             r"matrix has shape \(2, 3, 3\), expected \(n, n\) for a sparse tensor",
-        ),
-        (
-            lambda: bg.matern_precision((8, 8), (3.0, 6.0), 1),
-            TypeError,
-            r"correlation_range is \(3.0, 6.0\), expected a number, or a tensor with one range for each field",
         ),
         (lambda: bg.StencilPrecision.from_matrix([[1.0]], (1,)), TypeError, "matrix is a list, expected a torch.Tensor"),
         (lambda: bg.StencilPrecision.from_matrix(torch.eye(2).int(), (2,)), TypeError, "matrix is torch.int32"),
