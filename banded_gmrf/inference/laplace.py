@@ -52,6 +52,9 @@ class LaplaceGMRF(ConditionalGMRF):
     def _mean(self, factor=None) -> Tensor:
         return self._center.expand(self._extended_shape())
 
+    def _mean_and_logdet(self) -> tuple[Tensor, Tensor]:
+        return self._mean(), self._system.logdet()
+
 
 class _Expansion(IndependentNoise):
     """A log likelihood that is a sum over sites, to second order about ``center``; the curvature may have any sign."""

@@ -192,10 +192,10 @@ class ConditionalGMRF(InferredField):
         contradicts = (apart > 8 * torch.finfo(value.dtype).eps * self._values.abs()).flatten(-len(grid)).any(-1)
         if self._validate_args and contradicts.any():
             raise ValueError("value differs from the observation at a site that is known exactly, where its density is 0")
-        factor = self._system.factor()
-        free = (value.double() - self._mean(factor)).masked_fill(self._known, 0)
+        mean, logdet = self._mean_and_logdet()
+        free = (value.double() - mean).masked_fill(self._known, 0)
         squares = (free * self._system.product(free)).flatten(-len(grid)).sum(-1)
-        log_density = 0.5 * (factor.logdet() - squares - self._num_free() * math.log(2 * math.pi))
+        log_density = 0.5 * (logdet - squares - self._num_free() * math.log(2 * math.pi))
         return log_density.masked_fill(contradicts, -math.inf).to(accumulate_dtype(value.dtype))
 
     def entropy(self) -> Tensor:
@@ -205,7 +205,7 @@ class ConditionalGMRF(InferredField):
             ValueError: a grid too large, as for `log_evidence`.
         """
         self._system.check_factorisable("entropy")
-        entropy = 0.5 * (self._num_free() * (1 + math.log(2 * math.pi)) - self._system.factor().logdet())
+        entropy = 0.5 * (self._num_free() * (1 + math.log(2 * math.pi)) - self._system.logdet())
         return entropy.to(accumulate_dtype(self._prior.loc.dtype)).expand(self._batch_shape)
 
     @property
@@ -220,11 +220,10 @@ class ConditionalGMRF(InferredField):
                 of W and stencils, of the prior and of correlated noise, that reach r rows; with an operator, n > 8192.
         """
         self._system.check_factorisable("log_evidence")
-        factor = self._system.factor()
-        mean = self._mean(factor)
+        mean, logdet = self._mean_and_logdet()
         log_prior = -negative_log_likelihood(mean - self._prior.loc.double(), *self._system.prior_factor.coefficients)
         log_likelihood = self._model.log_likelihood(self._observations, mean)
-        log_evidence = log_prior + log_likelihood + 0.5 * (self._num_free() * math.log(2 * math.pi) - factor.logdet())
+        log_evidence = log_prior + log_likelihood + 0.5 * (self._num_free() * math.log(2 * math.pi) - logdet)
         return log_evidence.expand(self._batch_shape)
 
     def constrain(self, A: Tensor | LinearOperator, e: Tensor) -> ConstrainedGMRF:
@@ -263,13 +262,23 @@ class ConditionalGMRF(InferredField):
         zeros = torch.zeros(self._model.event_shape, **self._double)
         return self._correct(self._prior.loc, zeros, factor).expand(self._extended_shape())
 
+    def _mean_and_logdet(self) -> tuple[Tensor, Tensor]:
+        """The mean, in float64, and log |Λ_ff + W|."""
+        start, rhs = self._correction(self._prior.loc, torch.zeros(self._model.event_shape, **self._double))
+        correction, logdet = self._system.solve_and_logdet(rhs)
+        return (start + correction).expand(self._extended_shape()), logdet
+
     def _correct(self, x: Tensor, z: Tensor, factor=None) -> Tensor:
         """``x`` given the observations, with z for their noise: (*sample, *batch, *grid) in float64."""
+        start, rhs = self._correction(x, z)
+        return start + (self._system.solve(rhs) if factor is None else self._system.solve_with(factor, rhs))
+
+    def _correction(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` with its known sites, and the right-hand side of what is to be added at the free ones."""
         x = x.double()
-        start, system, model = self._values.where(self._known, x), self._system, self._model
-        rhs = model.score(self._observations, x) + model.root(z) - system.prior_product(start - x)
-        rhs = rhs.masked_fill(self._known, 0)
-        return start + (system.solve(rhs) if factor is None else system.solve_with(factor, rhs))
+        start, model = self._values.where(self._known, x), self._model
+        rhs = model.score(self._observations, x) + model.root(z) - self._system.prior_product(start - x)
+        return start, rhs.masked_fill(self._known, 0)
 
     def _monte_carlo_variance(self, num_samples: int) -> tuple[Tensor, Tensor]:
         """Var x_j = 1 / A_jj + Var E[x_j | others], A = Λ_ff + W, the second term from deviations d from the mean.

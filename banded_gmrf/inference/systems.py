@@ -16,6 +16,7 @@ import gmrf_kernels
 from ..cholesky import StencilCholesky, squares_matvec
 from ..recursions.covariances import check_exact_is_affordable, exact_is_affordable
 from ..recursions.elimination import BlockCholesky, add_padded, block_cholesky
+from ..recursions.solve_and_logdet import solve_and_logdet
 from ..recursions.strips import block_coefficients, block_rows, strip
 from ..stencil import as_integer
 from ..transformations import is_transformed, is_transforming
@@ -52,6 +53,7 @@ class PosteriorSystem:
 
     convergence: Convergence | None = None
     _kept: BlockCholesky | None = None
+    _kept_versions: list[int] | None = None
     _kept_preconditioner: Callable[[Tensor], Tensor] | None = None
 
     def __init__(
@@ -134,6 +136,24 @@ class PosteriorSystem:
                 self.convergence = Convergence(0, relative_residual(b - self.product(x), b, len(self.prior_factor.grid)))
         return x
 
+    def solve_and_logdet(self, b: Tensor) -> tuple[Tensor, Tensor]:
+        """A⁻¹b, directly whatever the method, and log |A|: (*sample, *batch, *grid) and (*batch).
+
+        Differentiable any number of times, by autograd and under torch's transformations.
+        """
+        if torch.compiler.is_compiling() or self._is_transformed() or is_transformed(b) or not self._is_differentiated():
+            factor = self.factor()
+            return self.solve_with(factor, b), factor.logdet()
+        grid = self.prior_factor.grid
+        x, logdet = solve_and_logdet(*self._sum_of_blocks(), self._factor_kept(), b.flatten(-len(grid)))
+        return x.unflatten(-1, grid), logdet
+
+    def logdet(self) -> Tensor:
+        """log |A|, (*batch)."""
+        return self.solve_and_logdet(torch.zeros(self.prior_factor.grid, dtype=torch.float64, device=self.prior_factor.device))[
+            1
+        ]
+
     def factor(self) -> BlockCholesky:
         """The factor of A: the one that is kept, or one with a graph where a derivative by A is asked for."""
         return self._factorise() if self._is_differentiated() or self._is_transformed() else self._factor_kept()
@@ -161,13 +181,20 @@ class PosteriorSystem:
         return grid.numel() * window**2, grid.numel() * window
 
     def _factor_kept(self) -> BlockCholesky:
-        if self._kept is None:
+        versions = None
+        if not torch.compiler.is_compiling():
+            versions = [0 if t.is_inference() else t._version for t in self.prior_factor.coefficients[:2]]
+        if self._kept is None or versions != self._kept_versions:  # an optimiser may have changed them in place
             with torch.no_grad():
-                self._kept = self._factorise()
+                self._kept, self._kept_versions = self._factorise(), versions
         return self._kept
 
     def _factorise(self) -> BlockCholesky:
-        """By elimination of one block of rows after the other: Λ_ff is the sum of L_f L_fᵀ over its columns."""
+        """By elimination of one block of rows after the other."""
+        return block_cholesky(*self._sum_of_blocks())
+
+    def _sum_of_blocks(self) -> tuple[Callable[..., tuple[Tensor, Tensor]], list[tuple], list[int], torch.device]:
+        """A as `block_cholesky` takes it: Λ_ff is the sum of L_f L_fᵀ over its columns."""
         factor, grid = self.prior_factor, self.prior_factor.grid
         ndim, rows, device = len(grid), grid[0], factor.device
         known = self.known.flatten(-ndim).to(torch.float64)
@@ -175,7 +202,7 @@ class PosteriorSystem:
             root = factor.to_dense() * (1 - known)[..., None]
             free = (1 - known)[..., None] * (1 - known)[..., None, :]
             dense = root @ root.mT + free * self._model.matrix()
-            return block_cholesky(lambda: (dense, known), [()], [grid.numel()], device)
+            return lambda dense: (dense, known), [(dense,)], [grid.numel()], device
         row = math.prod(grid[1:])
         blocks = block_rows(grid)
 
@@ -188,7 +215,7 @@ class PosteriorSystem:
             return gram if observed is None else add_padded(gram, observed), known[..., own] + diagonal
 
         parts = list(zip(blocks, block_coefficients(factor), self._model.blocks(), strict=True))
-        return block_cholesky(contribution, parts, [(stop - start) * row for start, stop in blocks], device)
+        return contribution, parts, [(stop - start) * row for start, stop in blocks], device
 
     def _probe(self) -> Tensor:
         return self.product(torch.ones(self.prior_factor.grid, dtype=torch.float64, device=self.prior_factor.device))

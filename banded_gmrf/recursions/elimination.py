@@ -9,7 +9,7 @@ import copy
 import functools
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -58,14 +58,27 @@ class BlockCholesky:
         """The diagonal of A⁻¹, (*batch, n), by the recursion of `covariances` from the last block upwards."""
 
         def step(window: Tensor, P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:
-            width, kept = P.shape[-1], Q.shape[-1]
-            covariance = prepend_block(torch.cat([P, Q.mT], -2), window[..., :kept, :kept])
-            return covariance, covariance.diagonal(dim1=-2, dim2=-1)[..., :width].clone()  # a view would keep the block
+            covariance = _prepend(P, Q, window)
+            # A view would keep the block.
+            return covariance, covariance.diagonal(dim1=-2, dim2=-1)[..., : P.shape[-1]].clone()
 
-        first = self._columns[0][0]
-        window = first.new_zeros(*first.shape[:-2], 0, 0)
-        variances = scan(step, window, self._columns[::-1])[::-1]
+        variances = scan(step, self._no_window(), self._columns[::-1])[::-1]
         return torch.cat(variances, -1).reshape(*self._batch, sum(self._widths))
+
+    def inverse_blocks(self) -> Iterator[Tensor]:
+        """A⁻¹ among the sites of a block and those after it that it is coupled to, from the last block to the first.
+
+        Yields:
+            (*batch, w + h, w + h).
+        """
+        window = self._no_window()
+        for P, Q in self._columns[::-1]:
+            window = _prepend(P, Q, window)
+            yield window.reshape(*self._batch, *window.shape[-2:])
+
+    def _no_window(self) -> Tensor:
+        first = self._columns[0][0]
+        return first.new_zeros(*first.shape[:-2], 0, 0)
 
     def _on_columns(self, solve: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
         """``solve`` for columns (*batch, n, m), all vectors that share a factor: products of matrices, not of vectors."""
@@ -100,6 +113,12 @@ class BlockCholesky:
             solution.append(torch.linalg.solve_triangular(P.mT, rhs, upper=True))
             after = torch.cat([solution[-1], after], -2)[..., : max(Q.shape[-1], self._reach), :]
         return torch.cat(solution[::-1], -2)
+
+
+def _prepend(P: Tensor, Q: Tensor, window: Tensor) -> Tensor:
+    """A⁻¹ among the sites of a block and those that it is coupled to, from that of the sites after it."""
+    coupled = Q.shape[-1]
+    return prepend_block(torch.cat([P, Q.mT], -2), window[..., :coupled, :coupled])
 
 
 def block_cholesky(
