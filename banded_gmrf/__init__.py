@@ -29,7 +29,7 @@ from .inference.evidence import EvidenceFit, maximum_evidence
 from .inference.laplace import LaplaceGMRF
 from .inference.posterior import ConditionalGMRF
 from .precision_matrix import StencilPrecision
-from .precisions import car_precision, matern_precision, thin_plate_precision
+from .precisions import ar1_precision, car_precision, matern_precision, separable_precision, thin_plate_precision
 from .stencil import Stencil
 
 # Nothing but tensors and integers is in their files: torch.load may read them with its default, weights_only=True.
@@ -46,6 +46,7 @@ __all__ = [
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",
+    "ar1_precision",
     "car_precision",
     "diagnostics",
     "kl_divergence",
@@ -54,6 +55,7 @@ __all__ = [
     "negative_log_likelihood",
     "operators",
     "precisions",
+    "separable_precision",
     "thin_plate_precision",
     "use_backend",
 ]

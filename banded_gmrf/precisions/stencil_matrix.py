@@ -85,6 +85,14 @@ class StencilMatrix:
             ]
         )
 
+    def kron(self, other: "StencilMatrix") -> "StencilMatrix":
+        """A ⊗ B, on the grid of A's axes and then B's."""
+        a, b = self.ndim, other.ndim
+        offsets = tuple(first + second for first in self.offsets for second in other.offsets)
+        first = self.entries[(..., slice(None), None, *[slice(None)] * a, *[None] * b)]
+        second = other.entries[(..., None, slice(None), *[None] * a, *[slice(None)] * b)]
+        return StencilMatrix(offsets, (first * second).flatten(-a - b - 2, -a - b - 1))
+
     def scale_rows(self, scale: Tensor) -> "StencilMatrix":
         """D A with the diagonal matrix D of ``scale``, (*batch, *grid) or broadcast to it."""
         return StencilMatrix(self.offsets, scale.unsqueeze(-self.ndim - 1) * self.entries)
