@@ -1,6 +1,6 @@
 """Gaussian Markov random fields on grids, with precision Λ = L Lᵀ and L a sparse, stencil-shaped Cholesky factor.
 
-Where things are; every file imports only what stands above it, but for analysis/divergence, which takes two `GMRF`s:
+Where things are; every file imports only what stands above it, but for analysis/divergence, which takes two distributions:
 
     stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
     errors, transformations           what is raised where numbers are bad, whatever transformation of torch they are under
@@ -11,8 +11,9 @@ Where things are; every file imports only what stands above it, but for analysis
     cholesky                          `StencilCholesky`, the factor
     analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
     operators/                        what an instrument sees of a field: linear observation operators
+    factors                           the few fields of a low-rank part: sums of them, and small systems
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
-    gmrf, pyro                        `GMRF`, the distribution; the same for Pyro
+    gmrf, low_rank, pyro              `GMRF`, the distribution; the same plus a few fields of the whole grid; the same for Pyro
     diagnostics/                      how well a model fits data
 """
 
@@ -27,13 +28,15 @@ from .gmrf import GMRF
 from .inference.constraints import ConstrainedGMRF
 from .inference.evidence import EvidenceFit, maximum_evidence
 from .inference.laplace import LaplaceGMRF
+from .inference.low_rank_posterior import LowRankPosterior
 from .inference.posterior import ConditionalGMRF
+from .low_rank import LowRankGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import ar1_precision, car_precision, matern_precision, separable_precision, thin_plate_precision
 from .stencil import Stencil
 
 # Nothing but tensors and integers is in their files: torch.load may read them with its default, weights_only=True.
-torch.serialization.add_safe_globals([GMRF, Stencil, StencilCholesky, StencilPrecision])
+torch.serialization.add_safe_globals([GMRF, LowRankGMRF, Stencil, StencilCholesky, StencilPrecision])
 
 __version__ = "0.1.0"
 
@@ -43,6 +46,8 @@ __all__ = [
     "ConstrainedGMRF",
     "EvidenceFit",
     "LaplaceGMRF",
+    "LowRankGMRF",
+    "LowRankPosterior",
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",

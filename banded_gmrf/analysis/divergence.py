@@ -1,10 +1,11 @@
-"""Kullback-Leibler divergence between two GMRFs on one grid, whose stencils may differ.
+"""Kullback-Leibler divergence between two GMRFs on one grid, whose stencils may differ, each with a low-rank part or without.
 
-    KL(q‖p) = ½ (tr Λ_p Σ_q - n + ‖L_pᵀ(μ_q - μ_p)‖²) + log |L_q| - log |L_p|
+    KL(q‖p) = ½ (tr Σ_p⁻¹Σ_q - n + (μ_q - μ_p)ᵀΣ_p⁻¹(μ_q - μ_p)) + ½ log |Σ_p| - ½ log |Σ_q|
 
-Everything but the trace costs an operation or two. tr Λ_p Σ_q is the sum of lᵀ Σ_q l over the columns l of L_p, for which the
-covariances of rows within p's reach are enough (`scan_covariance`); or, for large grids, it is E ‖L_pᵀ L_q⁻ᵀ u‖² over
-random signs u (Hutchinson, 1990), an estimate that is exact where q = p.
+With a low-rank part Σ_q = Λ_q⁻¹ + F Fᵀ, and Σ_p⁻¹ = Λ_p - U Uᵀ. Then tr Σ_p⁻¹Σ_q = tr Λ_p Λ_q⁻¹ + tr FᵀΣ_p⁻¹F - ‖L_q⁻¹U‖².
+Everything but tr Λ_p Λ_q⁻¹ costs an operation or two for each factor. That trace is the sum of lᵀΛ_q⁻¹l over the columns l of
+L_p, for which the covariances of rows within p's reach are enough (`scan_covariance`); or, for large grids, it is
+E ‖L_pᵀ L_q⁻ᵀ u‖² over random signs u (Hutchinson, 1990), an estimate that is exact where the factors L are equal.
 """
 
 import math
@@ -16,15 +17,17 @@ from torch.distributions import register_kl
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_dtype
 
 from ..cholesky import StencilCholesky
+from ..factors import rank_first
 from ..gmrf import GMRF
+from ..low_rank import LowRankGMRF
 from ..recursions.covariances import exact_is_affordable, scan_covariance
 from ..recursions.strips import block_coefficients, block_rows, strip
 
 _CHUNK_ELEMENTS = 2**25
 
 
-def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64) -> Tensor:
-    """KL(q‖p) = E_q[log q - log p] in nats, differentiable in both.
+def kl_divergence(q: GMRF | LowRankGMRF, p: GMRF | LowRankGMRF, method: str = "auto", num_samples: int = 64) -> Tensor:
+    """KL(q‖p) = E_q[log q - log p] in nats, differentiable in both; each a `GMRF` or a `LowRankGMRF`.
 
     ``torch.distributions.kl_divergence(q, p)`` is this function with its defaults.
 
@@ -38,11 +41,11 @@ def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64)
         (*batch), in float32 for float16 and bfloat16.
 
     Raises:
-        TypeError: not two `GMRF`, or dtypes that differ.
+        TypeError: neither a `GMRF` nor a `LowRankGMRF`, or dtypes that differ.
         ValueError: grids, batches or devices that do not fit, another method, or fewer than one sample.
     """
     for name, distribution in (("q", q), ("p", p)):
-        if not isinstance(distribution, GMRF):
+        if not isinstance(distribution, GMRF | LowRankGMRF):
             raise TypeError(f"{name} is a {type(distribution).__name__}, expected a GMRF")
     if q.event_shape != p.event_shape:
         raise ValueError(f"q has grid {tuple(q.event_shape)}, p has grid {tuple(p.event_shape)}")
@@ -58,13 +61,33 @@ def kl_divergence(q: GMRF, p: GMRF, method: str = "auto", num_samples: int = 64)
     if method == "auto":
         method = "exact" if exact_is_affordable(of, _reach(of, to)) else "monte_carlo"
     trace = _exact_trace(of, to) if method == "exact" else _monte_carlo_trace(of, to, num_samples)
-    of, to = of.to(torch.float64), to.to(torch.float64)  # the sum is small where q and p are near, and its terms are large
-    distance = to.matvec(q.loc.double() - p.loc.double(), transpose=True).square().flatten(-len(q.event_shape)).sum(-1)
-    divergence = 0.5 * (trace - q.event_shape.numel() + distance) + of.logdet() - to.logdet()
+    # In float64: the sum is small where q and p are near, and its terms are large.
+    q, p = q.to(torch.float64), p.to(torch.float64)
+    ndim = len(q.event_shape)
+    if isinstance(q, LowRankGMRF):
+        trace = trace + _squares(_centred(p).whiten(rank_first(q.factors, ndim, len(batch))), ndim).sum(0)
+    if isinstance(p, LowRankGMRF):
+        downdate = rank_first(p.precision_factors, ndim, len(batch))
+        trace = trace - _squares(q.precision_cholesky.solve(downdate), ndim).sum(0)
+    distance = _squares(_centred(p).whiten(q.loc - p.loc), ndim)
+    divergence = 0.5 * (trace - q.event_shape.numel() + distance) + p.entropy() - q.entropy()
     return divergence.expand(batch).to(dtype)
 
 
-register_kl(GMRF, GMRF)(kl_divergence)
+for of in (GMRF, LowRankGMRF):
+    for to in (GMRF, LowRankGMRF):
+        register_kl(of, to)(kl_divergence)
+
+
+def _centred(distribution: GMRF | LowRankGMRF) -> GMRF | LowRankGMRF:
+    parts = torch.zeros_like(distribution.loc), distribution.precision_cholesky
+    if isinstance(distribution, LowRankGMRF):
+        return LowRankGMRF(*parts, distribution.factors, validate_args=False)
+    return GMRF(*parts, validate_args=False)
+
+
+def _squares(x: Tensor, ndim: int) -> Tensor:
+    return x.square().flatten(-ndim).sum(-1)
 
 
 def _reach(q: StencilCholesky, p: StencilCholesky) -> int:

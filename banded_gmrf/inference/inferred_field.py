@@ -1,4 +1,4 @@
-"""`InferredField`, the base of posteriors and of constrained fields: what follows from their mean, variances and samples."""
+"""`InferredField`, the base of fields made of others: what follows from their mean, variances and samples."""
 
 from collections.abc import Sequence
 
@@ -8,14 +8,14 @@ from torch.distributions import Distribution, constraints
 
 
 class InferredField(Distribution):
-    """Base of distributions of a whole grid that are made by conditioning another one.
+    """Base of distributions of a whole grid that are made of another one, by conditioning it or adding to it.
 
     A subclass has ``mean``, ``rsample`` and ``marginal_variance``, and says what an expansion of it shares.
     """
 
     has_rsample = True
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012, as torch's own
-    _conditioned: str  # the attribute with the distribution before conditioning, which an expansion expands
+    _conditioned: str  # the attribute with that other distribution, which an expansion expands
     _own: tuple[str, ...]  # the other attributes, which it shares
 
     def _expanded(self, new: "InferredField", batch_shape: Sequence[int]) -> "InferredField":

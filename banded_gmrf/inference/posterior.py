@@ -12,8 +12,10 @@ local perturbations, NIPS 2010; for exact observations Rue & Held, Gaussian Mark
 Λ_ff + W at hand, a draw is the mean and C⁻ᵀz.
 """
 
+import copy
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +34,20 @@ from .noise import ObservationModel
 from .systems import PosteriorSystem
 
 _CHUNK_ELEMENTS = 2**22
+
+
+class MeanResponse(NamedTuple):
+    """What a move of the prior's mean by Σ_r w_r fields[r] does to a posterior.
+
+    Attributes:
+        mean: by how much its mean moves for w_r = 1, (R, *batch, *grid).
+        information: minus the second derivatives of the log evidence by w, (*batch, R, R).
+        score: its first derivatives at w = 0, (*batch, R).
+    """
+
+    mean: Tensor
+    information: Tensor
+    score: Tensor
 
 
 class ConditionalGMRF(InferredField):
@@ -246,6 +262,32 @@ class ConditionalGMRF(InferredField):
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""
         return self._system.solve(x.masked_fill(self._known, 0)).masked_fill(self._known, 0)
+
+    def precision_times(self, x: Tensor) -> Tensor:
+        """(Λ_ff + W) x in float64, of vectors (*sample, *batch, *grid) in float64 that are 0 where a site is known exactly."""
+        return self._system.product(x)
+
+    def respond(self, fields: Tensor) -> MeanResponse:
+        """How this posterior depends on a move of the prior's mean, loc + Σ_r w_r fields[r]; see `MeanResponse`.
+
+        It takes one solve for each of the fields (R, *batch, *grid), in float64.
+        """
+        system, ndim = self._system, len(self._event_shape)
+        start = fields.masked_fill(self._known, 0)
+        rhs = system.prior_product(fields - start) - self._model.precision(start)
+        mean = start + system.solve(rhs.masked_fill(self._known, 0))
+        apart, seen = system.prior_factor.matvec(fields - mean, transpose=True), self._model.precision(mean)
+        apart, fields_seen, seen = (t.movedim(0, -ndim - 1).flatten(-ndim) for t in (apart, mean, seen))
+        information = apart @ apart.mT + fields_seen @ seen.mT
+        pull = system.prior_product(self._mean() - self._prior.loc.double()).flatten(-ndim)
+        score = (fields.movedim(0, -ndim - 1).flatten(-ndim) @ pull.unsqueeze(-1)).squeeze(-1)
+        return MeanResponse(mean, 0.5 * (information + information.mT), score)
+
+    def with_prior_mean(self, loc: Tensor) -> "ConditionalGMRF":
+        """The posterior under the prior with another mean (*batch, *grid); nothing is factorised again."""
+        new, prior = copy.copy(self), self._prior
+        new._prior = type(prior)(loc, prior.precision_cholesky, validate_args=False)
+        return new
 
     def __repr__(self) -> str:
         return f"ConditionalGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"

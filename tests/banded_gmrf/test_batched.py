@@ -34,7 +34,13 @@ def distribution(*args, **kwargs):
     return bg.GMRF(torch.randn(GRID).to(L.dtype), L)
 
 
-KINDS = [factor, precision, distribution]
+def low_rank(*args, **kwargs):
+    L = factor(*args, **kwargs)
+    batch = L.coefficients.off_diag.shape[:-3]
+    return bg.LowRankGMRF(torch.randn(GRID).to(L.dtype), L, torch.randn(*batch, 2, *GRID).to(L.dtype))
+
+
+KINDS = [factor, precision, distribution, low_rank]
 
 
 def tensors(node):
@@ -42,6 +48,8 @@ def tensors(node):
     if isinstance(node, bg.StencilPrecision):
         batch = node.batch_shape
         return [node.diag.expand(*batch, *GRID), node.off_diag.expand(*batch, len(STENCIL), *GRID)]
+    if isinstance(node, bg.LowRankGMRF):
+        return [*tensors(node.local), node.factors]
     return [*([node.loc] if isinstance(node, bg.GMRF) else []), node.log_diag, node.off_diag]
 
 
@@ -148,14 +156,16 @@ def test_to_converts_and_moves(kind):
 
 
 def stored(node):
+    if isinstance(node, bg.LowRankGMRF):
+        return [*stored(node.local), node._factors]
     if isinstance(node, bg.GMRF):
         return [node.loc, *node.precision_cholesky.coefficients[:2]]
     return [node.diag, node.off_diag] if isinstance(node, bg.StencilPrecision) else [*node.coefficients[:2]]
 
 
 def kind_of(node, parts):
-    if isinstance(node, bg.GMRF):
-        return bg.GMRF(parts[0], bg.StencilCholesky(*parts[1:], STENCIL))
+    if isinstance(node, bg.GMRF | bg.LowRankGMRF):
+        return type(node)(parts[0], bg.StencilCholesky(*parts[1:3], STENCIL), *parts[3:])
     return type(node)(*parts, STENCIL)
 
 
@@ -188,7 +198,7 @@ def test_a_pytree_node_with_the_whole_batch_in_every_leaf(kind, batches):
     restored = pytree.treespec_loads(pytree.treespec_dumps(spec))
     assert_same(pytree.tree_unflatten(leaves, restored), node)
     paths = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(node)[0]]
-    assert [path.split(".")[-1] for path in paths][-1] == "off_diag"
+    assert paths[-1].endswith(".factors" if kind is low_rank else ".off_diag")
 
 
 @pytest.mark.parametrize("kind", KINDS)

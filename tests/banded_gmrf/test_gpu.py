@@ -14,6 +14,10 @@ GRID = (9, 7)
 PRECISE = {"tolerance": 1e-13}
 
 
+def _low_rank(q, x):
+    return bg.LowRankGMRF(q.loc, q.precision_cholesky, torch.stack((x[0], x[1].sin(), x[0] * x[1]), 1))
+
+
 def _loc_near(q, x):
     return bg.GMRF(x.mean(0), q.precision_cholesky)
 
@@ -35,6 +39,12 @@ TOOLS = {
     "divergence": lambda q, x: bg.kl_divergence(q, _loc_near(q, x), "exact"),
     "eigenvalues": lambda q, x: q.leading_eigenpairs(5).eigenvalues,
     "projection": lambda q, x: q.project_on_leading(x, 5),
+    "low rank: log_prob": lambda q, x: _low_rank(q, x).log_prob(x.square()),
+    "low rank: whiten": lambda q, x: _low_rank(q, x).whiten(x),
+    "low rank: variance": lambda q, x: _low_rank(q, x).variance,
+    "low rank: divergence": lambda q, x: bg.kl_divergence(_low_rank(q, x), _loc_near(q, x)),
+    "low rank: condition": lambda q, x: _low_rank(q, x).condition(x > 0, x, **PRECISE).mean,
+    "low rank: evidence": lambda q, x: _low_rank(q, x).posterior(x, 0.3, **PRECISE).log_evidence,
     "from_samples": lambda q, x: bg.StencilCholesky.from_samples(torch.cat((x, x.sin())), q.stencil, ridge=0.1).off_diag,
     "from_covariance": lambda q, x: bg.StencilCholesky.from_covariance(q.covariance_matrix, q.stencil, GRID).log_diag,
     "nearest": lambda q, x: q.precision_cholesky.nearest(bg.Stencil.square(3)).off_diag,

@@ -17,6 +17,7 @@ GENERATOR = torch.Generator().manual_seed(0)
 LOG_DIAG, OFF_DIAG = random_factor(STENCIL.offsets, GRID, generator=GENERATOR, nan_outside=False)
 LOC, Y, TANGENT = torch.randn(3, *GRID, dtype=torch.float64, generator=GENERATOR)
 MASK = torch.rand(GRID, generator=GENERATOR) < 0.5
+FACTORS = torch.randn(2, *GRID, dtype=torch.float64, generator=GENERATOR)
 
 
 def factor(log_diag):
@@ -25,6 +26,11 @@ def factor(log_diag):
 
 def field(log_diag, scale=1.0):
     return bg.GMRF(scale * LOC, bg.StencilCholesky(log_diag, scale * OFF_DIAG, STENCIL), validate_args=False)
+
+
+def low_rank(log_diag, scale=1.0):
+    local = field(log_diag, scale)
+    return bg.LowRankGMRF(local.loc, local.precision_cholesky, scale * log_diag.sin() * FACTORS, validate_args=False)
 
 
 def precision(log_diag):
@@ -43,10 +49,19 @@ TOOLS = {
     "condition": lambda d: field(d).condition(MASK, Y).mean.sin().sum(),
     "posterior": lambda d: field(d).posterior(Y, noise=field(0.9 * d, 0.5)).mean.sin().sum(),
     "log_evidence": lambda d: field(d).posterior(Y, 0.3).log_evidence,
+    "low-rank log_prob": lambda d: low_rank(d).log_prob(Y),
+    "low-rank whiten": lambda d: low_rank(d).whiten(Y).sin().sum(),
+    "low-rank variance": lambda d: low_rank(d).variance.sin().sum(),
+    "low-rank kl_divergence": lambda d: bg.kl_divergence(low_rank(d), low_rank(d.sin(), 0.7)),
+    "low-rank posterior": lambda d: low_rank(d).posterior(Y, 0.3).mean.sin().sum(),
+    "low-rank log_evidence": lambda d: low_rank(d).condition(MASK, Y).log_evidence,
     "leading_eigenpairs": lambda d: field(d).leading_eigenpairs(2).eigenvalues.sin().sum(),
 }
 ONCE = {"leading_eigenpairs": RuntimeError}  # the error where a second derivative is asked for
-ONCE_BY_AUTOGRAD = {**ONCE, "condition": NotImplementedError, "posterior": NotImplementedError}
+ONCE_BY_AUTOGRAD = {
+    **ONCE,
+    **dict.fromkeys(("condition", "posterior", "low-rank posterior", "low-rank log_evidence"), NotImplementedError),
+}
 
 
 def by_differences(function, at, step=1e-5):
@@ -120,7 +135,7 @@ def test_checks_under_vmap_see_every_element():
         build(several.flip(0))
 
 
-@pytest.mark.parametrize("tool", ["log_prob", "variance", "kl_divergence", "nearest", "log_evidence"])
+@pytest.mark.parametrize("tool", ["log_prob", "variance", "kl_divergence", "nearest", "log_evidence", "low-rank log_prob"])
 def test_compiled_to_one_graph(tool, monkeypatch, keep_torch_defaults):
     monkeypatch.setattr("banded_gmrf.recursions.strips._MIN_BLOCK_SITES", 1)  # several blocks
     function = TOOLS[tool]
