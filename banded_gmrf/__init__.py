@@ -5,13 +5,13 @@ Where things are; every file imports only what stands above it, but for analysis
     stencil, batched, coefficients    which neighbours a site has; what objects that hold tensors share
     errors, transformations           what is raised where numbers are bad, whatever transformation of torch they are under
     validation                        checks of what a distribution is given
+    factors                           the few fields of a low-rank part: sums of them, and small systems
     precision_matrix, precisions/     sparse precisions Λ, and the classical fields defined by one, a file each
     recursions/                       dense recursions over rows of the grid, on raw coefficients
     construction/                     how a factor is *built*: from covariances, samples, precisions, other factors
     cholesky                          `StencilCholesky`, the factor
     analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
     operators/                        what an instrument sees of a field: linear observation operators
-    factors                           the few fields of a low-rank part: sums of them, and small systems
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
     gmrf, low_rank, pyro              `GMRF`, the distribution; the same plus a few fields of the whole grid; the same for Pyro
     diagnostics/                      how well a model fits data
