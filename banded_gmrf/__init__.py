@@ -14,6 +14,7 @@ Where things are; every file imports only what stands above it, but for analysis
     operators/                        what an instrument sees of a field: linear observation operators
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
     gmrf, low_rank, pyro              `GMRF`, the distribution; the same plus a few fields of the whole grid; the same for Pyro
+    deepinv, linear_operator          a field in those libraries: as prior, noise and fidelity; as matrices
     diagnostics/                      how well a model fits data
 """
 

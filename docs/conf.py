@@ -9,7 +9,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: scrip
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "docs" / "extensions")]
 
+from torchvision_operators import declare_missing_operators  # noqa: E402
+
 import banded_gmrf  # noqa: E402
+
+declare_missing_operators()
 
 OURS = ("banded_gmrf", "gmrf_kernels", "supn_models")
 
