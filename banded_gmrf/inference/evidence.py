@@ -19,7 +19,7 @@ from ..stencil import as_integer
 
 Parameters = dict[str, Tensor]
 
-_STEP = 1e-4  # of the logarithms, for second derivatives: their errors are about its square, and 1e-12 / its size
+_STEP = 1e-4  # of the logarithms, for second derivatives: their relative errors are about its size, and 1e-12 / its size
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def maximum_evidence(
     *,
     bounds: Mapping[str, tuple[float, float]] | None = None,
     max_iterations: int = 100,
-    tolerance: float = 1e-4,
+    tolerance: float = 1e-3,
     progress: Callable[[Parameters, float], None] | None = None,
 ) -> EvidenceFit:
     """Positive parameters that maximise the log evidence, by L-BFGS-B on their logarithms.
@@ -62,7 +62,7 @@ def maximum_evidence(
         fit = bg.maximum_evidence(model, {"range": 10.0, "variance": 1.0, "noise": 0.1})
 
     SciPy's L-BFGS-B (Byrd, Lu, Nocedal & Zhu, SIAM J. Sci. Comput. 1995), gradients by autograd, second derivatives by
-    differences of gradients, two for each number.
+    differences of gradients, one more for each number.
 
     Args:
         model: from parameters by name, as float64 tensors, to a posterior, or anything else with a differentiable
@@ -70,7 +70,8 @@ def maximum_evidence(
         start: the parameters to start from, numbers or tensors, finite and positive.
         bounds: by name, the least and the largest value allowed; by default 10⁻⁴ and 10⁴ times the start.
         max_iterations: of the search; if they do not suffice, it warns.
-        tolerance: the search ends where no derivative by a logarithm exceeds this many nats.
+        tolerance: the search ends where no derivative by a logarithm exceeds this many nats. A parameter is then about that
+            many of its standard errors away from the maximum, times the standard error of its logarithm.
         progress: called after each iteration with the parameters and their log evidence.
 
     Returns:
@@ -194,9 +195,9 @@ class _Problem:
         size = len(logs)
         hessian = np.empty((size, size))
         try:
+            here = self(logs)[1]
             for i in range(size):
-                step = _STEP * np.eye(size)[i]
-                hessian[i] = (self._evaluate(logs + step)[1] - self._evaluate(logs - step)[1]) / (2 * _STEP)
+                hessian[i] = (self._evaluate(logs + _STEP * np.eye(size)[i])[1] - here) / _STEP
             np.linalg.cholesky(hessian := 0.5 * (hessian + hessian.T))
             variance = np.linalg.inv(hessian).diagonal()
         except (torch.linalg.LinAlgError, ValueError, np.linalg.LinAlgError):
