@@ -95,6 +95,7 @@ class StencilCholesky(Batched):
         loc: Tensor | None = None,
         ridge: float = 0.0,
         stationary: bool = False,
+        stable: str | None = None,
     ) -> "StencilCholesky":
         """The maximum-likelihood factor with a given stencil, in closed form.
 
@@ -111,8 +112,13 @@ class StencilCholesky(Batched):
                 mean negative log likelihood plus ½ ridge ‖L‖²_F.
             stationary: sites share their coefficients. Near an edge of the grid some neighbours do not exist: a site shares
                 its coefficients with all sites that have the same existing neighbours. They are estimated wherever on the
-                grid these neighbours exist. Nothing makes such a factor stable: if the stencil is too small for the samples,
-                samples of the factor may grow from one edge of the grid to the other; `diagnostics.sample_growth` tells.
+                grid these neighbours exist. Nothing makes the most likely such factor stable: its samples may grow from one
+                edge of the grid to the other, as `diagnostics.sample_growth` measures. If they grow more than fourfold, it
+                warns (RuntimeWarning).
+            stable: "project" damps the regressions of such a stationary factor, by e^(-rate · t) for a neighbour t steps of the
+                stencil's wavefronts away, with the smallest rate at which its samples grow no more than twofold, and refits the
+                diagonal. A ridge that is large enough for that costs more likelihood. None leaves the factor as it is. The rate
+                is a constant for derivatives.
 
         Returns:
             The factor, with the samples' batch, dtype and device. Entries that do not exist are stored as 0.
@@ -121,10 +127,10 @@ class StencilCholesky(Batched):
             TypeError: samples of another type than floating-point tensors of one dtype.
             ValueError: shapes or devices that do not fit; with no ridge, fewer samples than a site has unknowns: its
                 coefficients, its variance, and its mean unless ``loc`` is given (with ``stationary`` every place where the
-                neighbours exist counts).
+                neighbours exist counts); another ``stable``, or one without ``stationary``.
             torch.linalg.LinAlgError: the samples' covariance is not positive definite; a ValueError as well.
         """
-        return cls(*factor_of_samples(samples, stencil, loc, ridge, stationary), stencil)
+        return cls(*factor_of_samples(samples, stencil, loc, ridge, stationary, stable), stencil)
 
     @classmethod
     def from_precision(cls, precision: StencilPrecision, stencil: Stencil | None = None) -> "StencilCholesky":

@@ -7,7 +7,8 @@ samples, which `gmrf_kernels.outer` gives for many samples at once.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,16 +17,27 @@ import gmrf_kernels
 from gmrf_kernels.checks import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
 from ..stencil import Stencil, check_stencil, flat_index
+from ..transformations import inspect
 from .covariance import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
+from .stability import MAX_GROWTH, growth_of_factor, stable_columns
 
 _CHUNK_ELEMENTS = 2**24
 
 
 def factor_of_samples(
-    samples: Tensor | Iterable[Tensor], stencil: Stencil, loc: Tensor | None, ridge: float, stationary: bool
+    samples: Tensor | Iterable[Tensor],
+    stencil: Stencil,
+    loc: Tensor | None,
+    ridge: float,
+    stationary: bool,
+    stable: str | None,
 ) -> tuple[Tensor, Tensor]:
     """``log_diag`` and ``off_diag`` of `StencilCholesky.from_samples`."""
     check_stencil(stencil)
+    if stable not in (None, "project"):
+        raise ValueError(f"stable is {stable!r}, expected None or 'project'")
+    if stable is not None and not stationary:
+        raise ValueError(f"stable is {stable!r}, expected None for a factor that is not stationary")
     if not 0 <= ridge < float("inf"):
         raise ValueError(f"ridge is {ridge}, expected a finite number that is not negative")
     lags = _lags(stencil)
@@ -48,8 +60,32 @@ def factor_of_samples(
             _check_observations(count * windows, patterns.sum(-1) - 1, unknowns)
         first = [int((pattern_of_site == number).nonzero()[0]) for number in range(len(patterns))]
         sites = torch.stack(torch.unravel_index(torch.tensor(first), grid), -1)
-        columns = optimal_columns(name, blocks, patterns, sites)[..., pattern_of_site, :]
+        columns = optimal_columns(name, blocks, patterns, sites)
+
+        def growth(columns: Tensor) -> Tensor:
+            return growth_of_factor(*as_factor(columns[..., pattern_of_site, :], grid), stencil)
+
+        if stable is None:
+            _warn_of_growth(growth, columns)
+        else:
+            columns = stable_columns(columns, blocks, stencil, growth)
+        columns = columns[..., pattern_of_site, :]
     return as_factor(columns.to(dtype), grid)
+
+
+def _warn_of_growth(growth: Callable[[Tensor], Tensor], columns: Tensor) -> None:
+    """Warn where samples of a factor with these columns grow by more than `MAX_GROWTH`."""
+    if torch.compiler.is_compiling():
+        return
+    found = []
+    inspect(lambda columns: found.append(growth(columns)), columns)
+    if found[0].numel() and not (largest := float(found[0].max())) <= MAX_GROWTH:
+        warnings.warn(
+            f"samples of the stationary factor grow {largest:.3g}-fold across the grid, although it is the most likely one: "
+            "stable='project' mends that, and another stencil may",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _lags(stencil: Stencil) -> Stencil:

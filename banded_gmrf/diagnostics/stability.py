@@ -3,6 +3,9 @@
 import torch
 from torch import Tensor
 
+from gmrf_kernels import standard_normal
+
+from ..construction.stability import growth_of_samples
 from ..gmrf import GMRF
 
 
@@ -27,14 +30,6 @@ def sample_growth(q: GMRF, num_samples: int = 16) -> Tensor:
     """
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
-    factor, ndim = q.precision_cholesky.detach().to(torch.float64), len(q.event_shape)
-    u = torch.randn(num_samples, *q.batch_shape, *q.event_shape, dtype=torch.float64, device=q.loc.device)
-    magnitudes = factor.solve(u, transpose=True).abs()
-    largest = magnitudes.amax(tuple(range(-ndim, 0)), keepdim=True)
-    scaled = (magnitudes / largest).square().mean(0)  # squares of large numbers overflow
-    growth = torch.ones(q.batch_shape, dtype=torch.float64, device=q.loc.device)
-    for axis in range(-ndim, 0):
-        others = [other for other in range(-ndim, 0) if other != axis]
-        lines = scaled.mean(others).sqrt() if others else scaled.sqrt()
-        growth = torch.maximum(growth, lines.amax(-1) / lines.amin(-1))
-    return growth.where(magnitudes.isfinite().flatten(-ndim).all(-1).all(0), torch.inf)
+    factor = q.precision_cholesky.detach().to(torch.float64)
+    white = standard_normal((num_samples, *q.batch_shape, *q.event_shape), torch.float64, q.loc.device)
+    return growth_of_samples(*factor.coefficients, white)

@@ -12,6 +12,7 @@ import banded_gmrf as bg
 from banded_gmrf.construction import covariance as nearest_to_covariance
 from banded_gmrf.construction import precision as elimination
 from banded_gmrf.construction import samples as estimation
+from banded_gmrf.diagnostics import sample_growth
 from tests.cases import FACTORS, STENCILS, dense, dense_precision, random_cholesky
 from tests.dense import exists, neighbours, random_factor
 
@@ -293,6 +294,81 @@ def test_gradients_of_from_samples(stationary):
     torch.autograd.gradcheck(factor, torch.randn(6, 2, 5, dtype=torch.float64).requires_grad_())
 
 
+def smooth_images(count, size, width):
+    """Stationary, smoother than a factor with few neighbours can be: white noise, convolved with itself shifted a few times."""
+    x = torch.randn(count, size + 2 * width, size + 2 * width, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for axis in (-2, -1):
+        for _ in range(2 * width):
+            x = x.narrow(axis, 1, x.shape[axis] - 1) + x.narrow(axis, 0, x.shape[axis] - 1)
+    x = x / x.std()
+    return x + 0.01 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+
+def growth(L):
+    return sample_growth(bg.GMRF(torch.zeros(L.grid, dtype=torch.float64), L), 64)
+
+
+def test_a_stationary_factor_whose_samples_grow_warns_and_is_mended():
+    stencil, samples = bg.Stencil.cross(2), smooth_images(8, 32, 4)
+    state = torch.get_rng_state()
+    with pytest.warns(RuntimeWarning, match=r"samples of the stationary factor grow [0-9.e+]+-fold across the grid") as warned:
+        likeliest = bg.StencilCholesky.from_samples(samples, stencil, stationary=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mended = bg.StencilCholesky.from_samples(samples, stencil, stationary=True, stable="project")
+        stable = bg.StencilCholesky.from_samples(samples, stencil, stationary=True, ridge=0.1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert warned[0].filename == __file__
+    assert growth(likeliest) > 100
+    # Twofold for the samples that it was mended with; the standard error of a line's root mean square is about 1 / √128.
+    assert growth(mended) < 3
+    assert growth(stable) < 3
+
+    def nats(L):
+        return bg.GMRF(samples.mean().expand(L.grid), L).log_prob(samples).mean()
+
+    assert nats(likeliest) > nats(mended) > nats(stable)
+    # Off-diagonals fell by one rate for each step in t, and the diagonal is the most likely one for them.
+    ratio = (mended.off_diag / mended.diag) / (likeliest.off_diag / likeliest.diag)
+    exists = stencil.mask(L_grid := mended.grid)
+    times = torch.tensor([sum(s * o for s, o in zip(stencil.slopes, offset, strict=True)) for offset in stencil.offsets])
+    rates = -ratio.log() / times[:, None, None]
+    assert_close(rates[exists], rates[exists][:1].expand(exists.sum()))
+    y = bg.GMRF(samples.mean().expand(L_grid), mended).whiten(samples)[:, exists.all(0)]
+    assert_close(y.square().mean(), torch.ones((), dtype=torch.float64))
+
+
+def test_only_the_batch_elements_that_grow_are_mended():
+    stencil, rough = bg.Stencil.cross(2), torch.randn(8, 24, 24, dtype=torch.float64)
+    samples = torch.stack([rough, smooth_images(8, 24, 4)], 1)
+    mended = bg.StencilCholesky.from_samples(samples, stencil, stationary=True, stable="project")
+    for number in range(2):
+        alone = bg.StencilCholesky.from_samples(samples[:, number], stencil, stationary=True, stable="project")
+        assert_close(mended[number].off_diag, alone.off_diag)
+    assert_close(mended.off_diag[0], bg.StencilCholesky.from_samples(rough, stencil, stationary=True).off_diag)
+    one = torch.vmap(
+        lambda samples: bg.StencilCholesky.from_samples(samples, stencil, stationary=True, stable="project").off_diag, in_dims=1
+    )
+    assert_close(one(samples), mended.off_diag)
+    empty = bg.StencilCholesky.from_samples(samples[:, :0], stencil, stationary=True, stable="project")
+    assert empty.batch_shape == (0,)
+
+
+def test_gradients_of_a_mended_factor():
+    stencil = bg.Stencil.cross(2)
+    samples = smooth_images(3, 12, 3).requires_grad_()
+
+    def off_diag(samples):
+        return bg.StencilCholesky.from_samples(samples, stencil, stationary=True, stable="project").off_diag
+
+    direction, step = torch.randn_like(samples), 1e-6
+    ahead, behind = (off_diag(samples.detach() + sign * step * direction) for sign in (1, -1))
+    weights = torch.randn_like(ahead)
+    (gradient,) = torch.autograd.grad((off_diag(samples) * weights).sum(), samples)
+    expected = ((ahead - behind) * weights).sum() / (2 * step)
+    torch.testing.assert_close((gradient * direction).sum(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_samples_of_a_factor_give_it_back():
     generator = torch.Generator().manual_seed(0)
     stencil, grid, count = STENCILS["3x3"], (5, 4), 20_000
@@ -333,6 +409,13 @@ BAD_SAMPLES = [
             ValueError,
             r"loc has batch shape \(2,\), samples has batch shape \(\)",
         ),
+        (
+            samples_of(9, 3, 4),
+            {"stationary": True, "stable": True},
+            ValueError,
+            "stable is True, expected None or 'project'",
+        ),
+        (samples_of(9, 3, 4), {"stable": "project"}, ValueError, "stable is 'project', expected None for a factor that is not"),
         (samples_of(9, 3, 4), {"ridge": -1.0}, ValueError, "ridge is -1.0, expected a finite number that is not negative"),
         (
             samples_of(5, 3, 4),
