@@ -43,7 +43,7 @@ class LowRankGMRF(InferredField, Batched):
     indexing work as for a tensor that has the batch axes alone, and a distribution is a pytree node.
 
     A density whitens all R factors: beside a GMRF's it costs R products with Lᵀ, and the n R² operations of their Gram matrix.
-    A sample costs R multiplications for each site more. See `banded_gmrf.factors` for the formulas, and Monteiro et al.,
+    A sample costs R multiplications for each site more. See ``banded_gmrf/factors.py`` for the formulas, and Monteiro et al.,
     Stochastic Segmentation Networks, NeurIPS 2020, for the low-rank part beside independent sites.
 
     Factors may be 0, equal to each other, or large: the Gram matrix is computed in float64, and is positive definite while the

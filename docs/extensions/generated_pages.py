@@ -15,12 +15,13 @@ from typer.testing import CliRunner
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GENERATED = DOCS / "generated"
+EXAMPLES = DOCS / "auto_examples"
 PROGRAMS = ("experiments", "bench")
 HELP_WIDTH = 100
 
 
 def outside_pages() -> dict[Path, Path]:
-    """The Markdown files outside of ``docs`` that are pages, each with the page."""
+    """The Markdown files outside of ``docs`` that are pages, each with its page."""
     pages = {
         ROOT / "CONTRIBUTING.md": GENERATED / "contributing.md",
         ROOT / "CHANGELOG.md": GENERATED / "changes.md",
@@ -33,9 +34,15 @@ def outside_pages() -> dict[Path, Path]:
     return pages
 
 
+def pages_of_scripts() -> dict[Path, Path]:
+    """The scripts of the gallery, and its head, each with the page that sphinx-gallery makes of it."""
+    scripts = {script: EXAMPLES / f"{script.stem}.rst" for script in (DOCS / "gallery").glob("*.py")}
+    return {DOCS / "gallery" / "GALLERY_HEADER.rst": EXAMPLES / "index.rst", **scripts}
+
+
 def with_links_of_pages(text: str, source: Path, page: Path) -> str:
     """The text of ``source``, its relative links as they must be in ``page``."""
-    pages = outside_pages()
+    pages = {**outside_pages(), **pages_of_scripts()}
 
     def moved(link: re.Match) -> str:
         target, _, heading = link.group(1).partition("#")
