@@ -142,7 +142,10 @@ def swirl_covariance(grid: tuple[int, int], along: float = 24.0, across: float =
 def texture_field(name: str, size: int, noise: Tensor) -> Field:
     """Stationary factors estimated from a photograph, half its size and cropped."""
     photograph = photographs.load_photograph(name, shrink=2)[:size, :size].to(torch.float64)
-    factors = [bg.StencilCholesky.from_samples(photograph[None], bg.Stencil.square(s), stationary=True) for s in STENCIL_SIZES]
+    factors = [
+        bg.StencilCholesky.from_samples(photograph[None], bg.Stencil.square(s), stationary=True, stable="project")
+        for s in STENCIL_SIZES
+    ]
     centred = photograph - photograph.mean()
     nats = [
         bg.negative_log_likelihood(centred, factor.log_diag, factor.off_diag, factor.stencil).item() / noise.numel()

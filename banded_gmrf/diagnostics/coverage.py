@@ -1,4 +1,4 @@
-"""What a model says site by site, or of a region: coverage of its intervals, and sites or regions given all others."""
+"""What a model says by site, by block, or of a region: coverage of its intervals, and sites or regions given all others."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,13 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import check_device
+from gmrf_kernels.checks import broadcast_batch, check_device, check_tensor
 
 from ..cholesky import squares_matvec
 from ..gmrf import GMRF
 from ..inference.noise import IndependentNoise
 from ..inference.posterior import ConditionalGMRF
 from ..inference.systems import PosteriorSystem
+from ..stencil import as_integer
+
+_MAX_EXACT_BLOCKS = 1024
+_CHUNK_ELEMENTS = 2**22
 
 
 class ChiSquared(NamedTuple):
@@ -39,20 +43,131 @@ def marginal_coverage(q: "GMRF | ConditionalGMRF", x: Tensor, levels: Sequence[f
     Raises:
         ValueError: another grid, NaN or infinity, a level outside [0, 1], or a model without a site of positive variance.
     """
+    z, exists = deviations(q, x)
+    return _fractions(z[exists], levels)
+
+
+def block_coverage(
+    q: "GMRF | ConditionalGMRF",
+    x: Tensor,
+    block: int | Sequence[int],
+    levels: Sequence[float] = (0.5, 0.8, 0.9, 0.95, 0.99),
+    method: str = "auto",
+    num_samples: int = 256,
+) -> Tensor:
+    """The fraction of blocks whose mean lies in the central interval to which the model gives each probability.
+
+    Intervals of single sites say nothing about correlations. Means over blocks do: a model whose correlations are too short is
+    too sure of them.
+
+    Args:
+        q: the model; any distribution on the grid that this library gives.
+        x: data (*sample, *batch, *grid), broadcast against the model's batch.
+        block: sites along each axis, one number or one for each axis. The grid is cut into such blocks from its first site on;
+            the last ones may be smaller.
+        levels: probabilities.
+        method: the variance of each block's mean is "exact", by one solve for each block; or from samples, "monte_carlo", with
+            a relative standard error of √(2 / num_samples). "auto" is exact up to 1024 blocks.
+        num_samples: of Monte Carlo.
+
+    Returns:
+        (len(levels),) in float64, over all blocks, samples and batches. Blocks of variance 0 are left out.
+
+    Raises:
+        TypeError: ``block`` holds something that is not an integer.
+        ValueError: a block of less than one site, or with another number of axes; another method, fewer than two samples; what
+            `marginal_coverage` raises.
+    """
+    grid, ndim = q.event_shape, len(q.event_shape)
+    sizes = [block] * ndim if isinstance(block, int) else list(block)
+    sizes = [as_integer("block", size) for size in sizes]
+    if len(sizes) != ndim or min(sizes) < 1:
+        raise ValueError(f"block is {block}, expected at least one site along each of {ndim} axes")
+    if method not in ("auto", "exact", "monte_carlo"):
+        raise ValueError(f"method is {method!r}, expected 'auto', 'exact' or 'monte_carlo'")
+    if num_samples < 2:
+        raise ValueError(f"num_samples is {num_samples}, expected at least 2")
+    _check_data(q, x)
+    number = _block_numbers(grid, sizes, x.device)
+    deviation = _block_means(x.double() - q.mean.double(), number)
+    if method == "exact" or (method == "auto" and deviation.shape[-1] <= _MAX_EXACT_BLOCKS):
+        variance = _block_variances(q, number)
+    else:
+        chunk = max(1, _CHUNK_ELEMENTS // max(1, q.batch_shape.numel() * grid.numel()))
+        counts = [min(chunk, num_samples - start) for start in range(0, num_samples, chunk)]
+        draws = (q.sample((count,)).double() - q.mean.double() for count in counts)
+        variance = sum(_block_means(some, number).square().sum(0) for some in draws) / num_samples
+    exists = (variance > 0).expand(deviation.shape)
+    return _fractions((deviation.abs() / variance.where(variance > 0, 1).sqrt())[exists], levels)
+
+
+def deviations(q: "GMRF | ConditionalGMRF", x: Tensor) -> tuple[Tensor, Tensor]:
+    """Magnitudes of each site's deviation in marginal standard deviations, and where these are not 0.
+
+    Args:
+        q: a distribution with ``mean`` and ``stddev``.
+        x: data (*sample, *batch, *grid).
+
+    Returns:
+        Two tensors (*sample, *batch, *grid): in float64, 0 where the standard deviation is, and bool.
+
+    Raises:
+        ValueError: as for `marginal_coverage`.
+    """
+    _check_data(q, x)
+    stddev = q.stddev.double()
+    deviation = (x.double() - q.mean.double()).abs()
+    exists = (stddev > 0).expand(deviation.shape)
+    if not exists.any():
+        raise ValueError("q has no site of positive variance, or x no sample: expected at least one")
+    return (deviation / stddev.where(stddev > 0, 1)).where(exists, 0), exists
+
+
+def _check_data(q: "GMRF | ConditionalGMRF", x: Tensor) -> None:
     grid = q.event_shape
+    check_tensor("x", x)
     if x.ndim < len(grid) or x.shape[x.ndim - len(grid) :] != grid:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, grid))})")
+    broadcast_batch("x", x.shape[: x.ndim - len(grid)], "the distribution", q.batch_shape)
     if not x.isfinite().all():
         raise ValueError("x has NaN or infinite entries, expected finite ones")
+
+
+def _fractions(z: Tensor, levels: Sequence[float]) -> Tensor:
+    """The fraction of magnitudes inside the central interval of each probability of N(0, 1)."""
     if not all(0 <= level <= 1 for level in levels):
         raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
-    stddev = q.stddev.double()
-    z = (x.double() - q.mean.double()).abs() / stddev
-    z = z[(stddev > 0).expand(z.shape)]
     if z.numel() == 0:
-        raise ValueError("q has no site of positive variance, or x no sample: expected at least one")
+        raise ValueError("q has no block of positive variance, or x no sample: expected at least one")
     inside = torch.special.erf(z / 2**0.5)  # the probability of a narrower interval
     return torch.stack([(inside <= level).double().mean() for level in levels])
+
+
+def _block_numbers(grid: torch.Size, sizes: Sequence[int], device: torch.device) -> Tensor:
+    """(*grid) int64: which block a site is in."""
+    number = torch.zeros(grid, dtype=torch.int64, device=device)
+    for axis, (n, size) in enumerate(zip(grid, sizes, strict=True)):
+        along = torch.arange(n, device=device) // size
+        number = number * (-(-n // size)) + along.reshape(-1, *[1] * (len(grid) - axis - 1))
+    return number
+
+
+def _block_means(fields: Tensor, number: Tensor) -> Tensor:
+    """(..., blocks) of fields (..., *grid)."""
+    size = number.flatten().bincount()
+    sums = fields.new_zeros(*fields.shape[: fields.ndim - number.ndim], len(size))
+    return sums.index_add(-1, number.flatten(), fields.flatten(-number.ndim)) / size
+
+
+def _block_variances(q: "GMRF | ConditionalGMRF", number: Tensor) -> Tensor:
+    """wᵀΣw for the weights w of each block's mean, (*batch, blocks)."""
+    size, ones, variances = number.flatten().bincount(), [1] * len(q.batch_shape), []
+    chunk = max(1, _CHUNK_ELEMENTS // max(1, q.batch_shape.numel() * number.numel()))
+    for blocks in torch.arange(len(size), device=number.device).split(chunk):
+        weights = (number == blocks.reshape(-1, *[1] * number.ndim)).double() / size[blocks].reshape(-1, *[1] * number.ndim)
+        weights = weights.reshape(len(blocks), *ones, *number.shape)
+        variances.append((q.covariance_times(weights) * weights).flatten(-number.ndim).sum(-1))
+    return torch.cat(variances).movedim(0, -1)
 
 
 def leave_one_out(q: GMRF, x: Tensor) -> Tensor:
