@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..errors import NotPositiveDefiniteError
+
 
 class Convergence(NamedTuple):
     """How a solve ended: ``iterations``, and the largest ``residual`` of its systems relative to their right-hand sides."""
@@ -33,6 +35,9 @@ def conjugate_gradients(
 
     Returns:
         x, and its convergence, the residual computed from x itself.
+
+    Raises:
+        torch.linalg.LinAlgError, which is a ValueError here: A is not positive definite, or not finite.
     """
     axes = tuple(range(-ndim, 0))
 
@@ -49,7 +54,13 @@ def conjugate_gradients(
         if not active.any():
             break
         product = operator(direction)
-        step = (rho / dot(direction, product)).where(active, 0)
+        curvature = dot(direction, product)
+        if not (((curvature > 0) & curvature.isfinite()) | ~active).all():
+            raise NotPositiveDefiniteError(
+                f"conjugate gradients met a direction without finite, positive curvature in iteration {iterations + 1}: the "
+                "system is singular, or the input is not positive-definite"
+            )
+        step = (rho / curvature).where(active, 0)
         x += step * direction
         residual -= step * product
         preconditioned = preconditioner(residual)

@@ -13,6 +13,7 @@ from pyro import distributions as dist  # noqa: E402
 from pyro import poutine  # noqa: E402
 from pyro.infer import MCMC, NUTS, SVI, Trace_ELBO  # noqa: E402
 from pyro.infer.autoguide import AutoNormal  # noqa: E402
+from pyro.ops.integrator import _handle_torch_singular  # noqa: E402
 
 from banded_gmrf.pyro import GMRF  # noqa: E402
 
@@ -142,6 +143,41 @@ def test_svi_with_a_guide_made_from_the_support():
     guide = AutoNormal(model)
     assert take_steps(model, guide).isfinite().all()
     assert guide.median()["mean"].shape == GRID
+
+
+FLAT = torch.zeros(4, 3, dtype=torch.float64)
+
+
+def diagonal(log_diag):
+    """A GMRF with these logarithms on the diagonal of its factor, and no correlation."""
+    return bg.GMRF(FLAT, bg.StencilCholesky(FLAT + log_diag, FLAT.new_zeros(4, 4, 3), STENCIL), validate_args=False)
+
+
+FAILURES = {
+    "from_precision": lambda: bg.StencilCholesky.from_precision(
+        bg.StencilPrecision(FLAT + 1, FLAT - torch.ones(4, 1, 1), STENCIL)
+    ),
+    "from_precision, singular": lambda: bg.StencilCholesky.from_precision(bg.matern_precision((4, 3), 1e9, 1)),
+    "from_precision, nearest": lambda: bg.StencilCholesky.from_precision(bg.matern_precision((4, 3), 1e9, 1), STENCIL),
+    "from_covariance": lambda: bg.StencilCholesky.from_covariance(torch.ones(12, 12).double(), STENCIL, (4, 3)),
+    "from_samples": lambda: bg.StencilCholesky.from_samples(FLAT.expand(40, 4, 3), STENCIL),
+    "from_samples, stationary": lambda: bg.StencilCholesky.from_samples(FLAT.expand(40, 4, 3), STENCIL, stationary=True),
+    "nearest": lambda: diagonal(800.0).precision_cholesky.nearest(bg.Stencil.cross(1)),
+    "posterior, direct": lambda: diagonal(800.0).posterior(FLAT + 1, 1.0, method="direct").mean,
+    "posterior, iterative": lambda: diagonal(400.0).posterior(FLAT + 1, 1.0, method="iterative").mean,
+    "condition, direct": lambda: diagonal(-800.0).condition(FLAT > 1, FLAT, method="direct").variance,
+    "log_evidence": lambda: diagonal(800.0).posterior(FLAT, 1.0).log_evidence,
+    "constrain": lambda: diagonal(800.0).constrain(torch.ones(1, 4, 3).double(), torch.ones(1).double()).mean,
+    "laplace": lambda: diagonal(0.0).laplace(lambda x: 5 * x.square()).mean,
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # Newton's method says that it found no mode
+def test_numerical_failures_are_what_pyro_takes_for_a_divergence(failure):
+    with pytest.raises(torch.linalg.LinAlgError) as caught:
+        FAILURES[failure]()
+    assert _handle_torch_singular(caught.value)
 
 
 def test_nuts_with_a_matern_field_and_counts_takes_a_singular_precision_for_a_divergence():
