@@ -195,7 +195,8 @@ def _is_small(grid: torch.Size, alpha: int, mask: Tensor | None) -> bool:
 
 def _polynomial(grid: torch.Size, alpha: int, mask: Tensor | None, M: Tensor, scale: Tensor) -> StencilPrecision:
     """scale (I + M G)^alpha for numbers M, by powers of G that are cached: a fit asks for them in each evaluation."""
-    stencil, powers = _laplacian_powers(tuple(grid), alpha, None if mask is None else mask.cpu().numpy().tobytes())
+    with torch._C._DisableFuncTorch():  # under torch.func even tensors made here would have no numbers that NumPy can read
+        stencil, powers = _laplacian_powers(tuple(grid), alpha, None if mask is None else mask.cpu().numpy().tobytes())
     powers = torch.from_numpy(powers).to(scale)
     weights = [math.comb(alpha, m) * scale * M**m for m in range(alpha + 1)]
     diag = sum(weight * power[0] for weight, power in zip(weights, powers, strict=True))

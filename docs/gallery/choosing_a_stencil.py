@@ -35,9 +35,7 @@ for name, photograph in photographs.items():
     image = torch.from_numpy(photograph / 255.0)
     left, right = image[:256, :256], image[:256, 256:]
     for size, stencil in stencils.items():
-        factor = bg.StencilCholesky.from_samples(
-            left[None], stencil, stationary=True, stable="project"
-        )
+        factor = bg.StencilCholesky.from_samples(left[None], stencil, stationary=True, stable="project")
         field = bg.GMRF(left.mean().expand(right.shape), factor)
         white = field.whiten(right)
         beside = torch.corrcoef(torch.stack([white[:, 1:].flatten(), white[:, :-1].flatten()]))

@@ -22,7 +22,7 @@ grid = tuple(photograph.shape)
 # deepinv's blur is the physics. `GMRFNoise` could draw correlated noise; here it is independent.
 
 sigma = 0.01
-blur = deepinv.physics.blur.gaussian_blur(sigma=(1.2, 1.2)).double()
+blur = deepinv.physics.functional.gaussian_blur(sigma=(1.2, 1.2)).double()
 physics = deepinv.physics.Blur(blur, padding="circular")
 white = bg.StencilCholesky(
     torch.full(grid, -torch.tensor(sigma).log()).double(),
@@ -37,9 +37,7 @@ y = physics(photograph[None, None])
 # The prior is fitted to another photograph.
 
 other = torch.from_numpy(skimage.data.astronaut()[::4, ::4].mean(-1)[:80, :100] / 255)
-factor = bg.StencilCholesky.from_samples(
-    other[None], bg.Stencil.square(5), stationary=True, stable="project"
-)
+factor = bg.StencilCholesky.from_samples(other[None], bg.Stencil.square(5), stationary=True, stable="project")
 field = bg.GMRF(y.mean().expand(grid), factor)
 
 # %%
@@ -49,9 +47,7 @@ start = [deepinv.optim.L2(sigma=sigma), GMRFPrior(field)]
 distances, error = [], []
 mean = field.posterior(y[:, 0], noise_variance=sigma**2, operator=physics).mean[0]
 for iterations in (1, 3, 10, 30, 100):
-    solver = deepinv.optim.FISTA(
-        *start, stepsize=sigma**2, lambda_reg=1.0, max_iter=iterations
-    )
+    solver = deepinv.optim.FISTA(*start, stepsize=sigma**2, lambda_reg=1.0, max_iter=iterations)
     x = solver(y, physics)[0, 0]
     distances.append(float((x - mean).square().mean().sqrt()))
     error.append(float((x - photograph).square().mean().sqrt()))

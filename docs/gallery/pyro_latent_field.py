@@ -49,16 +49,17 @@ drawn = loc + factor.solve(sampler.get_samples()["u"], transpose=True)
 # Laplace's approximation takes a moment. It is a normal distribution around the mode.
 
 approximation = prior.laplace(lambda x: torch.distributions.Poisson(x.exp()).log_prob(counts))
+mode, stddev = approximation.mode.detach(), approximation.stddev.detach()
 
 signed = {"cmap": "RdBu_r", "vmin": -2.5, "vmax": 2.5}
-spread = {"cmap": "viridis", "vmin": 0, "vmax": float(approximation.stddev.max())}
+spread = {"cmap": "viridis", "vmin": 0, "vmax": float(stddev.max())}
 panels = [
     ("counts", counts, {"cmap": "magma", "vmin": 0}),
     ("mean, NUTS", drawn.mean(0) - 0.5, signed),
-    ("mode, Laplace", approximation.mode - 0.5, signed),
+    ("mode, Laplace", mode - 0.5, signed),
     ("the truth", truth, signed),
     ("standard deviation, NUTS", drawn.std(0), spread),
-    ("standard deviation, Laplace", approximation.stddev, spread),
+    ("standard deviation, Laplace", stddev, spread),
 ]
 figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
 for axis, (title, image, scale) in zip(axes.flat, panels, strict=True):

@@ -29,9 +29,7 @@ for row, (name, photograph) in zip(axes, photographs.items(), strict=True):
     panels = {name: image}
     for size in (3, 9):
         stencil = bg.Stencil.square(size)
-        factor = bg.StencilCholesky.from_samples(
-            image[None], stencil, stationary=True, stable="project"
-        )
+        factor = bg.StencilCholesky.from_samples(image[None], stencil, stationary=True, stable="project")
         field = bg.GMRF(image.mean().expand(image.shape), factor)
         panels[f"a sample, {size} x {size}"] = field.sample()
         print(f"{name}, {size} x {size}: growth {bg.diagnostics.sample_growth(field):.1f}")

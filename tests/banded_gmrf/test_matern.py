@@ -269,6 +269,20 @@ def test_derivatives_under_each_transformation(kind):
     )
 
 
+@pytest.mark.parametrize("mask", [None, MASK], ids=["grid", "mask"])
+@pytest.mark.parametrize(
+    "transformed", [grad, hessian, lambda f: lambda r: vmap(grad(f))(r[None])[0]], ids=str.split("grad hessian vmap")
+)
+def test_the_first_call_for_a_grid_may_be_under_a_transformation(transformed, mask):
+    def function(correlation_range):
+        return numbers(bg.matern_precision(MASK.shape, correlation_range, 1, mask=mask)).sin().sum()
+
+    at = torch.tensor(2.5, dtype=torch.float64)
+    matern._laplacian_powers.cache_clear()
+    first = transformed(function)(at)
+    torch.testing.assert_close(first, transformed(function)(at), rtol=0, atol=0)
+
+
 def test_gradients_of_every_entry_of_fields_and_matrices():
     grid = (2, 3)
     generator = torch.Generator().manual_seed(5)
