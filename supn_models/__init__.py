@@ -11,7 +11,9 @@ from .autoencoder import ConvAutoencoder, ConvDecoder, ConvEncoder
 from .covariance import CovarianceNetwork, LatentCovarianceNetwork
 from .head import StencilCholeskyHead
 from .likelihood import StructuredLikelihood, importance_log_likelihood, importance_log_weights
+from .low_rank import LowRankHead
 from .mlp import CovarianceMLP
+from .segmentation import SegmentationHead, categorical_log_likelihood
 from .vae import ConvVAE
 
 __all__ = [
@@ -22,8 +24,11 @@ __all__ = [
     "CovarianceMLP",
     "CovarianceNetwork",
     "LatentCovarianceNetwork",
+    "LowRankHead",
+    "SegmentationHead",
     "StencilCholeskyHead",
     "StructuredLikelihood",
+    "categorical_log_likelihood",
     "importance_log_likelihood",
     "importance_log_weights",
 ]

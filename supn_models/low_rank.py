@@ -1,0 +1,69 @@
+"""From features to the factors of a low-rank part."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .layers import check_features, check_positive_int, check_stddev, conv
+
+
+class LowRankHead(nn.Module):
+    """Features (B, C, *grid) to the factors (B, R, *grid) of a `banded_gmrf.LowRankGMRF`, by one pointwise convolution.
+
+    It stands beside a `StencilCholeskyHead` on the same features, as in ``bg.LowRankGMRF(mean, L, low_rank(features))``. What
+    the factors share over a whole image the features must know: they need a receptive field of its size.
+
+    A density does not change with the sign of a factor. Its gradient in factors that are 0 is 0, and a head that starts there
+    would never leave. So this one starts from small random weights: factors of ``initial_scale`` times ``initial_stddev`` where
+    features have the variance 1.
+
+    Source: Monteiro et al., Stochastic Segmentation Networks, NeurIPS 2020, section 3, with independent sites in place of the
+    local field.
+
+    Args:
+        in_channels: C.
+        num_factors: R.
+        ndim: grid axes, 1 to 3; with ``out_channels`` 1 or 2.
+        initial_stddev: as for `StencilCholeskyHead`, in the units of the data.
+        initial_scale: of the first factors, relative to ``initial_stddev``.
+        out_channels: channels of the field, as for `StencilCholeskyHead`: the factors are (B, R, *grid, out_channels), and
+            channels share their weights.
+
+    Raises:
+        ValueError: an argument out of range, or features of another shape.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        num_factors: int,
+        ndim: int = 2,
+        initial_stddev: float = 1.0,
+        initial_scale: float = 0.1,
+        out_channels: int | None = None,
+    ):
+        super().__init__()
+        check_positive_int("in_channels", in_channels)
+        check_positive_int("num_factors", num_factors)
+        check_stddev("initial_stddev", initial_stddev)
+        check_stddev("initial_scale", initial_scale)
+        if out_channels is not None:
+            check_positive_int("out_channels", out_channels)
+        most = 3 if out_channels is None else 2
+        if ndim not in range(1, most + 1):
+            raise ValueError(f"ndim is {ndim!r}, expected 1 to {most}")
+        self.in_channels, self.num_factors, self.ndim, self.out_channels = in_channels, num_factors, ndim, out_channels
+        self.initial_stddev = float(initial_stddev)
+        self.conv = conv(ndim, in_channels, num_factors * (out_channels or 1), kernel_size=1)
+        nn.init.normal_(self.conv.weight, std=initial_scale / math.sqrt(in_channels))
+        nn.init.zeros_(self.conv.bias)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(B, R, *grid) of features (B, C, *grid), or (B, R, *grid, out_channels)."""
+        check_features("features", features, self.in_channels, self.ndim)
+        with torch.autocast(features.device.type, enabled=False):  # as in `StencilCholeskyHead`
+            factors = self.initial_stddev * self.conv(features.to(self.conv.weight.dtype))
+        if self.out_channels is not None:
+            factors = factors.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
+        return factors
