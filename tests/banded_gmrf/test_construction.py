@@ -503,6 +503,7 @@ def test_the_factor_does_not_depend_on_the_blocks(block, monkeypatch):
 
 @pytest.mark.parametrize("grid", PRECISION_GRIDS)
 @pytest.mark.parametrize("name", ["matern", "car", "thin plate"])
+@pytest.mark.filterwarnings("ignore:the factor with .* times the variance")  # a thin plate in a small box
 def test_from_precision_with_a_stencil_is_from_covariance_of_the_inverse(name, grid):
     precision = precisions(grid)[name]
     for radius in (1, 2):
@@ -533,6 +534,20 @@ def test_a_smooth_field_loses_no_digits_from_row_to_row():
     expected = bg.StencilCholesky.from_covariance(dense_precision(precision).inverse(), stencil, grid)
     # Both come from covariances whose blocks have a condition number of about 1e6.
     torch.testing.assert_close(L.log_diag, expected.log_diag, rtol=0, atol=1e-8)
+
+
+def test_a_stencil_that_changes_the_variance_warns():
+    stencil, precision = bg.Stencil.box((1, 1, 1)), bg.thin_plate_precision((3, 4, 3), 2.0, 0.1)
+    with pytest.warns(RuntimeWarning, match=r"the factor with 13 offsets has \d+\.\d+ times the variance") as caught:
+        L = dense(bg.StencilCholesky.from_precision(precision, stencil))
+    ratio = float((L @ L.mT).inverse().trace() / dense_precision(precision).inverse().trace())
+    assert abs(ratio - 1) > 0.2
+    assert f"{ratio:.2f} times" in str(caught[0].message)
+    assert caught[0].filename == __file__
+    ridges = torch.tensor([10.0, 0.1])  # the first keeps its variance
+    with pytest.warns(RuntimeWarning, match=f"{ratio:.2f} times"):
+        bg.StencilCholesky.from_precision(bg.thin_plate_precision((3, 4, 3), 2.0, ridges), stencil)
+    bg.StencilCholesky.from_precision(bg.thin_plate_precision((3, 4, 3), 2.0, 10.0), stencil)
 
 
 def test_a_precision_in_float32():
