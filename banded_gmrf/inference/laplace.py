@@ -217,7 +217,8 @@ class _Search:
 
     def _derivatives(self, seen: Tensor) -> tuple[Tensor, Tensor]:
         """The log likelihood's first derivative, and its second with the other sign, both by site."""
-        graph = torch.is_grad_enabled()
+        # Without what depends on the field alone: where nothing is differentiated, the result has no graph.
+        graph = torch.is_grad_enabled() and (seen.requires_grad or self._log_likelihood(seen.detach()).requires_grad)
         with torch.enable_grad():
             at = seen if seen.requires_grad else seen.detach().requires_grad_()
             values = self._log_likelihood(at)

@@ -198,3 +198,12 @@ def test_transformations_are_refused():
     q = random_gmrf("3x3", (4, 3))
     with pytest.raises(NotImplementedError, match="laplace takes no transformations"):
         torch.func.grad(lambda s: q.laplace(lambda f: -(f * s).square()).mean.sum())(torch.ones(()).double())
+
+
+def test_nothing_has_a_graph_where_nothing_is_differentiated():
+    q = random_gmrf("3x3", (4, 3))
+    counts = torch.ones(4, 3, dtype=torch.float64, requires_grad=True)
+    for y, differentiated in ((counts.detach(), False), (counts, True)):
+        n = q.laplace(lambda x, y=y: y * x - x.exp())
+        for value in (n.mean, n.variance, n.log_evidence, n.sample((2,))):
+            assert value.requires_grad == (differentiated and value.shape != (2, 4, 3))
