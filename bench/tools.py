@@ -14,6 +14,7 @@ from torch import Tensor
 import banded_gmrf as bg
 from banded_gmrf.diagnostics import energy_score, variogram_score
 
+from . import raster
 from .cases import Case, Problem
 from .fields import Fields
 
@@ -31,6 +32,8 @@ class Sizes:
         samples: for an estimate, of a variance or a factor.
         eigenpairs: of the covariance on the small grid.
         block: pixels along each side of what is to be inpainted.
+        raster: sites along each side of the raster, of which a part is seen.
+        posterior_samples: of the raster.
     """
 
     large: int = 512
@@ -39,6 +42,8 @@ class Sizes:
     samples: int = 1000
     eigenpairs: int = 1000
     block: int = 24
+    raster: int = 96
+    posterior_samples: int = 200
 
 
 class Given:
@@ -82,6 +87,11 @@ class Given:
         factor = self.large_factor(self.stencil_size)
         return factor.log_diag.requires_grad_(), factor.off_diag.requires_grad_()
 
+    @functools.cached_property
+    def raster(self) -> raster.Raster:
+        """The raster, always on the CPU."""
+        return raster.Raster(self.sizes.raster)
+
     @property
     def large(self) -> bg.GMRF:
         """The large image, of mean 0."""
@@ -99,6 +109,8 @@ class Tool:
         prepare: everything that is not measured, and the call as a function without arguments.
         read: numbers from its result that say how well it did.
         aim: for the project, on a CPU with two cores; empty if none was stated.
+        by_hand: another way to the same, prepared alike, which takes turns with the call; None if there is none.
+        hand: that way in words.
     """
 
     title: str
@@ -106,6 +118,8 @@ class Tool:
     prepare: Callable[[Given], Callable[[], Any]]
     read: Callable[[Any], dict[str, float]] = lambda result: {}
     aim: str = ""
+    by_hand: Callable[[Given], Callable[[], Any]] | None = None
+    hand: str = ""
 
 
 # As for operations, the calls hold on to what they need and no more, so that their memory can be told.
@@ -261,6 +275,50 @@ def _convergence(solved: tuple[Tensor, Any]) -> dict[str, float]:
     return {"iterations": solved[1].iterations, "relative residual": solved[1].residual}
 
 
+def _raster_tools(sizes: Sizes) -> dict[str, Tool]:
+    """Inference on a raster, each task beside the same by hand."""
+    on, factor = f"raster, {sizes.raster} × {sizes.raster}", "a factor of SciPy's splu"
+    count, block = sizes.posterior_samples, max(1, sizes.raster // 8)
+    of = {"count": count, "block": block}
+
+    def tool(title: str, name: str, hand: str, *arguments: str, aim: str = "") -> Tool:
+        """The function of that name in `raster`, and the one that does it by hand."""
+        values = [of[argument] for argument in arguments]
+        return Tool(
+            title,
+            on,
+            lambda given: getattr(raster, name)(given.raster, *values),
+            aim=aim,
+            by_hand=lambda given: getattr(raster, f"{name}_by_hand")(given.raster, *values),
+            hand=hand,
+        )
+
+    return {
+        "raster_mean": tool("posterior: factor and mean", "mean", factor),
+        "raster_variance": tool(
+            "posterior: factor, mean and variances", "variance", "kriging with a dense factor", aim="under 1 s"
+        ),
+        "raster_samples": tool(
+            f"posterior: factor and {count} samples", "samples", f"{factor}, {count} solves", "count", aim="under 3 s"
+        ),
+        "raster_evidence": tool(
+            "evidence and its gradient in 3 parameters", "evidence_gradient", "8 factors of splu, and differences"
+        ),
+        "raster_fit": Tool(
+            "3 parameters by maximum evidence",
+            on,
+            lambda given: raster.fit(given.raster),
+            lambda fit: {"evaluations": fit.evaluations, "converged": float(fit.converged)},
+            "under 20 s",
+        ),
+        "raster_counts": tool("Laplace for counts: mode and variances", "counts", "Newton with splu, the mode alone"),
+        "raster_constrained": tool("posterior of sum 0: mean and variances", "constrained", f"{factor}, the mean alone"),
+        "raster_blocks": tool(
+            f"coverage of blocks of {block} × {block}", "blocks", f"{factor}, the blocks' variances", "block"
+        ),
+    }
+
+
 def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
     """All that is measured, by name."""
     f, pixels = f"f = {fields.stencil_size}", " × ".join(map(str, fields.log_diag.shape[1:]))
@@ -329,6 +387,7 @@ def tools(sizes: Sizes, fields: Fields) -> dict[str, Tool]:
             _convergence,
             iterations,
         ),
+        **_raster_tools(sizes),
         "energy_score": Tool("energy score", solved, lambda given: _score(given, energy_score)),
         "variogram_score": Tool("variogram score", solved, lambda given: _score(given, variogram_score)),
     }

@@ -15,7 +15,7 @@ from bench.fields import load_fields, photograph_residuals
 from bench.measure import GIB
 from bench.rows import Limits
 
-TINY = tools.Sizes(large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3)
+TINY = tools.Sizes(large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3, raster=17, posterior_samples=3)
 
 
 def bench(*arguments):
@@ -41,8 +41,9 @@ def test_every_tool_is_measured(saved, tmp_path):
     output = io.StringIO()
     folder = tmp_path / "new"
     folder.mkdir()
-    results = toolbox.run_toolbox(fields, TINY, Limits(0.0, 4 * GIB, 600), "cpu", folder, Console(file=output, width=200))
+    results = toolbox.run_toolbox(fields, TINY, Limits(0.0, 4 * GIB, 600), "cpu", folder, Console(file=output, width=240))
     assert json.loads((folder / "results.json").read_text(encoding="utf-8")) == results
+    text = (folder / "results.md").read_text(encoding="utf-8")
     rows = {row["tool"]: row for row in results["tools"]}
     assert rows.keys() == tools.tools(TINY, fields).keys()
     for row in rows.values():
@@ -56,8 +57,12 @@ def test_every_tool_is_measured(saved, tmp_path):
         assert 0 < rows[name]["figures"]["iterations"] <= 42  # in exact arithmetic n of them solve any system
         assert rows[name]["figures"]["relative residual"] <= 1e-6
     assert rows["leading_eigenpairs"]["figures"]["largest residual norm / eigenvalue"] <= 1e-6
+    by_hand = [row for row in rows.values() if "hand" in row]
+    assert len(by_hand) == 7
+    for row in by_hand:
+        assert row["hand_times_as_long"] > 0
+        assert row["hand"] in text
     assert rows["divergence"]["figures"]["nats per pixel"] > 0
-    text = (folder / "results.md").read_text(encoding="utf-8")
     assert results["machine"]["processor"] in text
     assert "2 factors of factors.npz with a sample of each" in text
     assert "| marginal variance, exact | f = 3, 9 × 9 |" in text
@@ -140,3 +145,24 @@ def test_bad_options_end_at_once(tmp_path, arguments, message):
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.output.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
+
+
+def test_by_hand_is_the_same():
+    raster = tools.raster.Raster(17)  # more offsets than kernels are compiled for
+    for name in ("mean", "counts", "constrained"):
+        actual, by_hand = getattr(tools.raster, name)(raster)(), getattr(tools.raster, f"{name}_by_hand")(raster)()
+        actual = actual[0] if isinstance(actual, tuple) else actual
+        np.testing.assert_allclose(actual.flatten().numpy(), by_hand, rtol=1e-8, atol=1e-8)
+    pairs = zip(tools.raster.variance(raster)(), tools.raster.variance_by_hand(raster)(), strict=True)
+    for actual, by_hand in pairs:
+        np.testing.assert_allclose(actual.flatten(), by_hand, rtol=1e-8, atol=1e-8)
+    value, gradient = tools.raster.evidence_gradient(raster)()
+    by_hand, differences = tools.raster.evidence_gradient_by_hand(raster)()
+    np.testing.assert_allclose(value.detach(), by_hand, rtol=1e-8)
+    np.testing.assert_allclose(gradient, differences, rtol=1e-3, atol=1e-3)  # of rounding and of the step, 1e-6 each
+    draws = [tools.raster.samples(raster, 400)().flatten(1).numpy(), tools.raster.samples_by_hand(raster, 400)().T]
+    scale = raster.posterior().stddev.flatten().numpy()
+    assert np.abs((draws[0].mean(0) - draws[1].mean(0)) / scale).max() < 6 * (2 / 400) ** 0.5
+    assert tools.raster.blocks(raster, 5)().shape == (5,)
+    covariance = raster.posterior().covariance_columns([(i, j) for i in range(5) for j in range(5)])[:, :5, :5]
+    np.testing.assert_allclose(tools.raster.blocks_by_hand(raster, 5)()[0], covariance.sum() / 25**2, rtol=1e-8)
