@@ -2,7 +2,7 @@
 A covariance for linear_operator
 ================================
 
-Elevations along two roads, and a map from them: Gaussian process regression as gpytorch users write it, with the algebra
+Elevations along roads, and a map from them: Gaussian process regression as gpytorch users write it, with the algebra
 of linear_operator. The covariance of 6,000 sites is an operator, of which no entry is ever formed.
 """
 

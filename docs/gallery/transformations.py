@@ -24,7 +24,7 @@ def field(logs):
 
 
 # %%
-# The Fisher information is the second derivative of the divergence from the truth, at the truth. `vmap` of `hessian` of a
+# The Fisher information is the second derivative of the divergence from the truth, at the truth. ``vmap`` of ``hessian`` of a
 # function that builds a precision, factorises it and compares two distributions:
 
 
