@@ -7,7 +7,8 @@ that minimises the negative log likelihood ½ cᵀS c - log c₀ is
     c = S⁻¹e₀ / √(e₀ᵀS⁻¹e₀).
 
 At the border of a patch neighbours are missing. A pixel there has the column that is best for the neighbours it has: the same
-formula for their part of S.
+formula for their part of S. A factor whose own samples grow from one edge of the patch to the other is damped until they do
+not, as ``StencilCholesky.from_samples(..., stable="project")`` does: stencils are chosen among stable fits.
 """
 
 import math
@@ -21,6 +22,8 @@ import torch
 from torch import Tensor
 
 import banded_gmrf as bg
+from banded_gmrf.construction.covariance import as_factor
+from banded_gmrf.construction.stability import growth_of_factor, stable_columns
 
 from .cases import parse_stencil
 
@@ -88,7 +91,7 @@ def _mean(name: str, values: Tensor) -> dict[str, float]:
 
 
 def fit(covariance: Tensor, stencil: bg.Stencil, grid: tuple[int, int]) -> bg.StencilCholesky:
-    """The factor (*grid) that is most likely for the covariance (K, K) of a pixel and its forward neighbours."""
+    """The stable factor (*grid) that is most likely for the covariance (K, K) of a pixel and its forward neighbours."""
     exists = torch.cat([torch.ones(1, *grid, dtype=torch.bool), stencil.mask(grid)]).flatten(1)
     kinds, kind_of_site = exists.unique(dim=1, return_inverse=True)
     columns = torch.zeros(kinds.shape, dtype=covariance.dtype)
@@ -97,8 +100,15 @@ def fit(covariance: Tensor, stencil: bg.Stencil, grid: tuple[int, int]) -> bg.St
         first[0] = 1
         solved = torch.linalg.solve(covariance[present][:, present], first)
         columns[present, kind] = solved / solved[0].sqrt()
-    coefficients = columns[:, kind_of_site].reshape(-1, *grid)
-    return bg.StencilCholesky(coefficients[0].log(), coefficients[1:], stencil)
+    # As the library has them: below the diagonal first, then the logarithm of the diagonal.
+    columns, covariance = torch.cat([columns[1:], columns[:1].log()]).T, covariance.roll((-1, -1), (0, 1))
+    columns = stable_columns(
+        columns,
+        covariance.expand(len(columns), *covariance.shape),
+        stencil,
+        lambda columns: growth_of_factor(*as_factor(columns[kind_of_site], torch.Size(grid)), stencil),
+    )
+    return bg.StencilCholesky(*as_factor(columns[kind_of_site], torch.Size(grid)), stencil)
 
 
 def neighbour_covariance(images: Tensor, stencil: bg.Stencil) -> Tensor:

@@ -145,7 +145,8 @@ def _stencil_table(results: Results) -> str | None:
         text += (
             f"\nNats per pixel are {quality['definition']}; lower is better. They are the mean over {patches} under a "
             "stationary factor, fitted in closed form to other patches; pixels at the border have the columns that are best "
-            f"for the neighbours they have. The gain is patch by patch. Photographs: {quality['photographs']}.\n"
+            "for the neighbours they have, and factors whose own samples grow more than fourfold across a patch are damped. "
+            f"The gain is patch by patch. Photographs: {quality['photographs']}.\n"
         )
     return text
 

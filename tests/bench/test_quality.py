@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import banded_gmrf as bg
+from banded_gmrf.diagnostics import sample_growth
 from bench.quality import PATCH, fit, held_out_quality, load_photographs, neighbour_covariance, scikit_image_photographs
 
 
@@ -35,6 +36,27 @@ def test_fit_is_the_most_likely_column():
     inner = torch.cat([factor.log_diag[None].exp(), factor.off_diag])[:, 2, 3].requires_grad_()
     (gradient,) = torch.autograd.grad(0.5 * inner @ S @ inner - inner[0].log(), inner)
     torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-10, rtol=0)  # a solve with a condition of 1e3
+
+
+def test_a_fit_whose_samples_grow_is_damped():
+    """Of an image much smoother than four neighbours can follow."""
+    image = torch.randn(1, 80, 80, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for _ in range(8):
+        image = torch.nn.functional.avg_pool2d(image, 2, 1)
+    image = image / image.std() + 0.01 * torch.randn(
+        image.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
+    stencil = bg.Stencil.cross(2)
+    S = neighbour_covariance(image, stencil)
+    factor = fit(S, stencil, (40, 40))
+    assert sample_growth(bg.GMRF(torch.zeros(40, 40, dtype=torch.float64), factor), 64) < 3
+    inner = torch.cat([factor.log_diag[None].exp(), factor.off_diag])[:, 20, 20]
+    torch.testing.assert_close(inner @ S @ inner, torch.ones((), dtype=torch.float64))
+    first = torch.linalg.solve(S, torch.eye(5, dtype=torch.float64)[:, 0])
+    likeliest = bg.StencilCholesky(
+        (0.5 * first[0].log()).expand(40, 40), (first[1:] / first[0].sqrt())[:, None, None].expand(4, 40, 40), stencil
+    )
+    assert sample_growth(bg.GMRF(torch.zeros(40, 40, dtype=torch.float64), likeliest), 64) > 100
 
 
 @pytest.fixture
