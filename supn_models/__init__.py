@@ -13,6 +13,7 @@ from .head import StencilCholeskyHead
 from .likelihood import StructuredLikelihood, importance_log_likelihood, importance_log_weights
 from .low_rank import LowRankHead
 from .mlp import CovarianceMLP
+from .pretrained import from_pretrained, save_pretrained
 from .segmentation import SegmentationHead, categorical_log_likelihood
 from .vae import ConvVAE
 
@@ -29,6 +30,8 @@ __all__ = [
     "StencilCholeskyHead",
     "StructuredLikelihood",
     "categorical_log_likelihood",
+    "from_pretrained",
     "importance_log_likelihood",
     "importance_log_weights",
+    "save_pretrained",
 ]

@@ -19,7 +19,7 @@ from tests.readme import README, snippets
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"banded_gmrf": ROOT, "supn_models": ROOT, "gmrf_kernels": ROOT / "kernels"}
 REQUIRED = {"torch", "numpy", "scipy", "numba", "llvmlite"}
-OPTIONAL = {"deepinv", "linear_operator", "pyro", "triton"}  # imported where they are used only
+OPTIONAL = {"deepinv", "linear_operator", "pyro", "safetensors", "triton"}  # imported where they are used only
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
