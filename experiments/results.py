@@ -3,8 +3,10 @@
 import itertools
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -117,6 +119,19 @@ class Stopwatch:
     def seconds(self) -> dict[str, float]:
         """By part, rounded for people."""
         return {part: round(value, 1) for part, value in self._seconds.items()}
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """The most bytes that this process has held so far, in memory and on its GPU; of systems that do not say, nothing."""
+    found = {}
+    with suppress(ImportError):  # of Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024
+        found["in memory"] = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if device.type == "cuda":
+        found["on the GPU"] = torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def environment(device: torch.device | str) -> dict[str, Any]:

@@ -62,6 +62,14 @@ _Stencils = Annotated[
     str | None,
     typer.Option(help="Sizes f of f x f stencils, as in 3,9, predicted from z beside a diagonal.", show_default="the preset's"),
 ]
+_DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="One step of each network at its full size, on 32 images, then scores of 4: does it run here, in how much memory? "
+        "--train, --test, --epochs and --samples still count.",
+    ),
+]
 _Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
 
 
@@ -88,7 +96,10 @@ def image_experiment(experiment: str) -> Callable[..., None]:
         held_out: _HeldOut = None,
         models: _Models = None,
         stencils: _Stencils = None,
+        dry_run: _DryRun = False,
     ) -> None:
+        if dry_run:
+            train, test, epochs, samples = train or 32, test or 4, epochs or 1, samples or 2
         replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
         replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
         replaced |= {"models": None if models is None else models.split(","), "stencils": _sizes(stencils)}

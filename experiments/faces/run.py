@@ -13,7 +13,7 @@ from .. import distributed
 from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
 from ..figures import loss_figure
-from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, peak_memory, write_results
 from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import Networks, residual_stddev, train_all
@@ -100,8 +100,11 @@ def run_faces(
         "device": device_name(device),
         "processes": distributed.world_size(),
         "resumed": resumed,
+        "peak_memory": peak_memory(device),
         "seconds": stopwatch.seconds(),
     }
+    used = ", ".join(f"{size / 2**30:.1f} GiB {where}" for where, size in results["peak_memory"].items())
+    console.print(f"memory so far, at most: {used}")
     if distributed.rank() == 0:
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)

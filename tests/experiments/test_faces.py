@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -22,6 +23,7 @@ from experiments.faces.networks import build_base, build_covariance, train_covar
 from experiments.faces.presets import PRESETS, config_for
 from experiments.faces.run import CHECKPOINT
 from supn_models import StructuredLikelihood
+from tests.experiments.celeba import make_celeba
 from tests.experiments.tiny_faces import PRESET, image_data, train_and_score
 from tests.marks import needs_inductor
 
@@ -63,6 +65,24 @@ def finished(npz, tmp_path_factory):
         outcome = run_faces(npz, folder, "--note", "went through JPEG")
     assert outcome.exit_code == 0, outcome.output
     return folder
+
+
+def test_a_dry_run_on_a_whole_layout_of_celeba(tmp_path, monkeypatch):
+    """The networks of --preset paper would take a minute: a dry run of it is what it was for this preset."""
+    monkeypatch.setitem(PRESETS["faces"], "paper", replace(PRESET, preset="paper", samples=500, base_epochs=25))
+    make_celeba(tmp_path, "0" * 30 + "1" * 6 + "2" * 6, "Img/img_align_celeba", "Eval/list_eval_partition.txt")
+    folder = tmp_path / "new"
+    options = ["--preset", "paper", "--dry-run", "--models", "AE"]
+    outcome = CliRunner().invoke(app, ["faces", *options, "--data", str(tmp_path), "--out", str(folder)])
+    assert outcome.exit_code == 0, outcome.output
+    assert "GiB in memory" in outcome.output
+    results = read_results(folder)
+    config = results["config"]
+    assert config["data"] == "CelebA"
+    assert [config[key] for key in ("train", "test", "base_epochs", "covariance_epochs", "samples")] == [32, 4, 1, 1, 2]
+    assert config["channels"] == list(PRESET.channels)
+    assert list(results["rows"]) == ["AE, diagonal from z", "AE, f = 3 from z"]
+    assert results["peak_memory"]["in memory"] > 2**26  # torch alone
 
 
 def test_results_are_complete(finished):
