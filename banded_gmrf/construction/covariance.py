@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gmrf_kernels.checks import check_tensor
 
-from ..errors import NotPositiveDefiniteError
+from ..errors import NotPositiveDefiniteError, of_batch
 from ..stencil import Stencil, check_stencil, flat_index
 from ..transformations import inspect
 
@@ -147,11 +147,6 @@ def _check_columns(name: str, failed: Tensor, exists: Tensor, sites: Tensor) -> 
             f"{name} is not positive definite{of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
             f"and its {int(exists[number].sum()) - 1} neighbours: up to rounding it is singular, or has a negative direction"
         )
-
-
-def of_batch(element: Tensor) -> str:
-    """How an error names a batch element; empty where there is no batch."""
-    return f" of batch element {tuple(element.tolist())}" if len(element) else ""
 
 
 def as_factor(columns: Tensor, grid: torch.Size) -> tuple[Tensor, Tensor]:

@@ -18,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..errors import NotPositiveDefiniteError
+from ..errors import NotPositiveDefiniteError, of_batch
 from ..precision_matrix import StencilPrecision
 from ..stencil import Stencil, flat_index
 from ..transformations import inspect
-from .covariance import of_batch
 
 _MIN_BLOCK_SITES = 32  # smaller matrices cost more in calls than in arithmetic
 

@@ -48,11 +48,11 @@ class BlockCholesky:
 
     def solve(self, b: Tensor) -> Tensor:
         """A⁻¹b for vectors (*sample, *batch, n), which broadcast against the factor's batch."""
-        return self._on_columns(lambda columns: self._backward(self._forward(columns)), b)
+        return on_columns(lambda columns: self._backward(self._forward(columns)), b, self._batch)
 
     def solve_root(self, b: Tensor) -> Tensor:
         """C⁻ᵀb, a sample of N(0, A⁻¹) for b of N(0, I); shapes as for `solve`."""
-        return self._on_columns(lambda columns: self._backward(columns.split(self._widths, -2)), b)
+        return on_columns(lambda columns: self._backward(columns.split(self._widths, -2)), b, self._batch)
 
     def inverse_diagonal(self) -> Tensor:
         """The diagonal of A⁻¹, (*batch, n), by the recursion of `covariances` from the last block upwards."""
@@ -79,19 +79,6 @@ class BlockCholesky:
     def _no_window(self) -> Tensor:
         first = self._columns[0][0]
         return first.new_zeros(*first.shape[:-2], 0, 0)
-
-    def _on_columns(self, solve: Callable[[Tensor], Tensor], b: Tensor) -> Tensor:
-        """``solve`` for columns (*batch, n, m), all vectors that share a factor: products of matrices, not of vectors."""
-        batch = torch.broadcast_shapes(b.shape[:-1], self._batch)
-        b = b.expand(*batch, b.shape[-1])
-        own = [1] * (len(batch) - len(self._batch)) + list(self._batch)
-        shared = [axis for axis, size in enumerate(own) if size == 1]
-        order = [*(axis for axis in range(len(batch)) if axis not in shared), len(batch), *shared]
-        columns = b.permute(order)
-        sizes = columns.shape[len(batch) - len(shared) + 1 :]
-        columns = columns.reshape(*columns.shape[: len(batch) - len(shared) + 1], math.prod(sizes))
-        solution = solve(columns).unflatten(-1, sizes) if sizes else solve(columns).squeeze(-1)
-        return solution.permute([order.index(axis) for axis in range(len(order))])
 
     def _forward(self, b: Tensor) -> list[Tensor]:
         """C⁻¹b, by blocks."""
@@ -146,6 +133,26 @@ def block_cholesky(
 
     parts = [(width, *block) for width, block in zip(widths, blocks, strict=True)]
     return BlockCholesky(scan(step, torch.zeros(0, 0, dtype=torch.float64, device=device), parts))
+
+
+def on_columns(solve: Callable[[Tensor], Tensor], b: Tensor, batch: Sequence[int]) -> Tensor:
+    """``solve`` of vectors (*sample, *batch, n), all that share a factor as columns: products of matrices, not of vectors.
+
+    Args:
+        solve: takes and gives (*own, n, m), with the axes of ``batch`` that are not of size 1.
+        b: the vectors, which broadcast against ``batch``.
+        batch: that of the factor.
+    """
+    whole = torch.broadcast_shapes(b.shape[:-1], batch)
+    b = b.expand(*whole, b.shape[-1])
+    own = [1] * (len(whole) - len(batch)) + list(batch)
+    shared = [axis for axis, size in enumerate(own) if size == 1]
+    order = [*(axis for axis in range(len(whole)) if axis not in shared), len(whole), *shared]
+    columns = b.permute(order)
+    sizes = columns.shape[len(whole) - len(shared) + 1 :]
+    columns = columns.reshape(*columns.shape[: len(whole) - len(shared) + 1], math.prod(sizes))
+    solution = solve(columns).unflatten(-1, sizes) if sizes else solve(columns).squeeze(-1)
+    return solution.permute([order.index(axis) for axis in range(len(order))])
 
 
 def add_padded(*matrices: Tensor) -> Tensor:
