@@ -218,7 +218,7 @@ def conditional_score(q: GMRF, x: Tensor, region: Tensor) -> ChiSquared:
         raise ValueError(f"region has shape {tuple(region.shape)}, expected (..., {', '.join(map(str, grid))})")
     check_device("region", region, "x", x)
     nothing = IndependentNoise(torch.zeros((), dtype=torch.float64, device=x.device), grid)
-    system = PosteriorSystem(q.precision_cholesky.unexpanded().to(torch.float64), ~region, nothing, tolerance=1e-10)
+    system = PosteriorSystem(q.prior_in_double(), ~region, nothing, tolerance=1e-10)
     pull = system.prior_product(x.double() - q.loc.double()).masked_fill(~region, 0)  # Λ_RR (x_R - m)
     statistic = (pull * system.solve(pull)).flatten(-len(grid)).sum(-1)
     return ChiSquared(statistic, region.flatten(-len(grid)).sum(-1))

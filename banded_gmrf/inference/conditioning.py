@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
 from .posterior import ConditionalGMRF
+from .priors import FactorPrior, Prior
 from .seen_through import SeenThrough
 
 
@@ -206,6 +207,14 @@ class Conditionable:
             if self._validate_args:
                 check_adjoint(operator, self.loc.device)
         return laplace(self, log_likelihood, operator, tolerance, max_iterations, method, self._validate_args)
+
+    def prior_in_double(self) -> Prior:
+        """What posteriors ask of the distribution."""
+        return FactorPrior(self.precision_cholesky.unexpanded().to(torch.float64))
+
+    def with_loc(self, loc: Tensor) -> Self:
+        """The same field with another mean, (*batch, *grid)."""
+        return type(self)(loc, self.precision_cholesky, validate_args=False)
 
     def mean_in_double(self) -> Tensor:
         """The mean in float64, (*batch, *grid)."""

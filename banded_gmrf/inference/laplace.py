@@ -14,7 +14,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cholesky import negative_log_likelihood
 from ..operators.base import LinearOperator
 from ..stencil import as_integer
 from ..transformations import is_transforming
@@ -120,7 +119,7 @@ class _Search:
 
     def __init__(self, prior, log_likelihood: LogLikelihood, operator: LinearOperator | None, method: str, validate_args):
         self._operator, self._log_likelihood, self._method = operator, log_likelihood, method
-        self._factor = prior.precision_cholesky.unexpanded().to(torch.float64)
+        self._prior = prior.prior_in_double()
         self._grid, self._loc = prior.event_shape, prior.loc.double()
         self._shape = self._grid if operator is None else operator.output_shape
         self._known = torch.zeros(self._grid, dtype=torch.bool, device=prior.loc.device)
@@ -204,14 +203,15 @@ class _Search:
         return bool((noise.diagonal >= 0).all())
 
     def _system(self, model: ObservationModel) -> PosteriorSystem:
-        return PosteriorSystem(self._factor, self._known, model, self._method, 1e-8, 10_000)
+        return PosteriorSystem(self._prior, self._known, model, self._method, 1e-8, 10_000)
 
     def _seen(self, x: Tensor) -> Tensor:
         return x if self._operator is None else self._operator(x)
 
     def _log_density(self, x: Tensor) -> Tensor:
-        """log p(x) + log p(y | x), (*batch); -∞ where it is NaN."""
-        prior = -negative_log_likelihood(x - self._loc, *self._factor.coefficients)
+        """log p(x) + log p(y | x) up to a constant, (*batch); -∞ where it is NaN."""
+        deviation = x - self._loc
+        prior = -0.5 * (deviation * self._prior.product(deviation)).flatten(-len(self._grid)).sum(-1)
         total = prior + self._log_likelihood(self._seen(x)).flatten(-len(self._shape)).sum(-1)
         return total.nan_to_num(nan=-math.inf, posinf=math.inf, neginf=-math.inf)
 

@@ -24,7 +24,6 @@ from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from ..analysis.marginals import VarianceEstimate
-from ..cholesky import negative_log_likelihood
 from ..operators.base import LinearOperator
 from ..validation import as_sites
 from .conjugate_gradients import Convergence
@@ -109,8 +108,7 @@ class ConditionalGMRF(InferredField):
             values.shape[: values.ndim - len(grid)],
             observations.shape[: observations.ndim - len(model.event_shape)],
         )
-        factor = prior.precision_cholesky.unexpanded().to(torch.float64)
-        self._system = PosteriorSystem(factor, known, model, method, tolerance, max_iterations)
+        self._system = PosteriorSystem(prior.prior_in_double(), known, model, method, tolerance, max_iterations)
         self._prior, self._known, self._model = prior.expand(batch), known, model
         self._values = values.double().where(known, 0)
         self._observations = model.observed(observations.double())
@@ -237,7 +235,7 @@ class ConditionalGMRF(InferredField):
         """
         self._system.check_factorisable("log_evidence")
         mean, logdet = self._mean_and_logdet()
-        log_prior = -negative_log_likelihood(mean - self._prior.loc.double(), *self._system.prior_factor.coefficients)
+        log_prior = self._system.prior.log_density(mean - self._prior.loc.double())
         log_likelihood = self._model.log_likelihood(self._observations, mean)
         log_evidence = log_prior + log_likelihood + 0.5 * (self._num_free() * math.log(2 * math.pi) - logdet)
         return log_evidence.expand(self._batch_shape)
@@ -276,17 +274,19 @@ class ConditionalGMRF(InferredField):
         start = fields.masked_fill(self._known, 0)
         rhs = system.prior_product(fields - start) - self._model.precision(start)
         mean = start + system.solve(rhs.masked_fill(self._known, 0))
-        apart, seen = system.prior_factor.matvec(fields - mean, transpose=True), self._model.precision(mean)
-        apart, fields_seen, seen = (t.movedim(0, -ndim - 1).flatten(-ndim) for t in (apart, mean, seen))
-        information = apart @ apart.mT + fields_seen @ seen.mT
+        pairs = ((fields - mean, system.prior_product), (mean, self._model.precision))
+        information = 0
+        for moved, product in pairs:
+            left, right = (t.movedim(0, -ndim - 1).flatten(-ndim) for t in (moved, product(moved)))
+            information = information + left @ right.mT
         pull = system.prior_product(self._mean() - self._prior.loc.double()).flatten(-ndim)
         score = (fields.movedim(0, -ndim - 1).flatten(-ndim) @ pull.unsqueeze(-1)).squeeze(-1)
         return MeanResponse(mean, 0.5 * (information + information.mT), score)
 
     def with_prior_mean(self, loc: Tensor) -> "ConditionalGMRF":
         """The posterior under the prior with another mean (*batch, *grid); nothing is factorised again."""
-        new, prior = copy.copy(self), self._prior
-        new._prior = type(prior)(loc, prior.precision_cholesky, validate_args=False)
+        new = copy.copy(self)
+        new._prior = self._prior.with_loc(loc)
         return new
 
     def __repr__(self) -> str:
@@ -337,7 +337,7 @@ class ConditionalGMRF(InferredField):
             count = min(size, num_samples - start)
             u = standard_normal((count, *self._batch_shape, *grid), **self._double)
             z = standard_normal((count, *self._batch_shape, *model.event_shape), **self._double)
-            rhs = (system.prior_factor.matvec(u) + model.root(z)).masked_fill(self._known, 0)
+            rhs = (system.prior.root(u) + model.root(z)).masked_fill(self._known, 0)
             squares = squares + (system.solve(rhs) - rhs * conditional).square().sum(0)
         explained = squares / num_samples
         variance = (conditional + explained).masked_fill(self._known, 0)

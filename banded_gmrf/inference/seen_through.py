@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..cholesky import StencilCholesky
 from ..operators.base import LinearOperator
 from .noise import CorrelatedNoise, IndependentNoise
+from .priors import Prior
 
 _PROBES = 16
 
@@ -55,14 +55,14 @@ class SeenThrough:
         weighted = self.noise.precision(columns)
         return A.mT @ weighted.flatten(weighted.ndim - len(self.event_shape)).movedim(0, -1)
 
-    def preconditioner(self, factor: StencilCholesky) -> Callable[[Tensor], Tensor]:
+    def preconditioner(self, prior: Prior) -> Callable[[Tensor], Tensor]:
         """An approximation of (Λ + W)⁻¹: both taken as stationary, on a torus.
 
         Λ and W are known by their columns at some sites well inside the grid. Axes along which the operator does not wrap
         around are mirrored at their ends. This makes the torus twice as long and the Fourier basis that of cosines: fields, and
         what is seen of them, are smooth across a mirror, but not from one end of the grid to the other.
         """
-        grid = factor.grid
+        grid = prior.grid
         ndim, axes = len(grid), tuple(range(-len(grid), 0))
         mirrored = [axis for axis in axes if axis + ndim not in self._operator.periodic_axes()]
         torus = [2 * n if axis in mirrored else n for axis, n in zip(axes, grid, strict=True)]
@@ -71,16 +71,15 @@ class SeenThrough:
         sites = torch.stack(places, -1)
         units = torch.zeros(_PROBES, *grid, dtype=torch.float64)
         units[(torch.arange(_PROBES), *sites.unbind(-1))] = 1
-        batch = len(torch.broadcast_shapes(factor.batch_shape, self.batch_shape))
-        units = units.reshape(_PROBES, *[1] * batch, *grid).to(factor.device)
-        # Λ's spectrum is that of the autocorrelation of a column of L, wherever its site is. Columns of W move to the origin.
-        prior = torch.fft.rfftn(factor.matvec(units), s=torus, dim=axes).abs().square().mean(0)
+        batch = len(torch.broadcast_shapes(prior.batch_shape, self.batch_shape))
+        units = units.reshape(_PROBES, *[1] * batch, *grid).to(prior.device)
+        before = prior.column_spectrum(units, torus)  # wherever its site is; columns of W move to the origin
         padding = [side for n, size in zip(grid[::-1], torus[::-1], strict=True) for side in (0, size - n)]
         columns = torch.nn.functional.pad(self.precision(units), padding)
         seen = (
             sum(column.roll([-s for s in site], axes) for column, site in zip(columns, sites.tolist(), strict=True)) / _PROBES
         )
-        lags = torch.fft.irfftn(prior, s=torus, dim=axes) + seen
+        lags = torch.fft.irfftn(before, s=torus, dim=axes) + seen
         for axis in mirrored:  # only what is even is a product with cosines
             lags = 0.5 * (lags + lags.flip(axis).roll(1, axis))
         spectrum = torch.fft.rfftn(lags, dim=axes).real

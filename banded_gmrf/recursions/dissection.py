@@ -262,20 +262,38 @@ class _Solve(torch.autograd.Function):
         return bar, v.sum_to_size(b.shape), None
 
 
+def dissection_size(grid: torch.Size, stencil: Stencil) -> tuple[int, int]:
+    """How many operations a factor takes at most, and how many numbers it has."""
+    reach = _reach(stencil)
+
+    @functools.cache
+    def of_box(sizes: tuple[int, ...]) -> tuple[int, int]:
+        around = math.prod(min(size + 2 * r, n) for size, r, n in zip(sizes, reach, grid, strict=True)) - math.prod(sizes)
+        axis = _axis_to_divide(sizes, reach)
+        if axis is None:
+            width, parts = math.prod(sizes), []
+        else:
+            width = reach[axis] * math.prod(sizes) // sizes[axis]
+            low = (sizes[axis] - reach[axis]) // 2
+            parts = [(*sizes[:axis], part, *sizes[axis + 1 :]) for part in (low, sizes[axis] - reach[axis] - low)]
+        operations, numbers = width**3 // 3 + width**2 * around + width * around**2, width * (width + around)
+        below = [of_box(part) for part in parts]
+        return operations + sum(size[0] for size in below), numbers + sum(size[1] for size in below)
+
+    return of_box(tuple(grid))
+
+
 @functools.lru_cache(maxsize=8)
 def dissect(grid: torch.Size, stencil: Stencil, device: torch.device) -> Dissection:
     """The tree of boxes of a grid, for precisions with this stencil."""
-    reach = [max((abs(offset[axis]) for offset in stencil.offsets), default=0) for axis in range(len(grid))]
+    reach = _reach(stencil)
     numbers = np.arange(grid.numel()).reshape(grid)
     parts: list[tuple[np.ndarray, list[int]]] = []  # of each front, the sites it eliminates, and its children
 
     def divide(box: tuple[slice, ...]) -> int:
         sizes = [part.stop - part.start for part in box]
-        slab = {
-            axis: r * math.prod(sizes) // size for axis, (r, size) in enumerate(zip(reach, sizes, strict=True)) if size > r + 1
-        }
-        axis = min(slab, key=lambda axis: (slab[axis], -sizes[axis]), default=None)
-        if math.prod(sizes) <= _LEAF_SITES or axis is None:
+        axis = _axis_to_divide(sizes, reach)
+        if axis is None:
             parts.append((numbers[box].ravel(), []))
         else:
             start = box[axis].start + (sizes[axis] - reach[axis]) // 2
@@ -326,6 +344,21 @@ def dissect(grid: torch.Size, stencil: Stencil, device: torch.device) -> Dissect
             )
         )
     return Dissection(fronts, on_device(sites), on_device(rank))
+
+
+def _reach(stencil: Stencil) -> list[int]:
+    """How far the stencil reaches along each axis."""
+    return [max((abs(offset[axis]) for offset in stencil.offsets), default=0) for axis in range(stencil.ndim)]
+
+
+def _axis_to_divide(sizes: Sequence[int], reach: Sequence[int]) -> int | None:
+    """The axis that the smallest slab of a box cuts; None where the box stays whole."""
+    if math.prod(sizes) <= _LEAF_SITES:
+        return None
+    slabs = {
+        axis: r * math.prod(sizes) // size for axis, (r, size) in enumerate(zip(reach, sizes, strict=True)) if size > r + 1
+    }
+    return min(slabs, key=lambda axis: (slabs[axis], -sizes[axis]), default=None)
 
 
 def _flat_coefficients(precision: StencilPrecision) -> Tensor:
