@@ -14,6 +14,7 @@ Where things are; every file imports only what stands above it, but for analysis
     operators/                        what an instrument sees of a field: linear observation operators
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
     gmrf, low_rank, pyro              `GMRF`, the distribution; the same plus a few fields of the whole grid; the same for Pyro
+    sparse                            `SparseGMRF`, the distribution of a sparse precision
     deepinv, linear_operator          a field in those libraries: as prior, noise and fidelity; as matrices
     diagnostics/                      how well a model fits data
 """
@@ -34,10 +35,11 @@ from .inference.posterior import ConditionalGMRF
 from .low_rank import LowRankGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import ar1_precision, car_precision, matern_precision, separable_precision, thin_plate_precision
+from .sparse import SparseGMRF
 from .stencil import Stencil
 
 # Nothing but tensors and integers is in their files: torch.load may read them with its default, weights_only=True.
-torch.serialization.add_safe_globals([GMRF, LowRankGMRF, Stencil, StencilCholesky, StencilPrecision])
+torch.serialization.add_safe_globals([GMRF, LowRankGMRF, SparseGMRF, Stencil, StencilCholesky, StencilPrecision])
 
 __version__ = "0.1.0"
 
@@ -49,6 +51,7 @@ __all__ = [
     "LaplaceGMRF",
     "LowRankGMRF",
     "LowRankPosterior",
+    "SparseGMRF",
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",

@@ -99,6 +99,14 @@ class StencilPrecision(Batched):
         own, below = self.diag.shape[: self.diag.ndim - self.stencil.ndim], self.off_diag.shape[: -self.stencil.ndim - 1]
         return broadcast_batch("off_diag", below, "diag", own)
 
+    def expand(self, batch_shape: Sequence[int]) -> "StencilPrecision":
+        """The same matrix for a larger batch, without a copy."""
+        ndim = self.stencil.ndim
+        parts = (
+            t.expand(*batch_shape, *t.shape[t.ndim - axes :]) for t, axes in ((self.diag, ndim), (self.off_diag, ndim + 1))
+        )
+        return self._from_parts(self.stencil, list(parts))
+
     def matvec(self, x: Tensor) -> Tensor:
         """Λ x: (*sample, *batch, *grid), ``x`` broadcast against the batch as torch does.
 

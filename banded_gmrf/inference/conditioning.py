@@ -224,6 +224,10 @@ class Conditionable:
         """None: no site is known exactly."""
         return None
 
+    def null_space(self) -> None:
+        """None: the distribution is proper."""
+        return None
+
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64."""
         factor = self.precision_cholesky.unexpanded().to(torch.float64)

@@ -3,6 +3,10 @@
 With V = Σ Aᵀ and S = A V a field x of N(μ, Σ) becomes x + V S⁻¹(e - A x), which has A x = e and the conditional distribution
 (conditioning by kriging: Rue & Held, Gaussian Markov Random Fields, 2005, section 2.3.3). The density on the fields that fulfil
 the constraints is π(x | A x = e) = π(x) π(A x | x) / π(A x) with π(A x | x) = |A Aᵀ|^(-½), ibid.
+
+An intrinsic field is x + N γ, γ of a flat density. Its constraints determine γ, too, by generalised least squares, with the
+covariance Γ = (Nᵀ Aᵀ S⁻¹ A N)⁻¹; then e - A x is met by N γ as far as that goes, and by V S⁻¹ for the rest (universal kriging:
+Chilès & Delfiner, Geostatistics, 2012, section 3.4).
 """
 
 import math
@@ -14,6 +18,7 @@ from torch import Tensor
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_tensor, check_vector
 
 from ..analysis.marginals import VarianceEstimate
+from ..errors import NotPositiveDefiniteError
 from ..operators.base import as_operator
 from ..validation import as_sites
 from .inferred_field import InferredField
@@ -38,7 +43,7 @@ class ConstrainedGMRF(InferredField):
     """
 
     _conditioned = "_base"
-    _own = ("_A", "_bound", "_e", "_gain", "_root")
+    _own = ("_A", "_bound", "_e", "_gain", "_root", "_drift")
 
     def __init__(self, base, A, e: Tensor, validate_args: bool | None = None):
         grid, device = base.event_shape, base.mean_in_double().device
@@ -55,6 +60,8 @@ class ConstrainedGMRF(InferredField):
         gain = base.covariance_times(rows.expand(len(rows), *base.batch_shape, *grid))
         self._gain = gain.flatten(-len(grid)).movedim(0, -1)  # V, (*batch, n, m)
         self._root = torch.linalg.cholesky(A @ self._gain)  # of S
+        null = base.null_space()
+        self._drift = None if null is None else _Drift(null, A, self._gain, self._root)
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "ConstrainedGMRF":
         """The distribution repeated over a larger batch; nothing is computed again.
@@ -73,9 +80,10 @@ class ConstrainedGMRF(InferredField):
         """Variances of all sites with their standard errors: those of the distribution without constraints, less what these
         explain, which is exact. Arguments, result and errors as there."""
         estimate = self._base.marginal_variance(method, num_samples)
-        variance = (estimate.variance.double() - self._explained().square().sum(-1).unflatten(-1, self._event_shape)).clamp(
-            min=0
-        )
+        change = -self._explained().square().sum(-1)
+        if self._drift is not None:
+            change = change + self._drift.root.square().sum(-1)
+        variance = (estimate.variance.double() + change.unflatten(-1, self._event_shape)).clamp(min=0)
         return VarianceEstimate(
             *(t.to(self._dtype).expand(self._extended_shape()) for t in (variance, estimate.standard_error))
         )
@@ -85,10 +93,16 @@ class ConstrainedGMRF(InferredField):
         grid = self._event_shape
         columns = self._base.covariance_columns(sites)
         indices = as_sites(sites, grid, columns.device)
-        explained = self._explained()
-        own = explained.unflatten(-2, grid)[(..., *indices.reshape(-1, len(grid)).unbind(-1), slice(None))]
-        product = (explained @ own.mT).movedim(-1, 0).unflatten(-1, grid)
-        return (columns.double() - (product if indices.ndim > 1 else product[0])).to(columns.dtype)
+
+        def columns_of(root: Tensor) -> Tensor:
+            own = root.unflatten(-2, grid)[(..., *indices.reshape(-1, len(grid)).unbind(-1), slice(None))]
+            product = (root @ own.mT).movedim(-1, 0).unflatten(-1, grid)
+            return product if indices.ndim > 1 else product[0]
+
+        change = -columns_of(self._explained())
+        if self._drift is not None:
+            change = change + columns_of(self._drift.root)
+        return (columns.double() + change).to(columns.dtype)
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable."""
@@ -117,8 +131,8 @@ class ConstrainedGMRF(InferredField):
     def entropy(self) -> Tensor:
         """Differential entropy on the fields with A x = e in nats, (*batch)."""
         # Of both the log densities at the mean and the entropies differ by ½ for each dimension.
-        S_is = self._root.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * len(self._A) * (1 + math.log(2 * math.pi))
-        entropy = self._base.entropy().double() - S_is + 0.5 * self._logdet_gram()
+        of_values = self._half_logdet() + 0.5 * len(self._A) * (1 + math.log(2 * math.pi))
+        entropy = self._base.entropy().double() - of_values + 0.5 * self._logdet_gram()
         return entropy.to(accumulate_dtype(self._dtype)).expand(self._batch_shape)
 
     @property
@@ -142,9 +156,11 @@ class ConstrainedGMRF(InferredField):
         return self._base.mean.dtype
 
     def _correct(self, x: Tensor) -> Tensor:
-        """x + V S⁻¹(e - A x)."""
+        """x + V S⁻¹(e - A x), of an intrinsic field x + N γ + V S⁻¹(e - A x - A N γ)."""
         missing = self._e.unsqueeze(-1) - self._A @ x.flatten(-len(self._event_shape)).unsqueeze(-1)
         step = self._gain @ torch.cholesky_solve(missing, self._root)
+        if self._drift is not None:
+            step = step + self._drift.fitted(torch.linalg.solve_triangular(self._root, missing, upper=False))
         return x + step.squeeze(-1).unflatten(-1, self._event_shape)
 
     def _explained(self) -> Tensor:
@@ -156,15 +172,55 @@ class ConstrainedGMRF(InferredField):
         return torch.logdet(self._bound @ self._bound.mT)
 
     def _log_of_values(self) -> Tensor:
-        """log N(e; A μ, S)."""
+        """log N(e; A μ, S); of an intrinsic field up to what its own density leaves out."""
         mean = self._base.mean_in_double().flatten(-len(self._event_shape)).unsqueeze(-1)
         missing = self._e.unsqueeze(-1) - self._A @ mean
         whitened = torch.linalg.solve_triangular(self._root, missing, upper=False).squeeze(-1)
-        logdet = self._root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-        return -0.5 * whitened.square().sum(-1) - logdet - 0.5 * len(self._A) * math.log(2 * math.pi)
+        squares = whitened.square().sum(-1)
+        if self._drift is not None:
+            squares = squares - self._drift.explained(whitened.unsqueeze(-1)).square().sum((-2, -1))
+        return -0.5 * squares - self._half_logdet() - 0.5 * len(self._A) * math.log(2 * math.pi)
+
+    def _half_logdet(self) -> Tensor:
+        """½ log |S|, of an intrinsic field ½ log |S| - ½ log |Γ|."""
+        half = self._root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return half if self._drift is None else half + self._drift.half_logdet()
 
     def _log_correction(self) -> Tensor:
         return -0.5 * self._logdet_gram() - self._log_of_values()
+
+
+class _Drift:
+    """What the constraints say of γ in x + N γ.
+
+    Args:
+        null: N, (*batch, n, k).
+        A: (m, n).
+        gain: V, (*batch, n, m).
+        root: the Cholesky factor of S.
+
+    Attributes:
+        root: what γ adds to the covariance, root rootᵀ = D Γ Dᵀ with D = N - V S⁻¹A N; (*batch, n, k).
+    """
+
+    def __init__(self, null: Tensor, A: Tensor, gain: Tensor, root: Tensor):
+        seen = torch.linalg.solve_triangular(root, A @ null, upper=False)  # A N in units of S
+        _check_drift(seen.detach())
+        self._basis, self._triangle = torch.linalg.qr(seen)
+        unseen = null - gain @ torch.linalg.solve_triangular(root.mT, seen, upper=True)
+        self.root = torch.linalg.solve_triangular(self._triangle, unseen, upper=True, left=False)
+
+    def explained(self, whitened: Tensor) -> Tensor:
+        """The part of S^(-½)(e - A μ), (*batch, m, 1), that A N γ can meet, in an orthonormal basis."""
+        return self._basis.mT @ whitened
+
+    def fitted(self, whitened: Tensor) -> Tensor:
+        """D γ of the best γ, (*batch, n, 1)."""
+        return self.root @ self.explained(whitened)
+
+    def half_logdet(self) -> Tensor:
+        """-½ log |Γ|."""
+        return self._triangle.diagonal(dim1=-2, dim2=-1).abs().log().sum(-1)
 
 
 def _as_matrix(A, e: Tensor, grid: torch.Size, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -192,6 +248,17 @@ def _as_matrix(A, e: Tensor, grid: torch.Size, device: torch.device) -> tuple[Te
         if not tensor.isfinite().all():
             raise ValueError(f"{name} has NaN or infinite entries, expected finite ones")
     return A, e.double()
+
+
+def _check_drift(seen: Tensor) -> None:
+    """Raise where A N, (*batch, m, k), has less than k independent columns."""
+    m, k = seen.shape[-2:]
+    singular = torch.linalg.svdvals(seen)
+    if m < k or not bool((singular[..., -1] > 1e-8 * singular[..., 0]).all()):
+        raise NotPositiveDefiniteError(
+            f"A does not determine all of the {k} directions that the precision leaves open, expected constraints of each: "
+            "the input is not positive-definite"
+        )
 
 
 @torch.no_grad()

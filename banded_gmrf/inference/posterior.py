@@ -257,6 +257,10 @@ class ConditionalGMRF(InferredField):
         """Bool, (*batch, *grid) or what broadcasts to it: the sites that are not known exactly."""
         return ~self._known
 
+    def null_space(self) -> None:
+        """None: the distribution is proper."""
+        return None
+
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""
         return self._system.solve(x.masked_fill(self._known, 0)).masked_fill(self._known, 0)

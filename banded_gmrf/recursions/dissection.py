@@ -86,6 +86,12 @@ class DissectedCholesky:
             self._columns = self._factorise()
             inspect(self._check, self._pivots(), self._coefficients.index_select(-1, self._dissection.sites))
 
+    def attached_to(self, precision: StencilPrecision) -> "DissectedCholesky":
+        """The same numbers as the factor of the same Λ, differentiable in it."""
+        new = object.__new__(DissectedCholesky)
+        new.__dict__.update(self.__dict__, precision=precision, _coefficients=_flat_coefficients(precision))
+        return new
+
     def logdet(self) -> Tensor:
         """log |Λ|, (*batch)."""
         if self._is_differentiated():
@@ -216,8 +222,9 @@ class DissectedCholesky:
         if len(bad):
             site = torch.unravel_index(self._dissection.sites[bad[0, -1]], self.precision.grid)
             raise NotPositiveDefiniteError(
-                f"precision{of_batch(bad[0, :-1])} is singular, or has a negative direction: the input is not "
-                f"positive-definite at site {tuple(int(i) for i in site)}"
+                f"precision{of_batch(bad[0, :-1])} is singular, or has a negative direction, at site "
+                f"{tuple(int(i) for i in site)}: the input is not positive-definite. An intrinsic field becomes proper under "
+                "constraints, see constrain, or where it is observed, see posterior"
             )
 
 

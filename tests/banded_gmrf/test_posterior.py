@@ -7,7 +7,7 @@ import torch
 from torch.distributions import Distribution, MultivariateNormal
 
 import banded_gmrf as bg
-from banded_gmrf.inference import posterior, priors
+from banded_gmrf.inference import posterior, priors, systems
 from tests.banded_gmrf.test_conditioning import dense_log_evidence, dense_posterior, mixed_noise, random_gmrf
 from tests.cases import FACTORS, STENCILS, dense
 from tests.dense import random_factor
@@ -144,8 +144,8 @@ def test_expanded_posteriors(method):
 
 def test_one_factorisation_is_kept(monkeypatch):
     made = []
-    block_cholesky = priors.block_cholesky
-    monkeypatch.setattr(priors, "block_cholesky", lambda *args: made.append(1) or block_cholesky(*args))
+    block_cholesky = systems.block_cholesky
+    monkeypatch.setattr(systems, "block_cholesky", lambda *args: made.append(1) or block_cholesky(*args))
     q = random_gmrf("3x3", (6, 5))
     p = q.posterior(random(6, 5), mixed_noise((6, 5)))
     assert not made
