@@ -205,7 +205,7 @@ class _Drift:
 
     def __init__(self, null: Tensor, A: Tensor, gain: Tensor, root: Tensor):
         seen = torch.linalg.solve_triangular(root, A @ null, upper=False)  # A N in units of S
-        _check_drift(seen.detach())
+        _check_drift(null, A)
         self._basis, self._triangle = torch.linalg.qr(seen)
         unseen = null - gain @ torch.linalg.solve_triangular(root.mT, seen, upper=True)
         self.root = torch.linalg.solve_triangular(self._triangle, unseen, upper=True, left=False)
@@ -250,11 +250,12 @@ def _as_matrix(A, e: Tensor, grid: torch.Size, device: torch.device) -> tuple[Te
     return A, e.double()
 
 
-def _check_drift(seen: Tensor) -> None:
-    """Raise where A N, (*batch, m, k), has less than k independent columns."""
-    m, k = seen.shape[-2:]
-    singular = torch.linalg.svdvals(seen)
-    if m < k or not bool((singular[..., -1] > 1e-8 * singular[..., 0]).all()):
+@torch.no_grad()
+def _check_drift(null: Tensor, A: Tensor) -> None:
+    """Raise where A N has less than k independent columns."""
+    k = null.shape[-1]
+    seen = A / A.norm(dim=-1, keepdim=True) @ torch.linalg.qr(null)[0]
+    if len(A) < k or not bool((torch.linalg.svdvals(seen) > 1e-8).all()):
         raise NotPositiveDefiniteError(
             f"A does not determine all of the {k} directions that the precision leaves open, expected constraints of each: "
             "the input is not positive-definite"

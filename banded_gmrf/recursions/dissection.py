@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad
 
 from ..errors import NotPositiveDefiniteError, of_batch
@@ -163,7 +162,8 @@ class DissectedCholesky:
                 at = (place[:, None] * front.size + place).flatten()
                 total = total.index_add(-1, at, updates.pop(child).flatten(-2))
             total = total.unflatten(-1, (front.size, front.size))
-            P, _ = torch.linalg.cholesky_ex(total[..., : front.width, : front.width])
+            P, failed = torch.linalg.cholesky_ex(total[..., : front.width, : front.width])
+            P = P.masked_fill((failed > 0)[..., None, None], math.nan)  # which `_check` finds, once for all fronts
             Q = torch.linalg.solve_triangular(P, total[..., : front.width, front.width :], upper=False)
             updates[number] = total[..., front.width :, front.width :] - Q.mT @ Q
             columns.append((P, Q))
@@ -201,7 +201,9 @@ class DissectedCholesky:
         results, above = [], {}
         for number in reversed(range(len(fronts))):
             front, (P, Q) = fronts[number], self._columns[number]
-            S = torch.cholesky_inverse(P)
+            # Not torch.cholesky_inverse, whose forward derivative is wrong in torch 2.13.
+            inverse = torch.linalg.solve_triangular(P, torch.eye(front.width, dtype=P.dtype, device=P.device), upper=False)
+            S = inverse.mT @ inverse
             if number in above:
                 later = above.pop(number)
                 G = torch.linalg.solve_triangular(P.mT, Q, upper=True)
@@ -234,12 +236,14 @@ class _LogDet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, coefficients: Tensor, factor: DissectedCholesky) -> Tensor:
         ctx.factor = factor
+        ctx.save_for_backward(coefficients)
         return factor.logdet()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
-        return g.unsqueeze(-1) * ctx.factor.selected_inverse(), None
+        with torch.no_grad():
+            bar = g.unsqueeze(-1) * ctx.factor.selected_inverse()
+        return _Once.apply(bar, *ctx.saved_tensors, g), None
 
 
 class _Solve(torch.autograd.Function):
@@ -253,20 +257,37 @@ class _Solve(torch.autograd.Function):
         return x
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, g: Tensor):
         coefficients, b, x = ctx.saved_tensors
-        v = ctx.factor.solve(g)
         bar = None
-        if ctx.needs_input_grad[0]:
-            grid, stencil = ctx.factor.precision.grid, ctx.factor.precision.stencil
-            with torch.enable_grad():
-                at = coefficients.detach().requires_grad_()
-                entries = at.unflatten(-1, (1 + len(stencil), *grid)).movedim(-len(grid) - 1, 0)
-                off_diag = entries[1:].movedim(0, -len(grid) - 1)
-                product = StencilPrecision(entries[0], off_diag, stencil).matvec(x.unflatten(-1, grid))
+        with torch.no_grad():
+            v = ctx.factor.solve(g)
+            if ctx.needs_input_grad[0]:
+                grid, stencil = ctx.factor.precision.grid, ctx.factor.precision.stencil
+                with torch.enable_grad():
+                    at = coefficients.detach().requires_grad_()
+                    entries = at.unflatten(-1, (1 + len(stencil), *grid)).movedim(-len(grid) - 1, 0)
+                    off_diag = entries[1:].movedim(0, -len(grid) - 1)
+                    product = StencilPrecision(entries[0], off_diag, stencil).matvec(x.unflatten(-1, grid))
                 (bar,) = torch.autograd.grad(product, at, -v.unflatten(-1, grid))
-        return bar, v.sum_to_size(b.shape), None
+            v = v.sum_to_size(b.shape)
+        depends_on = coefficients, b, g
+        return None if bar is None else _Once.apply(bar, *depends_on), _Once.apply(v, *depends_on), None
+
+
+class _Once(torch.autograd.Function):
+    """The first argument, a derivative of which no other is known: whatever it depends on would be forgotten without a word."""
+
+    @staticmethod
+    def forward(ctx, value: Tensor, *depends_on: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            "factors by nested dissection are differentiable once by autograd: for second derivatives use the transformations "
+            "of torch.func"
+        )
 
 
 def dissection_size(grid: torch.Size, stencil: Stencil) -> tuple[int, int]:
