@@ -32,6 +32,7 @@ from .inference.evidence import EvidenceFit, maximum_evidence
 from .inference.laplace import LaplaceGMRF
 from .inference.low_rank_posterior import LowRankPosterior
 from .inference.posterior import ConditionalGMRF
+from .inference.trend import TrendPosterior
 from .low_rank import LowRankGMRF
 from .precision_matrix import StencilPrecision
 from .precisions import ar1_precision, car_precision, matern_precision, separable_precision, thin_plate_precision
@@ -55,6 +56,7 @@ __all__ = [
     "Stencil",
     "StencilCholesky",
     "StencilPrecision",
+    "TrendPosterior",
     "ar1_precision",
     "car_precision",
     "diagnostics",

@@ -17,6 +17,7 @@ from .noise import CorrelatedNoise, IndependentNoise
 from .posterior import ConditionalGMRF
 from .priors import FactorPrior, Prior
 from .seen_through import SeenThrough
+from .trend import TrendPosterior, trend_parts
 
 
 class Conditionable:
@@ -78,7 +79,9 @@ class Conditionable:
         noise: "Conditionable | None" = None,
         operator: LinearOperator | None = None,
         method: str = "auto",
-    ) -> ConditionalGMRF:
+        covariates: Tensor | None = None,
+        covariate_variance: Tensor | float | None = None,
+    ) -> ConditionalGMRF | TrendPosterior:
         """The distribution given observation = x + noise, or A x + noise: for denoising, deblurring, superresolution.
 
         Its mean is the Wiener filter, loc + (Λ + AᵀVA)⁻¹ AᵀV (observation - A loc) with the precision V of the noise.
@@ -95,9 +98,13 @@ class Conditionable:
                 in any dtype.
             operator: A, one of `banded_gmrf.operators`, or another object with a call and ``.adjoint``, or ``A`` and
                 ``A_adjoint``, that takes and gives batches (N, *shape).
+            covariates: (m, *grid), the fields of a linear trend: x stands for the field plus Σ_k β_k covariates[k].
+            covariate_variance: the prior variance of β, of mean 0 and independent of the field: a number, (m,), or a
+                covariance (m, m).
 
         Returns:
-            A `ConditionalGMRF`, a distribution on the whole grid.
+            A `ConditionalGMRF`, a distribution on the whole grid; with covariates a `TrendPosterior`, that of field and trend
+            together, whose ``coefficients`` are β given the observation.
 
         Raises:
             TypeError: ``observation`` has another dtype than the distribution, ``noise`` is no `GMRF`, both or neither are
@@ -106,6 +113,14 @@ class Conditionable:
                 ``max_iterations`` or ``method`` as for `condition`; with ``validate_args``, NaN or infinity where something was
                 observed, and an operator whose adjoint is not its adjoint, by a product of random vectors.
         """
+        if covariates is not None:
+            trend = trend_parts(covariates, covariate_variance, self.event_shape, self.loc.device)
+            local = self.posterior(
+                observation, noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
+            )
+            return TrendPosterior(local, *trend, self._validate_args)
+        if covariate_variance is not None:
+            raise TypeError("covariate_variance is given without covariates")
         if not isinstance(noise, Conditionable | None):
             raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
         if (noise_variance is None) == (noise is None):

@@ -50,7 +50,7 @@ class LowRankPosterior(InferredField):
     """
 
     _conditioned = "_prior"
-    _own = ("_factors", "_log_ratio")
+    _own = ("_factors", "_log_ratio", "_weights", "_weights_root")
 
     def __init__(self, prior, local: ConditionalGMRF, validate_args: bool | None = None):
         grid, batch = local.event_shape, local.batch_shape
@@ -60,6 +60,7 @@ class LowRankPosterior(InferredField):
         response = local.respond(fields)
         root = capacitance_root(response.information)
         weights = solve_capacitance(root, response.score)
+        self._weights, self._weights_root = weights, root
         factors = rank_last(fields, len(grid))
         self._local = local.with_prior_mean(local.prior.loc + mixture(weights, factors, len(grid)))
         # G S with S = C⁻ᵀ for the root C, in rows.
@@ -158,6 +159,10 @@ class LowRankPosterior(InferredField):
     def free_sites(self) -> Tensor:
         """Bool, (*batch, *grid) or what broadcasts to it: the sites that are not known exactly."""
         return self._local.free_sites()
+
+    def null_space(self) -> None:
+        """None: the distribution is proper."""
+        return None
 
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""
