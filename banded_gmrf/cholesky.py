@@ -145,7 +145,7 @@ class StencilCholesky(Batched):
         With a stencil, the factor `nearest` to the exact one, which takes two to four times as long. Nearest in divergence is
         not nearest in variance: of a Matérn field (smoothness 1, 96 x 96 sites) with a range of 10 pixels,
         ``Stencil.square(7)`` keeps 0.96 of the variance, of a range of 20 0.86, and of 39 0.76, in the middle of the grid 0.68.
-        Far from observations such a prior misleads: take the exact factor for kriging.
+        Far from observations such a prior misleads: take the exact factor for kriging, or on larger grids `SparseGMRF`.
 
         It is computed in float64 and rounded to the dtype of Λ. Where rounding of Λ itself may change variances by more than a
         tenth, as for a smooth field in float32, Λ is refused: build such a field in float64 and round its factor,

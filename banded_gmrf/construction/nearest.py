@@ -45,7 +45,7 @@ def warn_of_changed_variance(exact: HasCoefficients, nearest: HasCoefficients) -
         worst = float(ratio.flatten()[(ratio - 1).abs().argmax()])
         warnings.warn(
             f"the factor with {len(nearest.stencil)} offsets has {worst:.2f} times the variance of the precision, as a mean "
-            "over the grid: as a prior it misleads. The exact factor, stencil=None, keeps it, a larger stencil comes nearer",
+            "over the grid: as a prior it misleads. The exact factor, stencil=None, and SparseGMRF keep it",
             RuntimeWarning,
             stacklevel=5,  # of `StencilCholesky.from_precision`
         )
