@@ -9,6 +9,7 @@ from torch import Tensor
 import gmrf_kernels
 from gmrf_kernels import operators
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
+from gmrf_kernels.layout import layout_of
 from gmrf_kernels.ops import apply
 
 from .batched import Batched, expanded, register_pytree
@@ -310,19 +311,13 @@ class StencilCholesky(Batched):
         return new
 
     def _apply(self, operator: operators.Operator, name: str, vector: Tensor, transpose: bool) -> Tensor:
-        stencil, grid = self.stencil, self.grid
-        check_vector(name, vector, "the factor", self._off_diag, grid)
-        batch, given = self.batch_shape, vector.shape[: vector.ndim - len(grid)]
-        if given != batch:
-            batch = broadcast_batch(name, given, "the factor", batch)
-            if given != batch:
-                vector = vector.expand(*batch, *grid)
+        log_diag, off_diag, stencil, grid = self._log_diag, self._off_diag, self.stencil, self.grid
+        check_vector(name, vector, "the factor", off_diag, grid)
+        ndim, batch = len(grid), self.batch_shape
         # What `expand` repeated is one factor that several vectors share.
-        own = self._log_diag.shape[: self._log_diag.ndim - len(grid)]
-        stored = batch if own == batch else self._stored_batch_shape()
-        return apply(
-            operator, name, self._log_diag, self._off_diag, vector, stored, stencil.offsets, len(grid), transpose, log=True
-        )
+        stored = batch if log_diag.shape[: log_diag.ndim - ndim] == batch else self._stored_batch_shape()
+        layout = layout_of(name, vector.shape[: vector.ndim - ndim], stored, batch, grid)
+        return apply(operator, layout, log_diag, off_diag, vector, stencil.offsets, transpose, log=True)
 
     def __repr__(self) -> str:
         return (

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 # Names for users, and the module of each.
 BACKENDS = {"reference": ".reference", "cpu": ".cpu", "triton": ".triton_kernels"}
@@ -47,14 +48,22 @@ def default_backend(device: torch.device) -> str:
     return _BY_DEVICE.get(device.type, "reference")
 
 
+def backend_of(tensor: Tensor) -> ModuleType:
+    """As `backend_for` the tensor's device."""
+    if _override is None and tensor.is_cpu:
+        return _module("cpu")
+    return backend_for(tensor.device)
+
+
 def backend_for(device: torch.device) -> ModuleType:
     """The module that implements the operations for tensors on ``device``.
 
     Raises:
         ValueError: the backend does not take tensors of this device, or needs Triton, which is not installed.
     """
-    name = _override or default_backend(device)
-    if name == "cpu" and device.type != "cpu":
+    kind = device.type
+    name = _override or _BY_DEVICE.get(kind, "reference")
+    if name == "cpu" and kind != "cpu":
         raise ValueError(f"backend 'cpu' takes CPU tensors, got tensors on {device}; use 'reference' there")
     if name == "triton":
         _check_triton(device)

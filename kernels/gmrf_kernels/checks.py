@@ -1,12 +1,39 @@
 """Checks that tensors given to the operations must pass, with errors that name the argument; and the dtypes they take."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 _HALF = (torch.float16, torch.bfloat16)
 _DTYPES = (*_HALF, torch.float32, torch.float64)
+
+
+# Results kept of each function of shapes.
+MOST_REMEMBERED = 1024
+
+_Parameters, _Result = ParamSpec("_Parameters"), TypeVar("_Result")
+
+
+def remembered(function: Callable[_Parameters, _Result]) -> Callable[_Parameters, _Result]:
+    """Decorator of a function of shapes that keeps its results: small calls meet the same shapes again and again.
+
+    Arguments are positional. The sizes of a graph that is traced are symbols, of which nothing is kept.
+    """
+    kept = functools.lru_cache(MOST_REMEMBERED)(function)
+
+    @functools.wraps(function)
+    def call(*args):
+        if not torch.compiler.is_compiling():
+            try:
+                return kept(*args)
+            except TypeError:  # symbols cannot be hashed
+                pass
+        return function(*args)
+
+    return call
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -24,23 +51,28 @@ def check_factor(diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, di
     """
     for name, tensor in ((diag_name, diag), ("off_diag", off_diag)):
         check_tensor(name, tensor)
-    if diag.ndim < ndim:
-        raise ValueError(f"{diag_name} has shape {tuple(diag.shape)}, the stencil needs a grid of {ndim} axes")
-    grid = diag.shape[diag.ndim - ndim :]
-    if 0 in grid:
-        raise ValueError(f"{diag_name} has the empty grid {tuple(grid)}, every axis needs at least one site")
-    if off_diag.ndim < ndim + 1:
-        raise ValueError(
-            f"off_diag has shape {tuple(off_diag.shape)}, expected (*batch, {num_offsets}, {', '.join(map(str, grid))})"
-        )
-    if off_diag.shape[-ndim:] != grid:
-        raise ValueError(f"off_diag has grid {tuple(off_diag.shape[-ndim:])}, {diag_name} has grid {tuple(grid)}")
-    if off_diag.shape[-ndim - 1] != num_offsets:
-        raise ValueError(f"off_diag has {off_diag.shape[-ndim - 1]} offsets, the stencil has {num_offsets}")
+    batch = _factor_batch(diag.shape, off_diag.shape, num_offsets, ndim, diag_name)
     if diag.dtype != accumulate_dtype(off_diag.dtype):
         check_dtype("off_diag", off_diag, diag_name, diag)
     check_device("off_diag", off_diag, diag_name, diag)
-    return broadcast_batch("off_diag", off_diag.shape[: -ndim - 1], diag_name, diag.shape[: diag.ndim - ndim])
+    return batch
+
+
+@remembered
+def _factor_batch(diag: torch.Size, off_diag: torch.Size, num_offsets: int, ndim: int, diag_name: str) -> torch.Size:
+    """Check the shapes of a factor's tensors; the broadcast of their batches."""
+    if len(diag) < ndim:
+        raise ValueError(f"{diag_name} has shape {tuple(diag)}, the stencil needs a grid of {ndim} axes")
+    grid = diag[len(diag) - ndim :]
+    if 0 in grid:
+        raise ValueError(f"{diag_name} has the empty grid {tuple(grid)}, every axis needs at least one site")
+    if len(off_diag) < ndim + 1:
+        raise ValueError(f"off_diag has shape {tuple(off_diag)}, expected (*batch, {num_offsets}, {', '.join(map(str, grid))})")
+    if off_diag[-ndim:] != grid:
+        raise ValueError(f"off_diag has grid {tuple(off_diag[-ndim:])}, {diag_name} has grid {tuple(grid)}")
+    if off_diag[-ndim - 1] != num_offsets:
+        raise ValueError(f"off_diag has {off_diag[-ndim - 1]} offsets, the stencil has {num_offsets}")
+    return broadcast_batch("off_diag", off_diag[: -ndim - 1], diag_name, diag[: len(diag) - ndim])
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -66,7 +98,12 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 def broadcast_batch(name: str, batch: Sequence[int], other_name: str, other: Sequence[int]) -> torch.Size:
     """The broadcast of two batch shapes, or a ValueError that names both arguments."""
     if tuple(batch) == tuple(other):
-        return torch.Size(batch)  # torch.broadcast_shapes takes 20 µs
+        return torch.Size(batch)
+    return _broadcast(name, tuple(batch), other_name, tuple(other))
+
+
+@remembered
+def _broadcast(name: str, batch: tuple[int, ...], other_name: str, other: tuple[int, ...]) -> torch.Size:
     try:
         return torch.broadcast_shapes(batch, other)
     except RuntimeError:

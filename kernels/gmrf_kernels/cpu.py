@@ -27,6 +27,8 @@ import torch
 from torch import Tensor
 
 from . import cpu_loops, cpu_solve, cpu_unrolled, simd_normals
+from .checks import accumulate_dtype
+from .cpu_source import FIRST_ARGUMENT
 from .memory import empty
 from .stencils import Offsets
 from .threads import run_in_threads
@@ -49,6 +51,11 @@ _STREAMING_BYTES = 2**26
 # Kernels compare positions in a row as int32.
 _LONGEST_ROW = 2**31 - 2**10
 
+# Plans kept for each kind of operation, one for each layout of tensors that it met last.
+_KEPT_PLANS = 512
+
+_CACHE_LINE = 64
+
 # What writes the kernels that are specialised to a stencil.
 _UNROLLED = {"matvec": cpu_unrolled.matvec, "solve": cpu_solve.solve, "outer": cpu_unrolled.outer}
 
@@ -59,8 +66,8 @@ def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpos
     """L x, or Lᵀx with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, x = _prepare(diag, off_diag, x)
     y = empty(x.shape, x.dtype)
-    kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=transpose, log=log)
-    _run_bands(kernel, [*stencil, *_strided(diag, off_diag, x), y], x, len(offsets))
+    strides = diag.stride(), off_diag.stride(), x.stride()
+    _matvec_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads())(diag, off_diag, x, y)
     return y
 
 
@@ -68,48 +75,26 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     """L⁻¹b, or L⁻ᵀb with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, b = _prepare(diag, off_diag, b)
     x = empty(b.shape, b.dtype)
-    samples, batch = b.shape[:2]
-    threads = min(_num_threads(off_diag.numel() * samples), samples * batch)
-    if _unrolled(offsets):
-        in_step, shared = _solved_in_step(samples, batch, threads)
-        options = {"chains": in_step, **({"shared": True} if shared else {})}
-        items, multiple = (batch * -(-samples // in_step), 1) if shared else (samples * batch, in_step)
-        scratch_size = cpu_solve.solve_scratch(offsets, _name(off_diag), in_step, b.shape[-1])
-    else:
-        options, scratch_size = {}, cpu_loops.solve_scratch()
-        items, multiple = samples * batch, min(samples, -(-samples * batch // threads))
-    kernel, stencil = _kernel("solve", offsets, _name(off_diag), transpose=transpose, log=log, **options)
-    scratch = torch.zeros(threads * scratch_size, dtype=b.dtype)
-    _run(kernel, [*stencil, *_strided(diag, off_diag, b), x, scratch], b, items, threads, multiple)
+    strides = diag.stride(), off_diag.stride(), b.stride()
+    _solve_plan(offsets, off_diag.dtype, transpose, log, b.shape, strides, torch.get_num_threads())(diag, off_diag, b, x)
     return x
-
-
-def _solved_in_step(samples: int, batch: int, threads: int) -> tuple[int, bool]:
-    """How many images a thread solves in step, and whether these are samples of one factor, which share its coefficients."""
-    for in_step in (4, 2):
-        if samples >= in_step and batch * -(-samples // in_step) >= threads:
-            return in_step, True
-    return (2 if samples * batch >= 2 * threads else 1), False
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P(a bᵀ), summed over the S vectors: its diagonal (B, *grid) and off-diagonals (B, K-1, *grid) in ``dtype``."""
-    return _outer(a, b, torch.ones(a.shape[:2], dtype=a.dtype), None, offsets, dtype)
+    return _outer(a, b, torch.ones((), dtype=a.dtype).expand(a.shape[:2]), None, offsets, dtype)
 
 
 def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
     """Negative log likelihood (S, B) in nats, and the whitened residual y = Lᵀ residual (S, B, *grid)."""
     log_diag, off_diag, residual = _prepare(log_diag, off_diag, residual)
-    y = empty(residual.shape, residual.dtype)
-    samples, batch, *grid = residual.shape
-    rows = math.prod(grid[:-1])
-    row_sums = torch.empty((samples, batch, rows), dtype=torch.float64)
-    kernel, stencil = _kernel("matvec", offsets, _name(off_diag), transpose=True, log=True, likelihood=True)
-    arguments = [*stencil, *_strided(log_diag, off_diag, residual), y, row_sums]
-    _run_bands(kernel, arguments, residual, len(offsets))
-    # NumPy adds in an order that does not depend on the number of threads.
-    value = torch.from_numpy(row_sums.numpy().sum(-1) + 0.5 * math.prod(grid) * math.log(2 * math.pi))
-    return value.to(residual.dtype), y
+    shape, dtype = residual.shape, residual.dtype
+    y = empty(shape, dtype)
+    value = torch.empty(shape[0], shape[1], dtype=dtype)
+    strides = log_diag.stride(), off_diag.stride(), residual.stride()
+    plan = _matvec_plan(offsets, off_diag.dtype, True, True, shape, strides, torch.get_num_threads(), likelihood=True)
+    plan(log_diag, off_diag, residual, y, value)
+    return value, y
 
 
 def nll_factor_grad(
@@ -117,15 +102,13 @@ def nll_factor_grad(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of ``(scale * value).sum()``, ``scale`` (S, B), for ``log_diag`` and, in ``dtype``, ``off_diag``."""
     (log_diag,) = _prepare(log_diag, ndim=log_diag.ndim - 1)
-    return _outer(residual, whitened, scale.contiguous(), log_diag, offsets, dtype)
+    return _outer(residual, whitened, scale, log_diag, offsets, dtype)
 
 
 def standard_normal(shape: Sequence[int], dtype: torch.dtype, key: int) -> Tensor:
     """The first numbers, in C order, of the stream of float32 or float64 numbers that has this key of 63 bits."""
     result = empty(shape, dtype)
-    size = result.numel()
-    kernel = _compiled(simd_normals.source, _name(result), ())
-    _launch(kernel, [key, result, size], -(-size // simd_normals.block_size(_name(result))), _num_threads(size))
+    _normal_plan(dtype, result.numel(), torch.get_num_threads())(key, result)
     return result
 
 
@@ -137,76 +120,185 @@ def _outer(
     diag = empty((batch, *grid), a.dtype)
     off_diag = empty((batch, len(offsets), *grid), dtype)
     streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
-    kernel, stencil = _kernel("outer", offsets, _name(off_diag), streaming=streaming)
-    arguments = [*stencil, a, *a.stride()[:2], b, *b.stride()[:2], scale]
-    arguments += [0, 0] if log_diag is None else [log_diag, log_diag.stride(0)]
-    arguments += [diag, off_diag]
-    _run_bands(kernel, arguments, a, len(offsets))
+    strides = a.stride(), b.stride(), scale.stride(), 0 if log_diag is None else log_diag.stride(0)
+    plan = _outer_plan(offsets, dtype, a.shape, strides, streaming, torch.get_num_threads())
+    plan(a, b, scale, 0 if log_diag is None else log_diag, diag, off_diag)
     return diag, off_diag
 
 
-def _name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _prepare(*tensors: Tensor, ndim: int | None = None) -> list[Tensor]:
+def _prepare(*tensors: Tensor, ndim: int | None = None) -> Sequence[Tensor]:
     """The tensors with contiguous grids of ``ndim`` axes; by default the last tensor is of vectors (S, B, *grid)."""
+    if all(t.is_contiguous() for t in tensors):
+        return tensors
     ndim = tensors[-1].ndim - 2 if ndim is None else ndim
-    return [t if _contiguous_grid(t.shape[-ndim:], t.stride()[-ndim:]) else t.contiguous() for t in tensors]
+    return [t if _contiguous_grid(t, ndim) else t.contiguous() for t in tensors]
 
 
-def _contiguous_grid(grid: Sequence[int], strides: Sequence[int]) -> bool:
+def _contiguous_grid(tensor: Tensor, ndim: int) -> bool:
     step = 1
-    for size, stride in zip(reversed(grid), reversed(strides), strict=True):
+    for size, stride in zip(reversed(tensor.shape[-ndim:]), reversed(tensor.stride()[-ndim:]), strict=True):
         if size != 1 and stride != step:
             return False
         step *= size
     return True
 
 
-def _strided(diag: Tensor, off_diag: Tensor, x: Tensor) -> list[Tensor | int]:
-    """The arguments of a kernel for a factor and a vector: each tensor, and the strides before its grid."""
-    return [diag, diag.stride(0), off_diag, *off_diag.stride()[:2], x, *x.stride()[:2]]
+class _Plan:
+    """A kernel with its arguments for tensors of one layout: a call only has to fill in the tensors' addresses.
+
+    Args:
+        kernel: the compiled kernel.
+        arguments: its arguments, with None for what each call gives, and tensors for their addresses.
+        items: work items, which threads take in spans of a multiple of ``multiple``.
+        threads: how many take part, at most.
+        scratch: bytes of zeroed memory that the kernel works in.
+    """
+
+    def __init__(
+        self,
+        kernel: Callable,
+        arguments: Sequence[Tensor | int | None],
+        items: int,
+        threads: int,
+        multiple: int = 1,
+        scratch: int = 0,
+    ):
+        # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
+        span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
+        self._kernel, self._threads = kernel, threads
+        self._places = [place for place, a in enumerate(arguments, FIRST_ARGUMENT) if a is None]
+        self._constants = [a for a in arguments if isinstance(a, Tensor)]
+        self._numbers = array("q", [0, 0, 0, 0, items, span, *(_address(0 if a is None else a) for a in arguments)])
+        # Scratch lies behind the arguments, from the next multiple of a cache line on.
+        self._scratch = -(-scratch // 8) * 8 + _CACHE_LINE if scratch else 0
+
+    def __call__(self, *arguments: Tensor | int) -> None:
+        """Run the kernel with the arguments that were left out, tensors and integers."""
+        numbers = self._numbers[:]
+        for place, argument in zip(self._places, arguments, strict=True):
+            numbers[place] = _address(argument)
+        if self._scratch:
+            arguments_end = 8 * len(numbers)
+            numbers.frombytes(bytes(self._scratch))
+        address = numbers.buffer_info()[0]
+        if self._scratch:
+            numbers[3] = -(-(address + arguments_end) // _CACHE_LINE) * _CACHE_LINE
+        run_in_threads(self._kernel, address, self._threads, owners=(numbers, *arguments, *self._constants))
 
 
-def _run_bands(kernel: Callable, arguments: list[Tensor | int], vector: Tensor, terms: int) -> None:
-    """Run a kernel on bands of rows; their length and number are the last of its own arguments."""
-    samples, batch, *lines, width = vector.shape
+def _address(argument: Tensor | int) -> int:
+    return argument if type(argument) is int else argument.data_ptr()
+
+
+@functools.lru_cache(_KEPT_PLANS)
+def _matvec_plan(
+    offsets: Offsets,
+    dtype: torch.dtype,
+    transpose: bool,
+    log: bool,
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    threads: int,
+    **options: bool,
+) -> _Plan:
+    kernel, stencil = _kernel("matvec", offsets, dtype, transpose=transpose, log=log, **options)
+    arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if options else [])]
+    row_sums = 8 * math.prod(shape[:-1]) if options else 0
+    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads, row_sums)
+
+
+@functools.lru_cache(_KEPT_PLANS)
+def _solve_plan(
+    offsets: Offsets,
+    dtype: torch.dtype,
+    transpose: bool,
+    log: bool,
+    shape: torch.Size,
+    strides: tuple[tuple[int, ...], ...],
+    threads: int,
+) -> _Plan:
+    samples, batch, *grid = shape
+    threads = min(_num_threads(batch * len(offsets) * math.prod(grid) * samples, threads), max(1, samples * batch))
+    if _unrolled(offsets):
+        in_step, shared = _solved_in_step(samples, batch, threads)
+        options = {"chains": in_step, **({"shared": True} if shared else {})}
+        items, multiple = (batch * -(-samples // in_step), 1) if shared else (samples * batch, in_step)
+        scratch_size = cpu_solve.solve_scratch(offsets, _name(dtype), in_step, grid[-1])
+    else:
+        options, scratch_size = {}, cpu_loops.solve_scratch()
+        items, multiple = samples * batch, min(samples, -(-samples * batch // threads))
+    kernel, stencil = _kernel("solve", offsets, dtype, transpose=transpose, log=log, **options)
+    arguments = [*stencil, *_factor_and_vector(*strides), None, *_sizes(shape)]
+    scratch = threads * scratch_size * accumulate_dtype(dtype).itemsize
+    return _Plan(kernel, arguments, items, threads, multiple, scratch)
+
+
+@functools.lru_cache(_KEPT_PLANS)
+def _outer_plan(
+    offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides: tuple, streaming: bool, threads: int
+) -> _Plan:
+    a, b, scale, log_diag = strides
+    kernel, stencil = _kernel("outer", offsets, dtype, streaming=streaming)
+    arguments = [*stencil, None, *a[:2], None, *b[:2], None, *scale, None, log_diag, None, None]
+    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads)
+
+
+@functools.lru_cache(_KEPT_PLANS)
+def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> _Plan:
+    with _compile_lock:
+        kernel = _compiled(simd_normals.source, _name(dtype), ())
+    items = -(-size // simd_normals.block_size(_name(dtype)))
+    return _Plan(kernel, [None, None, size], items, _num_threads(size, threads))
+
+
+def forget_plans() -> None:
+    """Make plans anew from here on, because something that they are made of has changed."""
+    for plans in (_matvec_plan, _solve_plan, _outer_plan, _normal_plan):
+        plans.cache_clear()
+
+
+def _plan_of_bands(
+    kernel: Callable, arguments: list[Tensor | int | None], shape: torch.Size, terms: int, threads: int, scratch: int = 0
+) -> _Plan:
+    """The plan of a kernel on bands of rows; their length and number are the last of its own arguments."""
+    samples, batch, *lines, width = shape
     rows = math.prod(lines)
-    threads = _num_threads(batch * terms * rows * width)
+    threads = _num_threads(batch * terms * rows * width, threads)
     band = min(_BAND_ROWS, rows * batch // (4 * threads))
     if samples > 1:
         # The coefficients of a band are to stay in the cache from one sample to the next.
         band = min(band, _BAND_COEFFICIENTS // (max(1, terms) * width))
     band = max(1, band)
     bands = -(-rows // band)
-    _run(kernel, [*arguments, band, bands], vector, batch * bands, threads)
+    return _Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
 
 
-def _run(
-    kernel: Callable, arguments: Sequence[Tensor | int], vector: Tensor, items: int, threads: int, multiple: int = 1
-) -> None:
-    """`_launch` with the sizes of the vectors as the last arguments."""
-    grid = [1] * (5 - vector.ndim) + list(vector.shape[2:])
-    if grid[-1] > _LONGEST_ROW:
-        raise ValueError(f"the grid's last axis has {grid[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
-    _launch(kernel, [*arguments, *vector.shape[:2], *grid], items, threads, multiple)
+def _factor_and_vector(diag: tuple[int, ...], off_diag: tuple[int, ...], x: tuple[int, ...]) -> list[int | None]:
+    """The arguments of a kernel for a factor and a vector with these strides: each tensor, and the strides before its grid."""
+    return [None, diag[0], None, *off_diag[:2], None, *x[:2]]
 
 
-def _launch(kernel: Callable, arguments: Sequence[Tensor | int], items: int, threads: int, multiple: int = 1) -> None:
-    """Run the kernel on ``items`` work items, which threads take in spans of a multiple of ``multiple``.
-
-    The kernel gets the address of each tensor among its arguments.
-    """
-    # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
-    span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
-    addresses = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-    data = array("q", [0, 0, items, span, *addresses])
-    run_in_threads(kernel, data.buffer_info()[0], threads, owners=(data, *arguments))
+def _sizes(shape: torch.Size) -> list[int]:
+    """The last arguments of most kernels: numbers of samples and images, and a grid of three axes."""
+    if shape[-1] > _LONGEST_ROW:
+        raise ValueError(f"the grid's last axis has {shape[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
+    return [*shape[:2], *[1] * (5 - len(shape)), *shape[2:]]
 
 
-def _num_threads(coefficients: int) -> int:
-    return torch.get_num_threads() if coefficients > _SERIAL_COEFFICIENTS else 1
+def _solved_in_step(samples: int, batch: int, threads: int) -> tuple[int, bool]:
+    """How many images a thread solves in step, and whether these are samples of one factor, which share its coefficients."""
+    for in_step in (4, 2):
+        if samples >= in_step and batch * -(-samples // in_step) >= threads:
+            return in_step, True
+    return (2 if samples * batch >= 2 * threads else 1), False
+
+
+def _num_threads(coefficients: int, threads: int) -> int:
+    return threads if coefficients > _SERIAL_COEFFICIENTS else 1
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _renew_lock() -> None:
@@ -223,13 +315,13 @@ def _unrolled(offsets: Offsets) -> bool:
     return len(offsets) <= _MOST_UNROLLED_OFFSETS
 
 
-def _kernel(operation: str, offsets: Offsets, dtype: str, **options) -> tuple[Callable, list[Tensor | int]]:
+def _kernel(operation: str, offsets: Offsets, dtype: torch.dtype, **options) -> tuple[Callable, list[Tensor | int]]:
     """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
     with _compile_lock:
         if _unrolled(offsets):
-            return _compiled(_UNROLLED[operation], dtype, (("offsets", offsets), *options.items())), []
+            return _compiled(_UNROLLED[operation], _name(dtype), (("offsets", offsets), *options.items())), []
         stencil = [_table(offsets), len(offsets)]
-        return _compiled(getattr(cpu_loops, operation), dtype, tuple(options.items())), stencil
+        return _compiled(getattr(cpu_loops, operation), _name(dtype), tuple(options.items())), stencil
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 from .cpu_source import (
     PLACE,
+    SUM_OF_ROWS,
     band_kernel,
     band_rows,
     diagonal_value,
@@ -135,11 +136,11 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
     body = band_rows(d_row + each_sample(row_blocks(lanes(dtype), "0", "width", diagonal)))
     body += _each_group(transpose, "0", "terms", band_rows(PLACE + _limits("terms") + add_terms))
     if likelihood:
-        total = "store_double(row_sums, (s * batch + b) * rows + r, 0.5 * total(sums))\n"
+        total = "store_double(scratch, (s * batch + b) * rows + r, 0.5 * total(sums))\n"
         sums = "sums = no_sums()\n" + row_blocks(lanes(dtype), "0", "width", add_to_sums) + total
         body += band_rows(d_row + each_sample(sums))
-    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", row_sums" if likelihood else "")
-    return band_kernel(dtype, cache, _STENCIL + arguments, "", body)
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
+    return band_kernel(dtype, cache, _STENCIL + arguments, "", body, SUM_OF_ROWS if likelihood else "")
 
 
 def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
@@ -226,7 +227,7 @@ def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
         "    item += last_sample - first_sample\n"
         "    for j in range(rows):\n" + inside(inside(per_row))
     )
-    arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch"
+    arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x"
     return kernel_source(dtype, cache, _STENCIL + arguments, setup, body)
 
 

@@ -83,7 +83,7 @@ class _Solve:
             setup += f"groups = (samples + {len(self.chains) - 1}) // {len(self.chains)}\n"
         items = "item in range(start, stop)" if self.shared else f"first in range(start, stop, {len(self.chains)})"
         body = f"for {items}:\n" + inside("".join(self.image(c) for c in self.chains) + "for j in range(rows):\n" + inside(row))
-        arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x, scratch"
+        arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x"
         return kernel_source(self.dtype, cache, arguments, setup, body)
 
     def image(self, c: int) -> str:

@@ -11,6 +11,7 @@ from itertools import groupby
 
 from .cpu_source import (
     PLACE,
+    SUM_OF_ROWS,
     band_kernel,
     band_rows,
     diagonal_value,
@@ -131,7 +132,7 @@ def _mask(g: int, column: int) -> str:
 def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False) -> str:
     """y = L x or Lᵀx over bands of rows; ``diag`` is the log-diagonal where ``log``.
 
-    With ``likelihood``, each row's Σ (½ y² - log_diag) is stored, too, (samples, batch, rows).
+    With ``likelihood``, the likelihood of each image is stored, too; scratch holds each row's Σ (½ y² - log_diag).
     """
     vector, coefficient = element_bytes(dtype)
     terms = Terms(offsets, dtype, transpose)
@@ -159,12 +160,13 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
         )
         code += "sums = no_sums()\n" if sums else ""
         code += terms.fold(passes[number], "add_product", begin, finish)
-        code += "store_double(row_sums, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
+        code += "store_double(scratch, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
         return band_rows(code)
 
     per_sample = "".join(row_pass(number) for number in range(len(passes)))
-    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", row_sums" if likelihood else "")
-    return band_kernel(dtype, cache, arguments, terms.setup(), "for s in range(samples):\n" + inside(per_sample))
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
+    body = "for s in range(samples):\n" + inside(per_sample)
+    return band_kernel(dtype, cache, arguments, terms.setup(), body, SUM_OF_ROWS if likelihood else "")
 
 
 def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:

@@ -6,39 +6,56 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import broadcast_batch
+from .checks import broadcast_batch, remembered
 
 
 class Layout:
     """How the batch axes of vectors and factors map to the canonical (S, B, *grid) and (B, ...), and back.
 
     What has the canonical shape already is passed on as it is: an operation of torch that does nothing takes a microsecond.
+
+    Args:
+        name: what an error calls the vector.
+        vector_batch: the vector's batch axes.
+        factor_batch: the batch axes that the factor is stored with.
+        repeated_batch: the factor's batch axes with all repetitions, of which each is to have a vector.
+        grid: the grid.
+
+    Raises:
+        ValueError: batches that do not broadcast.
     """
 
-    def __init__(self, name: str, vector_batch: torch.Size, factor_batch: torch.Size, grid: torch.Size):
-        samples = len(vector_batch) - len(factor_batch)
-        if samples >= 0 and vector_batch[samples:] == factor_batch:
+    def __init__(
+        self, name: str, vector_batch: torch.Size, factor_batch: torch.Size, repeated_batch: torch.Size, grid: torch.Size
+    ):
+        samples = len(vector_batch) - len(repeated_batch)
+        if samples >= 0 and vector_batch[samples:] == repeated_batch:
             batch = vector_batch
         else:
-            batch = broadcast_batch(name, vector_batch, "the factor", factor_batch)
-            samples = len(batch) - len(factor_batch)
+            batch = broadcast_batch(name, vector_batch, "the factor", repeated_batch)
+        samples = len(batch) - len(factor_batch)
         self.batch, self.grid, self.factor_batch = batch, grid, factor_batch
         shared = [*range(samples), *(samples + axis for axis, size in enumerate(factor_batch) if size == 1)]
         own = [samples + axis for axis, size in enumerate(factor_batch) if size != 1]
         self.order = (*shared, *own)
         self.sorted = self.order == tuple(range(len(batch)))
         self.canonical = (math.prod([batch[axis] for axis in shared]), math.prod([batch[axis] for axis in own]))
+        self.canonical_vector = (*self.canonical, *grid)
 
     def vector(self, x: Tensor) -> Tensor:
         """(*sample, *batch, *grid) to (S, B, *grid)."""
+        if self.sorted and x.shape == self.canonical_vector:
+            return x
         if x.shape[: x.ndim - len(self.grid)] != self.batch:
             x = x.expand(*self.batch, *self.grid)
         if not self.sorted:
             x = x.permute(*self.order, *range(len(self.batch), x.ndim))
-        return _reshaped(x, (*self.canonical, *self.grid))
+        return _reshaped(x, self.canonical_vector)
 
     def factor(self, t: Tensor, ndim: int) -> Tensor:
         """(*batch, ...), with ``ndim`` axes after a batch that may lack repetitions, to (B, ...)."""
+        if t.ndim == ndim + 1 and t.shape[0] == self.canonical[1]:
+            return t
         rest = t.shape[t.ndim - ndim :]
         if t.shape[: t.ndim - ndim] != self.factor_batch:
             t = t.expand(*self.factor_batch, *rest)
@@ -46,6 +63,8 @@ class Layout:
 
     def batched(self, t: Tensor) -> Tensor:
         """(S, B, ...) back to the broadcast batch axes."""
+        if self.sorted and self.batch == self.canonical:
+            return t
         rest = t.shape[2:]
         if self.sorted:
             return _reshaped(t, (*self.batch, *rest))
@@ -62,3 +81,6 @@ def _reshaped(t: Tensor, shape: Sequence[int]) -> Tensor:
     if t.shape[1:] == shape and t.shape[0] == 1:  # and back
         return t.squeeze(0)
     return t.reshape(shape)
+
+
+layout_of = remembered(Layout)

@@ -14,21 +14,21 @@ logarithm's tangent.
 import torch
 from torch import Tensor
 
-from .backends import backend_for
-from .registration import Derivatives, Operator
+from .backends import backend_of
+from .registration import Derivatives, Operator, nothing_intervenes, requires_grad
 from .stencils import Offsets
 
 # --- products and solves ---
 
 
 def _matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
-    return backend_for(x.device).matvec(diag, off_diag, x, offsets, transpose, log)
+    return backend_of(x).matvec(diag, off_diag, x, offsets, transpose, log)
 
 
 def _solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
     if b.numel() == 0:
         return torch.empty_like(b, memory_format=torch.contiguous_format)
-    return backend_for(b.device).solve(diag, off_diag, b, offsets, transpose, log)
+    return backend_of(b).solve(diag, off_diag, b, offsets, transpose, log)
 
 
 def _fake_vector(diag, off_diag, x, offsets, transpose, log):
@@ -114,7 +114,7 @@ class _Solve(Derivatives):
 
 
 def _outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return backend_for(a.device).outer(a, b, offsets, dtype)
+    return backend_of(a).outer(a, b, offsets, dtype)
 
 
 def _fake_outer(a, b, offsets, dtype):
@@ -166,7 +166,7 @@ def _product_rule(a, b, a_dot, b_dot):
 
 
 def _nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
-    return backend_for(residual.device).nll(residual, log_diag, off_diag, offsets)
+    return backend_of(residual).nll(residual, log_diag, off_diag, offsets)
 
 
 def _fake_nll(residual, log_diag, off_diag, offsets):
@@ -183,6 +183,30 @@ def _grid_axes(log_diag: Tensor) -> tuple[int, ...]:
     return tuple(range(1 - log_diag.ndim, 0))
 
 
+def _nll_bars(ctx, residual, log_diag, off_diag, whitened, value_bar, whitened_bar):
+    """Cotangents of ``residual``, ``log_diag`` and ``off_diag``, where they are asked for."""
+    ndim = log_diag.ndim - 1
+    needs_residual, needs_log_diag, needs_off_diag, *_ = ctx.needs_input_grad
+    # The cotangent of the whitened residual: the value's through ½ yᵀy, and its own in a second backward. The value's
+    # gradient for the factor alone does without.
+    cotangent = whitened_bar
+    if value_bar is not None and (whitened_bar is not None or needs_residual):
+        cotangent = _plus(_over_grid(value_bar, ndim) * whitened, whitened_bar)
+    residual_bar = log_diag_bar = off_diag_bar = None
+    if needs_residual:
+        residual_bar = matvec(log_diag, off_diag, cotangent, ctx.offsets, False, True)
+    if not needs_log_diag and not needs_off_diag:
+        return residual_bar, None, None
+    if whitened_bar is None:
+        log_diag_bar, off_diag_bar = nll_factor_grad(value_bar, residual, whitened, log_diag, ctx.offsets, off_diag.dtype)
+    else:
+        diag_bar, off_diag_bar = outer(residual, cotangent, ctx.offsets, off_diag.dtype)
+        log_diag_bar = diag_bar * log_diag.exp()
+        if value_bar is not None:
+            log_diag_bar = log_diag_bar - _over_grid(value_bar.sum(0), ndim)
+    return residual_bar, log_diag_bar, off_diag_bar
+
+
 class _NLL(Derivatives):
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -193,25 +217,7 @@ class _NLL(Derivatives):
     def backward(ctx, value_bar, whitened_bar):
         if value_bar is None and whitened_bar is None:
             return (None,) * 5
-        residual, log_diag, off_diag, whitened = ctx.saved_tensors
-        ndim = log_diag.ndim - 1
-        needs_factor = any(ctx.needs_input_grad[1:3])
-        # The cotangent of the whitened residual: the value's through ½ yᵀy, and its own in a second backward. The value's
-        # gradient for the factor alone does without.
-        cotangent = whitened_bar
-        if value_bar is not None and (whitened_bar is not None or ctx.needs_input_grad[0]):
-            cotangent = _plus(_over_grid(value_bar, ndim) * whitened, whitened_bar)
-        residual_bar = log_diag_bar = off_diag_bar = None
-        if ctx.needs_input_grad[0]:
-            residual_bar = matvec(log_diag, off_diag, cotangent, ctx.offsets, False, True)
-        if needs_factor and whitened_bar is None:
-            log_diag_bar, off_diag_bar = nll_factor_grad(value_bar, residual, whitened, log_diag, ctx.offsets, off_diag.dtype)
-        elif needs_factor:
-            diag_bar, off_diag_bar = outer(residual, cotangent, ctx.offsets, off_diag.dtype)
-            log_diag_bar = diag_bar * log_diag.exp()
-            if value_bar is not None:
-                log_diag_bar = log_diag_bar - _over_grid(value_bar.sum(0), ndim)
-        return residual_bar, log_diag_bar, off_diag_bar, None, None
+        return *_nll_bars(ctx, *ctx.saved_tensors, value_bar, whitened_bar), None, None
 
     @staticmethod
     def forward_rule(ctx, saved, residual_dot, log_diag_dot, off_diag_dot, *_):
@@ -226,10 +232,48 @@ class _NLL(Derivatives):
         return value_dot, whitened_dot
 
 
+class _Value(torch.autograd.Function):
+    """The likelihood's value where nothing but autograd sees the call.
+
+    Torch takes as long for the whitened residual as a second result as a small kernel runs: it is only kept. Where the
+    gradient is differentiated in turn, it is computed again, differentiably.
+    """
+
+    @staticmethod
+    def forward(ctx, residual, log_diag, off_diag, offsets):
+        value, whitened = _nll(residual, log_diag, off_diag, offsets)
+        ctx.save_for_backward(residual, log_diag, off_diag, whitened)
+        ctx.offsets = offsets
+        return value
+
+    @staticmethod
+    def backward(ctx, value_bar):
+        residual, log_diag, off_diag, whitened = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            _, whitened = nll(residual, log_diag, off_diag, ctx.offsets)
+        elif not ctx.needs_input_grad[0] and nothing_intervenes((value_bar,), (residual, log_diag, off_diag, whitened)):
+            backend = backend_of(residual)
+            return None, *backend.nll_factor_grad(value_bar, residual, whitened, log_diag, ctx.offsets, off_diag.dtype), None
+        return *_nll_bars(ctx, residual, log_diag, off_diag, whitened, value_bar, None), None
+
+
+# Not `_Value.apply`, which looks up signatures at every call.
+_value = super(torch.autograd.Function, _Value).apply
+
+
+def nll_value(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets, direct: bool) -> Tensor:
+    """The first result of `nll`; ``direct`` where nothing intervenes between tensors like these."""
+    if not direct:
+        return nll(residual, log_diag, off_diag, offsets)[0]
+    if requires_grad((residual, log_diag, off_diag)):
+        return _value(residual, log_diag, off_diag, offsets)
+    return _nll(residual, log_diag, off_diag, offsets)[0]
+
+
 def _nll_factor_grad(
     scale: Tensor, residual: Tensor, whitened: Tensor, log_diag: Tensor, offsets: Offsets, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return backend_for(residual.device).nll_factor_grad(scale, residual, whitened, log_diag, offsets, dtype)
+    return backend_of(residual).nll_factor_grad(scale, residual, whitened, log_diag, offsets, dtype)
 
 
 def _fake_nll_factor_grad(scale, residual, whitened, log_diag, offsets, dtype):

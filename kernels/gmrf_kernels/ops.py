@@ -10,27 +10,24 @@ import torch
 from torch import Tensor
 
 from . import operators
-from .checks import accumulate_dtype, check_device, check_dtype, check_factor, check_tensor, check_vector
-from .layout import Layout
+from .checks import MOST_REMEMBERED, accumulate_dtype, check_device, check_dtype, check_factor, check_tensor, check_vector
+from .layout import Layout, layout_of
+from .registration import nothing_intervenes
 from .stencils import Offsets
 
 
 def apply(
     operator: operators.Operator,
-    name: str,
+    layout: Layout,
     diag: Tensor,
     off_diag: Tensor,
     vector: Tensor,
-    factor_batch: torch.Size,
     offsets: Offsets,
-    ndim: int,
     transpose: bool,
     log: bool,
 ) -> Tensor:
-    """`matvec` or `solve` of arguments that were checked, but for the broadcast of the vector with the factor's batch."""
-    batch_ndim = vector.ndim - ndim
-    dtype = accumulate_dtype(vector.dtype)
-    layout = Layout(name, vector.shape[:batch_ndim], factor_batch, vector.shape[batch_ndim:])
+    """`matvec` or `solve` of arguments that were checked, and whose layout is known."""
+    ndim, dtype = len(layout.grid), accumulate_dtype(vector.dtype)
     y = operator(
         layout.factor(_converted(diag, dtype), ndim),
         layout.factor(off_diag, ndim + 1),
@@ -47,9 +44,35 @@ def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _checked_apply(operator, name, diag, off_diag, vector, offsets, ndim, transpose, log):
-    batch = check_factor(diag, off_diag, len(offsets), ndim)
-    check_vector(name, vector, "off_diag", off_diag, diag.shape[diag.ndim - ndim :])
-    return apply(operator, name, diag, off_diag, vector, batch, offsets, ndim, transpose, log)
+    direct = nothing_intervenes((diag, off_diag, vector))
+    layout = _checked_layout(name, vector, "diag", diag, off_diag, len(offsets), ndim, direct)
+    return apply(operator, layout, diag, off_diag, vector, offsets, transpose, log)
+
+
+# Layouts of tensors that passed the checks, by all that is checked.
+_checked: dict[tuple, Layout] = {}
+
+
+def _checked_layout(
+    name: str, vector: Tensor, diag_name: str, diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, direct: bool
+) -> Layout:
+    """The layout of an operation's arguments, which are checked; ``direct`` where they are plain tensors."""
+    key = None
+    if direct:
+        key = (name, vector.shape, diag.shape, off_diag.shape, vector.dtype, diag.dtype, off_diag.dtype)
+        key = (*key, vector.device, diag.device, off_diag.device, num_offsets, ndim)
+        layout = _checked.get(key)
+        if layout is not None:
+            return layout
+    batch = check_factor(diag, off_diag, num_offsets, ndim, diag_name)
+    grid = diag.shape[diag.ndim - ndim :]
+    check_vector(name, vector, "off_diag", off_diag, grid)
+    layout = layout_of(name, vector.shape[: vector.ndim - ndim], batch, batch, grid)
+    if direct:
+        if len(_checked) >= MOST_REMEMBERED:
+            _checked.clear()
+        _checked[key] = layout
+    return layout
 
 
 def matvec(
@@ -132,15 +155,14 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
     """
-    batch = check_factor(log_diag, off_diag, len(offsets), ndim, "log_diag")
-    grid = log_diag.shape[log_diag.ndim - ndim :]
-    check_vector("residual", residual, "off_diag", off_diag, grid)
+    direct = nothing_intervenes((residual, log_diag, off_diag))
+    layout = _checked_layout("residual", residual, "log_diag", log_diag, off_diag, len(offsets), ndim, direct)
     dtype = accumulate_dtype(residual.dtype)
-    layout = Layout("residual", residual.shape[: residual.ndim - ndim], batch, grid)
-    value, _ = operators.nll(
+    value = operators.nll_value(
         layout.vector(_converted(residual, dtype)),
         layout.factor(_converted(log_diag, dtype), ndim),
         layout.factor(off_diag, ndim + 1),
         offsets,
+        direct,
     )
     return layout.batched(value)

@@ -113,8 +113,8 @@ class Operator:
 
     def __call__(self, *args):
         tensors = args[: self._count]
-        if not torch.compiler.is_compiling() and _nothing_intervenes(tensors):
-            if _requires_grad(tensors):
+        if nothing_intervenes(tensors):
+            if requires_grad(tensors):
                 return self._differentiable(*args, self._kernel)
             return self._kernel(*args)
         return self.op(*tensors, flatten(args[self._count]), *args[self._count + 1 :])
@@ -137,7 +137,7 @@ class Operator:
         """Below autograd, the dispatcher goes on: to the next transformation, or to the kernel."""
         below = keyset & _C._after_autograd_keyset
         transformed = forward_ad._current_level >= 0 or _C._are_functorch_transforms_active()
-        if not transformed and not _requires_grad(args[: self._count]):
+        if not transformed and not requires_grad(args[: self._count]):
             with _C._AutoDispatchBelowAutograd():
                 return self.op.redispatch(below, *args)
 
@@ -175,7 +175,8 @@ def _into_axis(tensor: Tensor, in_dim: int | None, size: int, axis: int) -> Tens
     return tensor.flatten(axis, axis + 1)
 
 
-def _requires_grad(tensors: Sequence[Tensor]) -> bool:
+def requires_grad(tensors: Sequence[Tensor]) -> bool:
+    """Autograd in reverse mode records what is done with these tensors."""
     if torch.is_grad_enabled():
         for t in tensors:
             if t.requires_grad:
@@ -183,10 +184,18 @@ def _requires_grad(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
-def _nothing_intervenes(tensors: Sequence[Tensor]) -> bool:
-    """Nothing but autograd in reverse mode would see a call of torch's dispatcher with these tensors."""
+def nothing_intervenes(tensors: Sequence[Tensor], saved: Sequence[Tensor] = ()) -> bool:
+    """Nothing but autograd in reverse mode would see a call of torch's dispatcher with these tensors.
+
+    ``saved`` were among such tensors when autograd saved them; a hook may have put a tensor of another class in their place.
+    """
+    if torch.compiler.is_compiling():
+        return False
     for t in tensors:
         if type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() not in _PLAIN_KEYS:
+            return False
+    for t in saved:
+        if type(t) not in _PLAIN_TYPES:
             return False
     return (
         forward_ad._current_level < 0

@@ -194,6 +194,12 @@ def _add_scalars(table: _Table) -> None:
         """The int64 counter's value, and one more for the next thread."""
         return builder.atomic_rmw("add", _pointer(builder, address, index, _I64), ir.Constant(_I64, 1), "monotonic")
 
+    @table.add(types.int64, types.int64, types.int64, types.int64)
+    def add_done(builder, address, index, count):
+        """The int64 counter's value with ``count`` more. Whoever finds all items done sees what other threads wrote."""
+        before = builder.atomic_rmw("add", _pointer(builder, address, index, _I64), count, "acq_rel")
+        return builder.add(before, count)
+
     @table.add(table.scalar_type, types.int64, types.int64)
     def load_scalar(builder, address, index):
         return builder.load(_pointer(builder, address, index, table.scalar), typ=table.scalar)
@@ -205,6 +211,16 @@ def _add_scalars(table: _Table) -> None:
     @table.add(types.void, types.int64, types.int64, types.float64)
     def store_double(builder, address, index, value):
         builder.store(value, _pointer(builder, address, index, _DOUBLE))
+
+    @table.add(types.float64, types.int64, types.int64)
+    def load_double(builder, address, index):
+        return builder.load(_pointer(builder, address, index, _DOUBLE), typ=_DOUBLE)
+
+    @table.add(types.void, types.int64, types.int64, types.float64)
+    def store_rounded(builder, address, index, value):
+        """A float64, rounded to the dtype of arithmetic."""
+        rounded = value if table.scalar == _DOUBLE else builder.fptrunc(value, table.scalar)
+        builder.store(rounded, _pointer(builder, address, index, table.scalar))
 
     @table.add(table.scalar_type)
     def zero_scalar(builder):

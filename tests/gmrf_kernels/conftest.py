@@ -27,6 +27,14 @@ def device(backend):
     return BACKENDS[backend]
 
 
+@pytest.fixture(autouse=True)
+def new_plans():
+    """Nothing that a test changes about the CPU backend is in the plans of another test, nor the other way round."""
+    cpu.forget_plans()
+    yield
+    cpu.forget_plans()
+
+
 @pytest.fixture
 def poisoned_memory():
     """New memory is full of NaN, so that a result which is not written everywhere shows it."""
@@ -40,4 +48,5 @@ def poisoned_memory():
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     """As in a new process: kernels come from the disk cache or are compiled."""
+    cpu.forget_plans()
     monkeypatch.setattr(cpu, "_compiled", functools.cache(cpu._compiled.__wrapped__))

@@ -90,7 +90,7 @@ def test_counters_beyond_32_bits(block):
     source = simd_normals.source("float64", cache=False).replace("normals(key, block)", "normals(key, block + numbers - 16)")
     kernel = cpu._execute(source.replace("w + 16 <= numbers", "True"), Path("numbers_far_on.py"))
     numbers = torch.zeros(2, 8, dtype=torch.float64)
-    cpu._launch(kernel, [5, numbers, block + 16], 1, 1)
+    cpu._Plan(kernel, [5, numbers, block + 16], 1, 1)()
     drawn = [philox([(8 * block + i) % 2**32, (8 * block + i) >> 32, 0, 0], [5, 0]) for i in range(8)]
     uniform = [((second << 32 | first) // 2**11 + 1) * 2.0**-53 for first, second, _, _ in drawn]
     np.testing.assert_allclose(numbers.square().sum(0), -2 * np.log(uniform), rtol=1e-14)
@@ -143,7 +143,7 @@ def test_the_tail_reaches_beyond_what_many_draws_need(dtype, farthest, monkeypat
     kernel = cpu._execute(source, Path("numbers_of_small_words.py"))
     lanes = 16 if dtype == torch.float32 else 8
     numbers = torch.zeros(2, lanes, dtype=dtype)  # cosines and sines of the first words of the first counters
-    cpu._launch(kernel, [0, numbers, numbers.numel()], 1, 1)
+    cpu._Plan(kernel, [0, numbers, numbers.numel()], 1, 1)()
     words = np.arange(lanes)
     uniform = (words + 2.0**-9) * 2.0**-32 if dtype == torch.float32 else (words // 2**11 + 1) * 2.0**-53
     radii = numbers.double().square().sum(0).sqrt().numpy()
