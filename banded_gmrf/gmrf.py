@@ -18,7 +18,7 @@ from .batched import Batched, expanded, register_pytree
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .inference.conditioning import Conditionable
 from .stencil import Stencil
-from .validation import Finite, FiniteWhereItExists, as_sites
+from .validation import Finite, FiniteWhereItExists, all_finite, as_sites
 
 _MAX_DENSE_SITES = 2**13
 
@@ -59,7 +59,14 @@ class GMRF(Distribution, Batched, Conditionable):
         batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
         self.loc = expanded(loc, len(grid), batch)
         self._factor = precision_cholesky
-        super().__init__(batch, grid, validate_args=validate_args)
+        checks = self._validate_args if validate_args is None else validate_args
+        # Torch's own loop over the constraints takes longer than a small likelihood: it is left to find what is wrong.
+        sound = checks and all_finite(loc, *precision_cholesky.coefficients[:2])
+        super().__init__(batch, grid, validate_args=False if sound else validate_args)
+        if sound and validate_args is None:
+            del self._validate_args  # torch's default, as given
+        elif sound:
+            self._validate_args = validate_args
 
     @property
     def arg_constraints(self):

@@ -1,8 +1,12 @@
 """Checks of what a distribution is given: constraints in the sense of `torch.distributions`, and sites."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+
+from gmrf_kernels.registration import nothing_intervenes
 
 from .stencil import Stencil
 
@@ -42,6 +46,14 @@ def _without_repetitions(value: Tensor, event_dim: int) -> Tensor:
         if stride == 0 and value.shape[axis] > 1:
             value = value.narrow(axis, 0, 1)
     return value
+
+
+def all_finite(*tensors: Tensor) -> bool:
+    """True only where all numbers are finite, by the sums of plain, contiguous tensors; sums may also overflow."""
+    if not nothing_intervenes(tensors) or not all(t.is_contiguous() for t in tensors):
+        return False
+    with torch.no_grad():
+        return all(math.isfinite(t.sum().item()) for t in tensors)
 
 
 def _sum_is_finite(value: Tensor) -> bool:

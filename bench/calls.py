@@ -96,6 +96,19 @@ class Group:
     alike: bool = False
 
 
+class _Known(torch.autograd.Function):
+    """A value and gradients that are there already: what it takes is what torch's autograd takes for any function."""
+
+    @staticmethod
+    def forward(ctx, value, log_diag_bar, off_diag_bar, log_diag, off_diag):
+        ctx.bars = log_diag_bar, off_diag_bar
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, _):
+        return None, None, None, *ctx.bars
+
+
 # As for operations, the calls hold on to what they need and no more.
 
 
@@ -150,7 +163,13 @@ def fixed_costs(problem: Problem) -> Iterator[Group]:
         trained_q = bg.GMRF(loc, bg.StencilCholesky(*leaves, stencil), validate_args=False)
         return torch.autograd.grad(-trained_q.log_prob(x).sum(), leaves)
 
-    calls = {"backend": of_backend, "operator": of_operator, "function": of_function, "distribution": of_distribution}
+    known = [t.detach() for t in (backend.nll(x, exact_log_diag, off_diag, offsets)[0], *of_backend())]
+
+    def of_torch() -> object:
+        return torch.autograd.grad(_Known.apply(*known, *leaves).sum(), leaves)
+
+    calls = {"backend": of_backend, "torch alone": of_torch, "operator": of_operator, "function": of_function}
+    calls |= {"distribution": of_distribution}
     yield Group("log likelihood and its gradient", calls, "backend", {"function": "≤ 2.2"}, alike=True)
 
 
@@ -311,7 +330,8 @@ _NOTES = """\
 * Medians of calls that take turns. Hot calls follow each other; before a cold one the program sleeps for {pause:g} ms.
 * *Backend* allocates the result and runs the kernel; *operator* is what torch dispatches to the backend; *function* is the
   public function or method, which checks its arguments; *distribution* is the method of `banded_gmrf.GMRF`. Gradients are with
-  respect to the factor: *backend* is both kernels, one after the other.
+  respect to the factor: *backend* is both kernels, one after the other, and *torch alone* is what autograd takes for a function
+  whose value and gradients are there already. No call can be faster than that.
 * Results of all layers were compared with each other before they were timed.
 * Ratios are to the call that is named behind them, on the same images. Aims are the project's, for hot calls on a CPU.
 """

@@ -4,7 +4,8 @@ Numba's loop vectoriser gives up on loops with two dozen input streams, and spen
 These intrinsics emit LLVM vector instructions directly; LLVM splits them where the machine's registers are narrower.
 
 An *address* is the int64 of a tensor's ``data_ptr()``; an index counts elements. A *mask* switches lanes off: a masked load
-yields 0 there and touches no memory, a masked store leaves memory as it is.
+yields 0 there and touches no memory, a masked store leaves memory as it is. One file because all of it is one table, by
+the names that generated code uses.
 """
 
 import inspect

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import gmrf_kernels
 from gmrf_kernels import operators
-from gmrf_kernels.stencils import unflatten
+from gmrf_kernels.stencils import flatten, unflatten
 from tests.gmrf_kernels.operators import OFFSETS, OPERATORS, arguments, assert_same, call, tensors, with_tensors
 
 
@@ -203,3 +203,58 @@ def test_a_frame_that_dynamo_could_not_trace(device, keep_torch_defaults):
 
     compiled = torch.compile(broken, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), _score(*inputs), rtol=1e-12, atol=1e-12)
+
+
+# --- the likelihood's value, whose whitened residual autograd does not see ---
+
+
+def _value(residual, log_diag, off_diag):
+    return gmrf_kernels.negative_log_likelihood(residual, log_diag, off_diag, OFFSETS["5x5"], 2)
+
+
+def _value_of_operator(residual, log_diag, off_diag):
+    return torch.ops.gmrf_kernels.nll(residual, log_diag, off_diag, flatten(OFFSETS["5x5"]))[0]
+
+
+@pytest.mark.parametrize("trained", [(0, 1, 2), (1, 2), (0,), (1,), (2,)])
+def test_derivatives_of_the_value_are_those_of_the_operator(trained, device, through_the_dispatcher):
+    log_diag, off_diag, x = _inputs(device, requires_grad=False)
+
+    def derivatives(function):
+        inputs = [t.clone().requires_grad_(i in trained) for i, t in enumerate((x, log_diag, off_diag))]
+        leaves = [inputs[i] for i in trained]
+        value = function(*inputs)
+        first = torch.autograd.grad(value.pow(2).sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.pow(3).sum() for g in first), leaves)
+        plain = torch.autograd.grad(function(*inputs).sum(), leaves)
+        return value, *first, *second, *plain
+
+    actual = derivatives(_value)
+    assert not through_the_dispatcher
+    for a, e in zip(actual, derivatives(_value_of_operator), strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, in forward mode
+def test_what_meets_the_value_only_in_its_backward_pass(device, through_the_dispatcher):
+    """Mapped cotangents, saved tensors of another class, tangents of the cotangent."""
+    log_diag, off_diag, x = _inputs(device)
+    leaves = (log_diag, off_diag)
+    value, cotangents = _value(x.detach(), *leaves), torch.eye(4, dtype=x.dtype, device=x.device).view(4, 2, 2)
+    rows = torch.autograd.grad(value, leaves, cotangents, is_grads_batched=True, retain_graph=True)
+    expected = [torch.autograd.grad(value, leaves, c, retain_graph=True) for c in cotangents]
+    for row, e in zip(rows, zip(*expected, strict=True), strict=True):
+        torch.testing.assert_close(row, torch.stack(e), rtol=1e-12, atol=1e-12)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(cotangents[0], cotangents[1])
+        bars = torch.autograd.grad(value, leaves, dual)
+        for bar, e, tangent in zip(bars, *expected[:2], strict=True):
+            unpacked = torch.autograd.forward_ad.unpack_dual(bar)
+            torch.testing.assert_close(unpacked.primal, e, rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(unpacked.tangent, tangent, rtol=1e-12, atol=1e-12)
+    through_the_dispatcher.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.as_subclass(Tagged)):
+        value = _value(x.detach(), *leaves)
+    for bar, e in zip(torch.autograd.grad(value, leaves, cotangents[0]), expected[0], strict=True):
+        torch.testing.assert_close(bar.as_subclass(torch.Tensor), e, rtol=1e-12, atol=1e-12)
+    assert through_the_dispatcher
