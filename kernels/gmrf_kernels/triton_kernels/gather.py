@@ -21,8 +21,9 @@ from torch import Tensor
 
 from ..stencils import Offsets
 from . import schedule
+from .exponential import exp
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
-from .tiles import distance, exp, inside, sum_by_pairs, tile_of
+from .tiles import distance, inside, sum_by_pairs, tile_of
 
 
 def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..stencils import Offsets
 from . import schedule
+from .exponential import exp
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
-from .tiles import distance, exp, inside, tile_of
+from .tiles import distance, inside, tile_of
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

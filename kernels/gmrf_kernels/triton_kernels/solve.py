@@ -23,8 +23,8 @@ from torch import Tensor
 
 from ..stencils import Offsets
 from . import schedule
+from .exponential import exp
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
-from .tiles import exp
 from .unrolling import PlaneBefore, Term, Tile, Window, constants, positions
 
 # Where the fields stand in the tuples from which the kernel unrolls its code: inside of a tuple Triton knows no names.

@@ -41,9 +41,3 @@ def sum_by_pairs(values, SIZE: tl.constexpr):
         return tl.reshape(values, (1,))
     else:
         return sum_by_pairs(tl.sum(tl.reshape(values, (SIZE // 2, 2)), axis=1), SIZE // 2)
-
-
-@triton.jit
-def exp(x):
-    """e^x in the type of ``x``, correctly rounded but for rare ties: in float32, `tl.exp` loses up to |x| roundings."""
-    return tl.exp(x.to(tl.float64)).to(x.dtype)
