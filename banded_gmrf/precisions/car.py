@@ -29,7 +29,9 @@ def car_precision(
 
     Args:
         grid: numbers of sites along each axis.
-        dependence: less than 1 in magnitude; at 1 the field would have no proper mean.
+        dependence: at most 1 in magnitude. At 1 Λ is singular, the precision of an intrinsic field, whose level nothing
+            determines: factors refuse it, and `SparseGMRF` takes it where observations or constraints determine the rest. (-1
+            is alike on a chequerboard.)
         variance: the conditional variance of a site times its number of neighbours.
         neighbours: the forward half of the neighbourhood; None is the nearest neighbours along the axes.
         dtype, device: of the result.
@@ -43,7 +45,7 @@ def car_precision(
     check_stencil(neighbours, "neighbours", ndim)
     variance = positive("variance", variance, ndim, dtype, device)
     dependence = torch.as_tensor(dependence, dtype=dtype, device=device)
-    check("dependence", dependence, dependence.abs() < 1, "less than 1 in magnitude")
+    check("dependence", dependence, dependence.abs() <= 1, "at most 1 in magnitude")
     exists = neighbours.mask(grid, device).to(dtype)
     degree = exists.sum(0)
     for k, offset in enumerate(neighbours.offsets):

@@ -30,6 +30,13 @@ def positive(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, de
     return value[(..., *[None] * ndim)]
 
 
+def not_negative(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
+    """As `positive`, of a parameter that may also be 0."""
+    value = torch.as_tensor(value, dtype=dtype, device=device)
+    check(name, value, (value >= 0) & value.isfinite(), "finite and not negative")
+    return value[(..., *[None] * ndim)]
+
+
 def check(name: str, value: Tensor, holds: Tensor, expected: str) -> None:
     """Raise ValueError with the value unless ``holds`` is true everywhere, also under `torch.func`'s transformations."""
     if torch.compiler.is_compiling():

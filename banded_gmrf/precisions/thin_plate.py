@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..precision_matrix import StencilPrecision
-from .parameters import differences, positive
+from .parameters import differences, not_negative, positive
 
 
 def thin_plate_precision(
@@ -27,17 +27,18 @@ def thin_plate_precision(
     Args:
         grid: numbers of sites along each axis.
         bending: the weight of the squared second differences.
-        ridge: the weight of the squared values.
+        ridge: the weight of the squared values. At 0 Λ is singular: factors refuse it, and `SparseGMRF` takes it where
+            observations or constraints determine constants and planes.
         dtype: of the result. In float32 the factorisation refuses ridges far below ``bending``, for which rounding of Λ
             changes the field; keep float64 and round the factor.
         device: of the result.
 
     Raises:
-        ValueError: a weight that is not positive.
+        ValueError: a ``bending`` that is not positive, or a negative ``ridge``.
     """
     ndim = len(grid)
     bending = positive("bending", bending, ndim, dtype, device)
-    ridge = positive("ridge", ridge, ndim, dtype, device)
+    ridge = not_negative("ridge", ridge, ndim, dtype, device)
     energy = sum(D.T @ D for D in (differences(grid, pair) for pair in itertools.product(range(ndim), repeat=2)))
     plate = StencilPrecision.from_matrix(energy, grid)
     diag, off_diag = plate.diag.to(bending), plate.off_diag.to(bending)

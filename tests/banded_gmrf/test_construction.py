@@ -536,6 +536,14 @@ def test_a_smooth_field_loses_no_digits_from_row_to_row():
     torch.testing.assert_close(L.log_diag, expected.log_diag, rtol=0, atol=1e-8)
 
 
+@pytest.mark.parametrize("grid", [(1, 2), (5, 7), (64, 9), (3, 3, 3), (500,)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_intrinsic_fields_have_no_factor(grid, dtype):
+    for precision in (bg.car_precision(grid, 1.0, dtype=dtype), bg.thin_plate_precision(grid, 2.0, 0.0, dtype=dtype)):
+        with pytest.raises(torch.linalg.LinAlgError, match="makes such a field proper"):
+            bg.StencilCholesky.from_precision(precision)
+
+
 def test_a_stencil_that_changes_the_variance_warns():
     stencil, precision = bg.Stencil.box((1, 1, 1)), bg.thin_plate_precision((3, 4, 3), 2.0, 0.1)
     with pytest.warns(RuntimeWarning, match=r"the factor with 13 offsets has \d+\.\d+ times the variance") as caught:
@@ -694,7 +702,7 @@ BAD_PRECISIONS = [
         (lambda: bg.matern_precision((3, 4), 2.0, 0.5), ValueError, r"smoothness is 0.5, expected .* whole with 2/2 added"),
         (lambda: bg.matern_precision((3, 4), 0.0, 1.0), ValueError, "correlation_range is 0.0, expected finite and positive"),
         (lambda: bg.matern_precision((3, 4), 2.0, 1.0, [1, -1]), ValueError, r"variance is \[1.0, -1.0\], expected finite"),
-        (lambda: bg.car_precision((3, 4), 1.0), ValueError, "dependence is 1.0, expected less than 1 in magnitude"),
+        (lambda: bg.car_precision((3, 4), 1.1), ValueError, "dependence is 1.1.*, expected at most 1 in magnitude"),
         (lambda: bg.car_precision((3, 1), 0.5, 1.0, bg.Stencil([(0, 1)])), ValueError, r"site \(0, 0\) .* has no neighbours"),
         (
             lambda: bg.car_precision((3, 4), 0.5, 1.0, bg.Stencil([1])),
@@ -702,7 +710,8 @@ BAD_PRECISIONS = [
             "neighbours has 1 axes, the grid has 2",
         ),
         (lambda: bg.car_precision((3, 4), 0.5, 1.0, 4), TypeError, "neighbours is a int, expected a Stencil"),
-        (lambda: bg.thin_plate_precision((3, 4), 1.0, 0.0), ValueError, "ridge is 0.0, expected finite and positive"),
+        (lambda: bg.thin_plate_precision((3, 4), 0.0, 1.0), ValueError, "bending is 0.0, expected finite and positive"),
+        (lambda: bg.thin_plate_precision((3, 4), 1.0, -1.0), ValueError, "ridge is -1.0, expected finite and not negative"),
     ]
 ]
 
