@@ -20,6 +20,7 @@ def test_most_pages_have_code():
 
 # torch itself calls what it deprecates, the first time that forward mode maps over tangents.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.usefixtures("keep_torch_defaults")
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_snippets_run(page):
     if page.stem == "other_libraries":
