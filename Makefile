@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu test-wheel emulate docs clean
+.PHONY: demo test test-gpu gpu test-wheel emulate docs clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m experiments demo
@@ -19,6 +19,12 @@ test: $(VENV)/ready
 # One at a time: some fill a GPU's memory.
 test-gpu: $(VENV)/ready
 	$(BIN)/python -m pytest -m gpu
+
+# The first hour on a GPU: checks, tests, bench; a second `make gpu` goes on where the first ended. GPU_COST: the tool whose
+# predictions stand beside the measurements.
+GPU_COST ?= ../shared/tools/gpu_cost.py
+gpu: $(VENV)/ready
+	GPU_COST=$(GPU_COST) $(BIN)/python -m bench gpu
 
 # The README's code with the wheel and all that it asks for, installed afresh and outside of the checkout. Needs the network.
 test-wheel: $(VENV)/ready

@@ -1,5 +1,5 @@
 """``python -m bench``: measure a preset, or what the options say. ``compare`` two such runs; ``calls``; ``toolbox``;
-``training-step``."""
+``training-step``; ``gpu``, the first hour on one."""
 
 import sys
 from dataclasses import replace
@@ -213,6 +213,35 @@ def profile_training_step(
     setting = Setting(batch=batch, compiled=compiled, bfloat16=bfloat16)
     profile_training(setting, steps, device, folder, _console())
     finish(folder)
+
+
+@app.command("gpu")
+@interruptible
+def first_hour_on_a_gpu(
+    model: Annotated[
+        Path | None, typer.Option(envvar="GPU_COST", help="gpu_cost.py, whose predictions stand beside the measurements.")
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(min=1.0, help="After which this start ends; another goes on.  [default: when all is done]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the steps, new or of an earlier start.")] = Path("results/gpu"),
+) -> None:
+    """Are the kernels right on this GPU, and how fast? Checks, tests and bench in steps; what is done is not done again."""
+    from .first_hour import Journal, about_this_run, predict, require_gpu, run_stages
+
+    with errors_of():
+        require_gpu()
+        out.mkdir(parents=True, exist_ok=True)
+        seconds = None if minutes is None else 60 * minutes
+        predict(out, model)
+        complete = run_stages(out, about_this_run(), seconds)
+    bad = Journal(out).bad()
+    for line in bad:
+        typer.echo(f"{line['status']}: {line['stage']}: {line['done']}")
+    typer.echo(f"{len(Journal(out).done())} steps done, {len(bad)} bad, {'all' if complete else 'not all'} stages complete.")
+    finish(out)
+    if bad or not complete:
+        raise typer.Exit(1)
 
 
 def _set_threads(threads: int | None) -> None:
