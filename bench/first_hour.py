@@ -126,6 +126,18 @@ class Recorder:
     def finish(self, step: str, status: str, text: str = "", **result: Any) -> None:
         self.journal.write(done=step, stage=self.stage, status=status, text=text, **result)
         print(f"{self.stage}: {step}: {status}{text and '; '}{text}", flush=True)
+        if status in BAD and _context_is_broken():
+            raise SystemExit("the GPU's context is broken: every further call of this process would fail")
+
+
+def _context_is_broken() -> bool:
+    """As after an access out of bounds: CUDA then fails all that a process does."""
+    try:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 Step = tuple[str, Callable[[], dict[str, Any]]]

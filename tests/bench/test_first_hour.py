@@ -115,6 +115,20 @@ def test_a_step_that_kills_its_process_is_a_failure_and_the_others_follow(journa
     assert [(line["done"], line["text"]) for line in journal.bad()] == [("b", "its process ended with status -11")]
 
 
+def test_a_process_whose_gpu_is_broken_ends_before_other_steps_fail_for_it(journal, monkeypatch):
+    def synchronize():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    calls = []
+    with pytest.raises(SystemExit):
+        take_steps(Recorder(journal, "check", 60), [("a", synchronize), step(calls, "b")])
+    assert calls == []
+    assert journal.under_way() is None
+    assert [line["done"] for line in journal.bad()] == ["a"]
+
+
 def test_a_stage_that_cannot_start_is_left_for_the_next_start(journal, tmp_path):
     started = []
 
