@@ -28,11 +28,22 @@ from supn_models import ConvAutoencoder, CovarianceNetwork
 from . import photographs
 from .checkpoints import CHECKPOINT, save_checkpoint
 from .figures import Column, correlation_figure, image_grid, loss_figure
+from .page import write_page
 from .results import environment, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
 from .whiteness import lag_one_autocorrelation
 
 CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
+
+# Of the figures, in the order in which the page shows them.
+CAPTIONS = {
+    "samples.png": "Held-out patches, what the autoencoder makes of them, its residual, and a sample and the standard "
+    "deviation of the structured and of the diagonal model, both drawn from the same white noise.",
+    "correlations.png": "Held-out patches, and the correlations of three marked pixels with all others under the "
+    "structured model.",
+    "training.png": "Training losses, lower is better: mean squared error of the autoencoder, then nats per pixel of the "
+    "models of its residual.",
+}
 
 
 @dataclass(frozen=True)
@@ -146,7 +157,9 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
         **environment("cpu"),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_results(folder, results, markdown_report(results), console)
+    report = markdown_report(results)
+    write_page(folder, results, report, CAPTIONS)
+    write_results(folder, results, report, console)
     return results
 
 

@@ -25,12 +25,13 @@ def demo(
     from programs.files import new_folder
 
     from ..demo import DemoConfig, run_demo
+    from ..page import PAGE
 
     with errors_of("--out"):
         folder = new_folder("demo", out)
     config = DemoConfig(seed=seed, patches=patches, autoencoder_steps=autoencoder_steps, covariance_steps=covariance_steps)
     run_demo(config, folder, Console())
-    finish(folder)
+    finish(folder / PAGE)
 
 
 def gallery(

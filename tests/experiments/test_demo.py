@@ -1,10 +1,12 @@
 """The demo from end to end on a tiny configuration, and what happens when it is interrupted."""
 
+import base64
 import json
 import os
 import signal
 import subprocess
 import sys
+from html.parser import HTMLParser
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ import banded_gmrf as bg
 from experiments import demo, photographs
 from experiments.__main__ import app
 from experiments.checkpoints import load_checkpoint, save_checkpoint
+from experiments.page import PAGE, write_page
 from supn_models import ConvAutoencoder, CovarianceNetwork
 
 TINY = ["--patches", "60", "--autoencoder-steps", "3", "--covariance-steps", "3"]
@@ -28,7 +31,7 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo") / "new"
     outcome = run_demo(folder, "--seed", "3")
     assert outcome.exit_code == 0, outcome.output
-    assert outcome.output.splitlines()[-1] == f"Results: {folder}"
+    assert outcome.output.splitlines()[-1] == f"Results: {folder / PAGE}"
     return folder
 
 
@@ -45,6 +48,53 @@ def test_results_are_complete(finished):
     assert all(name in table for name in photographs.TRAIN + photographs.TEST)
     for figure in ("samples.png", "correlations.png", "training.png"):
         assert (finished / figure).read_bytes().startswith(b"\x89PNG")
+
+
+class PageReader(HTMLParser):
+    """The cells and images of a page, which fails where an end tag does not match."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.cells, self.images = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "img":
+            self.images.append(dict(attrs)["src"])
+        elif tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("th", "td"):
+            self.cells.append(data)
+
+
+def test_page_holds_the_table_and_the_figures(finished):
+    reader = PageReader()
+    reader.feed((finished / PAGE).read_text(encoding="utf-8"))
+    reader.close()
+    assert reader.open == []
+    header, _, *rows = [
+        line for line in (finished / "results.md").read_text(encoding="utf-8").splitlines() if line.startswith("|")
+    ]
+    assert reader.cells == [cell.strip() for line in (header, *rows) for cell in line.strip("|").split("|")]
+    prefix = "data:image/png;base64,"
+    assert all(image.startswith(prefix) for image in reader.images)
+    shown = [base64.b64decode(image.removeprefix(prefix)) for image in reader.images]
+    assert shown == [(finished / name).read_bytes() for name in demo.CAPTIONS]
+
+
+def test_page_shows_markup_as_text_and_needs_its_figures(finished, tmp_path):
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8")) | {"command": "run <b> & 'c'"}
+    with pytest.raises(FileNotFoundError, match=r"none\.png"):
+        write_page(tmp_path, results, "# Title\n", {"none.png": ""})
+    assert list(tmp_path.iterdir()) == []
+    page = write_page(tmp_path, results, "# A <i> title\n\n<script>x</script>\n", {}).read_text(encoding="utf-8")
+    assert "<title>A &lt;i&gt; title</title>" in page
+    assert "run &lt;b&gt; &amp; " in page
+    assert "<script>" not in page
 
 
 def test_checkpoint_gives_the_reported_numbers(finished):
