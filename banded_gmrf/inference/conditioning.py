@@ -121,7 +121,8 @@ class Conditionable:
             return TrendPosterior(local, *trend, self._validate_args)
         if covariate_variance is not None:
             raise TypeError("covariate_variance is given without covariates")
-        if not isinstance(noise, Conditionable | None):
+        factored = isinstance(noise, Conditionable) and hasattr(noise, "precision_cholesky")  # not so a SparseGMRF
+        if noise is not None and not factored:
             raise TypeError(f"noise is {type(noise).__name__}, expected GMRF")
         if (noise_variance is None) == (noise is None):
             raise TypeError(f"posterior takes either noise_variance or noise, got {'neither' if noise is None else 'both'}")
@@ -250,7 +251,11 @@ class Conditionable:
 
     def _variance(self, noise_variance: Tensor | float, observation: Tensor, shape: torch.Size) -> Tensor:
         """The variance of independent noise as a float64 tensor that has the axes of one observation."""
-        variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
+        try:
+            variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            message = f"noise_variance is {type(noise_variance).__name__}, expected a number or a tensor"
+            raise TypeError(message) from error
         full = (*self.batch_shape, *shape)
         try:
             torch.broadcast_shapes(variance.shape, full)

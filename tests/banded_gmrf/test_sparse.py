@@ -369,6 +369,19 @@ def test_bad_input(change, error, message):
         bg.SparseGMRF(**(given | change))
 
 
+@pytest.mark.parametrize("banded", [False, True])
+def test_noise_is_not_of_a_sparse_precision(banded):
+    precision = random_precision(STENCILS["3x3"], (4, 5))
+    noise = bg.SparseGMRF(random(4, 5), precision)
+    q = bg.GMRF(random(4, 5), bg.StencilCholesky.from_precision(precision)) if banded else noise
+    with pytest.raises(TypeError, match="noise is SparseGMRF, expected GMRF"):
+        q.posterior(random(4, 5), noise=noise)
+    with pytest.raises(TypeError, match="noise is SparseGMRF, expected GMRF"):
+        q.posterior(random(4, 5), noise=noise, covariates=random(1, 4, 5), covariate_variance=1.0)
+    with pytest.raises(TypeError, match="noise_variance is SparseGMRF, expected a number or a tensor"):
+        q.posterior(random(4, 5), noise)
+
+
 def test_numbers_that_are_not_finite():
     precision = random_precision(STENCILS["3x3"], (4, 5))
     precision.off_diag[1, 0, 2] = math.inf
