@@ -56,8 +56,8 @@ def maximum_evidence(
     """Positive parameters that maximise the log evidence, by L-BFGS-B on their logarithms.
 
         def model(p):
-            prior = bg.StencilCholesky.from_precision(bg.matern_precision(grid, p["range"], 1, p["variance"]))
-            return bg.GMRF(torch.zeros(grid, dtype=torch.float64), prior).posterior(y, p["noise"])
+            precision = bg.matern_precision(grid, p["range"], 1, p["variance"])
+            return bg.SparseGMRF(torch.zeros(grid, dtype=torch.float64), precision).posterior(y, p["noise"])
 
         fit = bg.maximum_evidence(model, {"range": 10.0, "variance": 1.0, "noise": 0.1})
 
