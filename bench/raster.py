@@ -26,21 +26,26 @@ class Raster:
 
     Attributes:
         grid: size x size.
-        q: the field, a GMRF with the exact factor.
+        q: the field, a GMRF with the exact factor, or a `SparseGMRF`.
         x: the sample.
         y: the same with noise.
         noise: its variance, infinite at the 70 % of the sites that are not seen.
         counts: of Poisson variables with the rate eˣ.
     """
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, sparse: bool = False):
         self.grid = (size, size)
         generator = torch.Generator().manual_seed(0)
-        white, noise, seen = (torch.randn(self.grid, dtype=torch.float64, generator=generator) for _ in range(3))
+        noise, seen = (torch.randn(self.grid, dtype=torch.float64, generator=generator) for _ in range(2))
         self.precision = bg.matern_precision(self.grid, _RANGE, 1, _VARIANCE)
-        factor = bg.StencilCholesky.from_precision(self.precision)
-        self.q = bg.GMRF(torch.zeros(self.grid, dtype=torch.float64), factor)
-        self.x = factor.solve(white, transpose=True)
+        loc = torch.zeros(self.grid, dtype=torch.float64)
+        if sparse:
+            self.q = bg.SparseGMRF(loc, self.precision)
+        else:
+            self.q = bg.GMRF(loc, bg.StencilCholesky.from_precision(self.precision))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.x = self.q.sample()
         self.y = self.x + math.sqrt(_NOISE) * noise
         self.seen = seen < seen.flatten().quantile(_SEEN)
         self.noise = torch.full(self.grid, _NOISE, dtype=torch.float64).where(self.seen, math.inf)

@@ -17,6 +17,7 @@ from banded_gmrf.diagnostics import energy_score, variogram_score
 from . import raster
 from .cases import Case, Problem
 from .fields import Fields
+from .raster import Raster
 
 _NOISE = 25 / 127.5  # standard deviation for gray levels in [-1, 1]
 
@@ -33,6 +34,7 @@ class Sizes:
         eigenpairs: of the covariance on the small grid.
         block: pixels along each side of what is to be inpainted.
         raster: sites along each side of the raster, of which a part is seen.
+        sparse_raster: of one whose field has a sparse precision alone.
         posterior_samples: of the raster.
     """
 
@@ -43,6 +45,7 @@ class Sizes:
     eigenpairs: int = 1000
     block: int = 24
     raster: int = 96
+    sparse_raster: int = 344
     posterior_samples: int = 200
 
 
@@ -88,9 +91,14 @@ class Given:
         return factor.log_diag.requires_grad_(), factor.off_diag.requires_grad_()
 
     @functools.cached_property
-    def raster(self) -> raster.Raster:
+    def raster(self) -> Raster:
         """The raster, always on the CPU."""
-        return raster.Raster(self.sizes.raster)
+        return Raster(self.sizes.raster)
+
+    @functools.cached_property
+    def sparse_raster(self) -> Raster:
+        """One with a `SparseGMRF`, always on the CPU."""
+        return Raster(self.sizes.sparse_raster, sparse=True)
 
     @property
     def large(self) -> bg.GMRF:
@@ -295,6 +303,14 @@ def _raster_tools(sizes: Sizes) -> dict[str, Tool]:
 
     return {
         "raster_mean": tool("posterior: factor and mean", "mean", factor),
+        "raster_sparse_mean": Tool(
+            "posterior of a sparse precision: factor and mean",
+            f"raster, {sizes.sparse_raster} × {sizes.sparse_raster}",
+            lambda given: raster.mean(given.sparse_raster),
+            aim="under 5 s",
+            by_hand=lambda given: raster.mean_by_hand(given.sparse_raster),
+            hand=factor,
+        ),
         "raster_variance": tool(
             "posterior: factor, mean and variances", "variance", "kriging with a dense factor", aim="under 1 s"
         ),

@@ -15,7 +15,9 @@ from bench.fields import load_fields, photograph_residuals
 from bench.measure import GIB
 from bench.rows import Limits
 
-TINY = tools.Sizes(large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3, raster=17, posterior_samples=3)
+TINY = tools.Sizes(
+    large=9, batch=2, sites=4, samples=30, eigenpairs=5, block=3, raster=17, sparse_raster=18, posterior_samples=3
+)
 
 
 def bench(*arguments):
@@ -58,7 +60,7 @@ def test_every_tool_is_measured(saved, tmp_path):
         assert rows[name]["figures"]["relative residual"] <= 1e-6
     assert rows["leading_eigenpairs"]["figures"]["largest residual norm / eigenvalue"] <= 1e-6
     by_hand = [row for row in rows.values() if "hand" in row]
-    assert len(by_hand) == 7
+    assert len(by_hand) == 8
     for row in by_hand:
         assert row["hand_times_as_long"] > 0
         assert row["hand"] in text
