@@ -1,6 +1,7 @@
 """The tools of `banded_gmrf` that ``python -m bench toolbox`` measures: what each is given, and how it is called.
 
 Small grids have the factors of `fields`: iterations of a solver depend on the covariance. Large grids have random ones.
+One file because it is one table: a row for each tool, below what the rows share.
 """
 
 import functools
