@@ -61,6 +61,12 @@ def _sum_is_finite(value: Tensor) -> bool:
     return bool(torch._is_all_true(value.detach().sum().isfinite()))  # of all that vmap maps over, as torch's own checks
 
 
+def check_model(name: str, model: object, *kinds: type) -> None:
+    """Raise TypeError unless a model is a distribution of one of these kinds."""
+    if not isinstance(model, kinds):
+        raise TypeError(f"{name} is a {type(model).__name__}, expected a {' or a '.join(kind.__name__ for kind in kinds)}")
+
+
 def as_sites(sites, grid: torch.Size, device: torch.device) -> Tensor:
     """Sites as integers (ndim,) or (m, ndim), or an error that says what is wrong with them."""
     sites = torch.as_tensor(sites, device=device)

@@ -6,14 +6,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import broadcast_batch, check_device, check_tensor
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_tensor
 
 from ..cholesky import squares_matvec
+from ..factors import mixture, products
 from ..gmrf import GMRF
 from ..inference.noise import IndependentNoise
 from ..inference.posterior import ConditionalGMRF
 from ..inference.systems import PosteriorSystem
+from ..low_rank import LowRankGMRF
+from ..sparse import SparseGMRF
 from ..stencil import as_integer
+from ..validation import check_model
 
 _MAX_EXACT_BLOCKS = 1024
 _CHUNK_ELEMENTS = 2**22
@@ -170,7 +174,7 @@ def _block_variances(q: "GMRF | ConditionalGMRF", number: Tensor) -> Tensor:
     return torch.cat(variances).movedim(0, -1)
 
 
-def leave_one_out(q: GMRF, x: Tensor) -> Tensor:
+def leave_one_out(q: GMRF | SparseGMRF | LowRankGMRF, x: Tensor) -> Tensor:
     """Each site's deviation from its mean given all others, in its conditional standard deviations: exact, by one product.
 
     z_j = (Λ(x - loc))_j / √Λ_jj, standard normal at each site if x follows the model. Rue & Held, Gaussian Markov Random
@@ -184,14 +188,25 @@ def leave_one_out(q: GMRF, x: Tensor) -> Tensor:
         (*sample, *batch, *grid), in float32 for float16 and bfloat16; differentiable.
 
     Raises:
-        TypeError, ValueError: as for `GMRF.whiten`.
+        TypeError: ``q`` is another distribution, or ``x`` as for `GMRF.whiten`.
+        ValueError: as for `GMRF.whiten`.
     """
-    factor = q.precision_cholesky
-    product = factor.matvec(q.whiten(x))
-    return product / squares_matvec(factor, torch.ones_like(factor.diag)).sqrt()
+    check_model("q", q, GMRF, SparseGMRF, LowRankGMRF)
+    if isinstance(q, SparseGMRF):
+        q.check_field("x", x)
+        product = q.precision.matvec(x.double() - q.loc.double())
+        return (product / q.precision.diag.double().sqrt()).to(accumulate_dtype(x.dtype))
+    local = q.local if isinstance(q, LowRankGMRF) else q
+    factor = local.precision_cholesky
+    product, diagonal = factor.matvec(local.whiten(x)), squares_matvec(factor, torch.ones_like(factor.diag))
+    if isinstance(q, LowRankGMRF):
+        ndim, away, residual = len(q.event_shape), q.precision_factors, x.double() - q.loc.double()
+        product = product.double() - mixture(products(away, residual, ndim), away, ndim)
+        diagonal = diagonal.double() - away.square().sum(-ndim - 1)
+    return (product / diagonal.sqrt()).to(accumulate_dtype(x.dtype))
 
 
-def conditional_score(q: GMRF, x: Tensor, region: Tensor) -> ChiSquared:
+def conditional_score(q: GMRF | SparseGMRF, x: Tensor, region: Tensor) -> ChiSquared:
     """How far a region is from what the model expects of it given the rest of the field.
 
     (x_R - m)ᵀ Λ_RR (x_R - m), m the region's mean given all other sites: χ² distributed, with as many degrees of freedom as the
@@ -206,9 +221,10 @@ def conditional_score(q: GMRF, x: Tensor, region: Tensor) -> ChiSquared:
         A named tuple of ``statistic`` (*sample, *batch) in float64, and ``degrees_of_freedom`` (*batch).
 
     Raises:
-        TypeError: ``region`` is not of bools, or ``x`` as for `GMRF.whiten`.
+        TypeError: ``q`` is another distribution, ``region`` is not of bools, or ``x`` as for `GMRF.whiten`.
         ValueError: grids, batches or devices that do not fit.
     """
+    check_model("q", q, GMRF, SparseGMRF)
     q.check_field("x", x)
     grid = q.event_shape
     if not isinstance(region, Tensor) or region.dtype != torch.bool:

@@ -7,6 +7,7 @@ from gmrf_kernels import standard_normal
 
 from ..construction.stability import growth_of_samples
 from ..gmrf import GMRF
+from ..validation import check_model
 
 
 def sample_growth(q: GMRF, num_samples: int = 16) -> Tensor:
@@ -26,8 +27,10 @@ def sample_growth(q: GMRF, num_samples: int = 16) -> Tensor:
         infinite where samples overflow. Above 100, say, a model should vary by that much for a reason.
 
     Raises:
+        TypeError: ``q`` is another distribution.
         ValueError: fewer than one sample.
     """
+    check_model("q", q, GMRF)
     if num_samples < 1:
         raise ValueError(f"num_samples is {num_samples}, expected at least 1")
     factor = q.precision_cholesky.detach().to(torch.float64)

@@ -9,6 +9,8 @@ from torch import Tensor
 from gmrf_kernels.checks import accumulate_dtype, check_tensor
 
 from ..gmrf import GMRF
+from ..low_rank import LowRankGMRF
+from ..validation import check_model
 from .lags import lags
 
 
@@ -26,7 +28,7 @@ class Quantiles(NamedTuple):
     data: Tensor
 
 
-def whitened_moments(q: GMRF, x: Tensor) -> Moments:
+def whitened_moments(q: GMRF | LowRankGMRF, x: Tensor) -> Moments:
     """Where a model errs: moments of the whitened residual over all fields.
 
     Args:
@@ -34,8 +36,10 @@ def whitened_moments(q: GMRF, x: Tensor) -> Moments:
         x: data (*sample, *batch, *grid), broadcast against the model's batch.
 
     Raises:
-        TypeError, ValueError: as for `GMRF.whiten`.
+        TypeError: ``q`` is another distribution, or ``x`` as for `GMRF.whiten`.
+        ValueError: as for `GMRF.whiten`.
     """
+    check_model("q", q, GMRF, LowRankGMRF)
     q.check_field("x", x)
     y = q.whiten(x).reshape(-1, *q.event_shape)
     return Moments(y.mean(0), y.square().mean(0))

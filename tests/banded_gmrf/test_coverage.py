@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import banded_gmrf as bg
-from banded_gmrf.diagnostics import conditional_score, leave_one_out, marginal_coverage
+from banded_gmrf.diagnostics import conditional_score, leave_one_out, marginal_coverage, sample_growth, whitened_moments
 from tests.banded_gmrf.test_conditioning import random_gmrf
 from tests.cases import FACTORS, STENCILS, dense
 from tests.dense import random_factor
@@ -33,6 +33,23 @@ def test_sites_and_regions_given_the_rest(name, grid):
         covariance = Sigma[inside][:, inside] - gain @ Sigma[~inside][:, inside]
         chi = (deviation @ torch.linalg.inv(covariance) * deviation).sum(-1)
         torch.testing.assert_close(score.statistic[:, b], chi, **CLOSE)
+
+
+def test_sites_given_the_rest_of_other_models():
+    grid, x = (4, 3), random(3, 2, 4, 3)
+    local = random_gmrf("3x3", grid, batch=(2,))
+    low_rank = bg.LowRankGMRF(local.loc, local.precision_cholesky, random(2, 2, *grid))
+    sparse = bg.SparseGMRF(local.loc, bg.matern_precision(grid, 2.0, 1))
+    for q in (low_rank, sparse):
+        precision = low_rank.precision_matrix if q is low_rank else q.precision.to_dense()
+        product = torch.einsum("sbi,bij->sbj", (x - q.loc).flatten(2), precision)
+        expected = product / precision.diagonal(dim1=-2, dim2=-1).sqrt()
+        torch.testing.assert_close(leave_one_out(q, x).flatten(2), expected, **CLOSE)
+    region = torch.rand(2, *grid) < 0.5
+    inside = sparse.precision.to_dense()[0][region[0].flatten()][:, region[0].flatten()]
+    product = torch.einsum("i,ij->j", (x - sparse.loc)[0, 0].flatten(), sparse.precision.to_dense()[0])[region[0].flatten()]
+    chi = product @ torch.linalg.solve(inside, product)
+    torch.testing.assert_close(conditional_score(sparse, x, region).statistic[0, 0], chi, **CLOSE)
 
 
 def test_scores_of_samples_follow_their_distributions():
@@ -100,6 +117,14 @@ def test_dtypes(dtype):
         (lambda q: conditional_score(q, q.loc, torch.ones(4, 3)), TypeError, "region is torch.float32, expected a bool tensor"),
         (lambda q: conditional_score(q, q.loc, [True]), TypeError, "region is list, expected a bool tensor"),
         (lambda q: conditional_score(q, q.loc, torch.ones(3).bool()), ValueError, r"region has shape \(3,\), expected"),
+        (lambda q: leave_one_out(q.posterior(q.loc, 1.0), q.loc), TypeError, "q is a ConditionalGMRF, expected a GMRF or"),
+        (
+            lambda q: conditional_score(bg.LowRankGMRF(q.loc, q.precision_cholesky, q.loc[None]), q.loc, q.loc > 0),
+            TypeError,
+            "q is a LowRankGMRF, expected a GMRF or a SparseGMRF",
+        ),
+        (lambda q: whitened_moments(q.posterior(q.loc, 1.0), q.loc), TypeError, "q is a ConditionalGMRF, expected a GMRF or"),
+        (lambda q: sample_growth(q.posterior(q.loc, 1.0)), TypeError, "q is a ConditionalGMRF, expected a GMRF"),
     ],
 )
 def test_bad_input(call, error, message):
