@@ -18,6 +18,9 @@ class Finite(constraints.Constraint):
         self.event_dim = event_dim
         super().__init__()
 
+    def __repr__(self) -> str:
+        return "finite numbers"  # in errors of torch, which takes the first letter off the name of a class
+
     def check(self, value: Tensor) -> Tensor:
         once = _without_repetitions(value, self.event_dim)
         if _sum_is_finite(once):

@@ -17,7 +17,7 @@ import gmrf_kernels
 from gmrf_kernels.checks import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
 from ..stencil import Stencil, check_stencil, flat_index
-from ..transformations import inspect
+from ..transformations import inspect, require
 from .covariance import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
 from .stability import MAX_GROWTH, growth_of_factor, stable_columns
 
@@ -108,6 +108,7 @@ def _lag_covariances(
         if chunk.shape[1:] != first.shape[1:]:
             raise ValueError(f"samples has shape {tuple(chunk.shape)} after {tuple(first.shape)}, expected one batch and grid")
         check_dtype("samples", chunk, "its first chunk", first)
+        require(chunk.isfinite().all(), "samples has NaN or infinite entries, expected finite ones")
         check_device("samples", chunk, "its first chunk", first)
         centred = chunk.to(torch.float64) - origin
         products = products + _lag_products(centred, lags)

@@ -398,6 +398,8 @@ BAD_SAMPLES = [
         (samples_of(9, 3, 4).int(), {}, TypeError, "samples is torch.int32, expected float16"),
         (5, {}, TypeError, "samples is a int, expected a torch.Tensor or an iterable of them"),
         ([], {}, ValueError, "samples has no chunks, expected at least one"),
+        (samples_of(9, 3, 4) * torch.nan, {"ridge": 1.0}, ValueError, "samples has NaN or infinite entries"),
+        ([samples_of(9, 3, 4), samples_of(9, 3, 4) + torch.inf], {}, ValueError, "samples has NaN or infinite entries"),
         ([samples_of(9, 3, 4), None], {}, TypeError, "samples is a NoneType, expected a torch.Tensor"),
         ([samples_of(9, 3, 4), samples_of(9, 4, 3)], {}, ValueError, r"samples has shape \(9, 4, 3\) after \(9, 3, 4\)"),
         ([samples_of(9, 3, 4), samples_of(9, 3, 4).double()], {}, TypeError, "samples is torch.float64, its first chunk is"),
