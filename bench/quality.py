@@ -145,13 +145,15 @@ def load_photographs(path: Path) -> Photographs:
     """Those of an .npz file: arrays ``train`` and ``test`` (count, height, width), one set, or an array for each photograph.
 
     Raises:
-        ValueError: it cannot be read, or holds neither; or images are too small for `PATCH`.
+        ValueError: it cannot be read, or holds neither; images are too small for `PATCH`, or their values are no gray levels.
     """
     try:
         with np.load(path) as file:
             arrays = dict(file)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as an .npz file: {error}") from None
+    for name, array in arrays.items():
+        _check_levels(f"{name} of {path.name}", array)
     shapes = ", ".join(f"{name} {array.shape}" for name, array in arrays.items())
     if {"train", "test"} <= arrays.keys():
         train, test = arrays["train"], arrays["test"]
@@ -164,6 +166,16 @@ def load_photographs(path: Path) -> Photographs:
         f"{path} has {shapes}; expected train and test (count, height, width) of at least {PATCH} pixels along each side, or "
         f"photographs (height, width) of at least {2 * PATCH}"
     )
+
+
+def _check_levels(name: str, images: np.ndarray) -> None:
+    """Noise of one level is added to the images: to those in [0, 1] it would be all that is left."""
+    if images.dtype.kind not in "buif":
+        raise ValueError(f"{name} is of {images.dtype}, expected numbers")
+    if images.size:
+        least, most = float(images.min()), float(images.max())
+        if not 0 <= least <= most <= 255 or (images.dtype.kind == "f" and 0 < most <= 1):
+            raise ValueError(f"{name} has values from {least:g} to {most:g}, expected gray levels, from 0 to 255")
 
 
 def _halves(photograph: np.ndarray) -> tuple[Tensor, Tensor]:

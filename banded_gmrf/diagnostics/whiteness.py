@@ -88,9 +88,11 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
 
     Raises:
         TypeError: ``values`` is not a floating-point tensor.
-        ValueError: ``num`` out of range.
+        ValueError: ``num`` out of range, NaN or infinity.
     """
     check_tensor("values", values)
+    if not values.isfinite().all():
+        raise ValueError("values has NaN or infinite entries, expected finite ones")
     if not 1 <= num <= values.numel():
         raise ValueError(f"num is {num}, expected between 1 and the number of values, {values.numel()}")
     probabilities = (torch.arange(num, dtype=torch.float64, device=values.device) + 0.5) / num

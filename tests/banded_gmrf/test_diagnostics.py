@@ -185,6 +185,7 @@ def test_samples_that_grow():
         ),
         (lambda q, x: diagnostics.autocorrelation([1.0], 1), TypeError, "fields is a list, expected a torch.Tensor"),
         (lambda q, x: diagnostics.quantiles(x, 31), ValueError, "num is 31, expected between 1 and the number of values, 30"),
+        (lambda q, x: diagnostics.quantiles(x * torch.nan), ValueError, "values has NaN or infinite entries"),
         (lambda q, x: diagnostics.quantiles(x.long()), TypeError, "values is torch.int64, expected float16"),
         (lambda q, x: diagnostics.chi_squared_coverage(x, (0.5, 1.1)), ValueError, r"levels is \(0.5, 1.1\)"),
         (

@@ -101,6 +101,10 @@ def test_files_without_photographs_are_refused(tmp_path):
             ValueError, match=r"other.npz has .* expected train and test \(count, height, width\) of at least 64"
         ):
             load_photographs(path)
+    for bad, values in ((np.linspace(0, 1, 128 * 128), "0 to 1"), (np.full(128 * 128, 300, np.uint16), "300 to 300")):
+        np.savez(path, first=bad.reshape(128, 128))
+        with pytest.raises(ValueError, match=f"first of other.npz has values from {values}, expected gray levels"):
+            load_photographs(path)
     for missing in (tmp_path, tmp_path / "none.npz"):
         with pytest.raises(ValueError, match="cannot be read"):
             load_photographs(missing)
