@@ -9,7 +9,7 @@ from torch import Tensor
 from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_tensor
 
 from ..cholesky import squares_matvec
-from ..factors import mixture, products
+from ..factors import added_variance, mixture, products
 from ..gmrf import GMRF
 from ..inference.noise import IndependentNoise
 from ..inference.posterior import ConditionalGMRF
@@ -196,13 +196,16 @@ def leave_one_out(q: GMRF | SparseGMRF | LowRankGMRF, x: Tensor) -> Tensor:
         q.check_field("x", x)
         product = q.precision.matvec(x.double() - q.loc.double())
         return (product / q.precision.diag.double().sqrt()).to(accumulate_dtype(x.dtype))
-    local = q.local if isinstance(q, LowRankGMRF) else q
+    if isinstance(q, LowRankGMRF):  # in float64: what the factors explain is taken away
+        q.check_field("x", x)
+        exact, value = q.to(torch.float64), x.double()
+        local, away, ndim = exact.local, exact.precision_factors, len(q.event_shape)
+        explained = mixture(products(away, value - exact.loc, ndim), away, ndim), added_variance(away, ndim)
+    else:
+        explained, local, value = (0, 0), q, x
     factor = local.precision_cholesky
-    product, diagonal = factor.matvec(local.whiten(x)), squares_matvec(factor, torch.ones_like(factor.diag))
-    if isinstance(q, LowRankGMRF):
-        ndim, away, residual = len(q.event_shape), q.precision_factors, x.double() - q.loc.double()
-        product = product.double() - mixture(products(away, residual, ndim), away, ndim)
-        diagonal = diagonal.double() - away.square().sum(-ndim - 1)
+    product = factor.matvec(local.whiten(value)) - explained[0]
+    diagonal = squares_matvec(factor, torch.ones_like(factor.diag)) - explained[1]
     return (product / diagonal.sqrt()).to(accumulate_dtype(x.dtype))
 
 
