@@ -18,7 +18,7 @@ from .batched import Batched, expanded, register_pytree
 from .cholesky import StencilCholesky, negative_log_likelihood
 from .inference.conditioning import Conditionable
 from .stencil import Stencil
-from .validation import Finite, FiniteWhereItExists, all_finite, as_sites
+from .validation import Finite, FiniteWhereItExists, all_finite, as_sites, unit_vectors
 
 _MAX_DENSE_SITES = 2**13
 
@@ -336,10 +336,7 @@ class GMRF(Distribution, Batched, Conditionable):
 
     def _units(self, sites: Tensor) -> Tensor:
         """Unit vectors of the sites (m, ndim): (m, *1, *grid), an axis of size 1 for each of the batch."""
-        factor, m = self._factor, len(sites)
-        units = torch.zeros((m, *factor.grid), dtype=accumulate_dtype(factor.dtype), device=factor.device)
-        units[(torch.arange(m, device=factor.device), *sites.unbind(-1))] = 1
-        return units.reshape(m, *[1] * len(self._batch_shape), *factor.grid)
+        return unit_vectors(sites, self._event_shape, len(self._batch_shape), accumulate_dtype(self._factor.dtype))
 
     def _parts(self) -> dict[str, tuple[Tensor | StencilCholesky, int]]:
         return {"loc": (self.loc, self._factor.stencil.ndim), "precision_cholesky": (self._factor, 0)}

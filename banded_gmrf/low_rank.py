@@ -287,10 +287,6 @@ class LowRankGMRF(InferredField, Batched):
         """None: no site is known exactly."""
         return None
 
-    def null_space(self) -> None:
-        """None: the distribution is proper."""
-        return None
-
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64."""
         ndim, factors = len(self._event_shape), self._factors.double()

@@ -22,7 +22,7 @@ from .operators.base import LinearOperator
 from .precision_matrix import StencilPrecision
 from .recursions.dissection import DissectedCholesky
 from .transformations import is_transformed, is_transforming, require
-from .validation import Finite, FiniteWhereItExists, as_sites
+from .validation import Finite, FiniteWhereItExists, as_sites, unit_vectors
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -162,14 +162,11 @@ class SparseGMRF(Distribution, Batched, Conditionable):
         Returns:
             (*batch, *grid) for one site, (m, *batch, *grid) for m; in float32 for float16 and bfloat16.
         """
-        grid, device = self._event_shape, self.loc.device
-        sites = as_sites(sites, grid, device)
-        many = sites.reshape(-1, len(grid))
-        units = torch.zeros((len(many), *grid), dtype=torch.float64, device=device)
-        units[(torch.arange(len(many), device=device), *many.unbind(-1))] = 1
-        units = units.reshape(len(many), *[1] * len(self._batch_shape), *grid)
+        grid = self._event_shape
+        sites = as_sites(sites, grid, self.loc.device)
+        units = unit_vectors(sites.reshape(-1, len(grid)), grid, len(self._batch_shape), torch.float64)
         columns = self.covariance_times(units).to(accumulate_dtype(self.loc.dtype))
-        columns = columns.expand(len(many), *self._batch_shape, *grid)
+        columns = columns.expand(len(units), *self._batch_shape, *grid)
         return columns if sites.ndim > 1 else columns[0]
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:

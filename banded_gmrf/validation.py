@@ -1,4 +1,4 @@
-"""Checks of what a distribution is given: constraints in the sense of `torch.distributions`, and sites."""
+"""Checks of what a distribution is given: constraints in the sense of `torch.distributions`, kinds of models, and sites."""
 
 import math
 
@@ -83,3 +83,11 @@ def as_sites(sites, grid: torch.Size, device: torch.device) -> Tensor:
     if outside.any():
         raise ValueError(f"sites has {sites[outside].reshape(-1, len(grid))[0].tolist()}, which is not on {tuple(grid)}")
     return sites
+
+
+def unit_vectors(sites: Tensor, grid: torch.Size, batch_ndim: int, dtype: torch.dtype) -> Tensor:
+    """1 at each of the sites (m, ndim), on their device: (m, *1, *grid), with ``batch_ndim`` axes of size 1."""
+    m = len(sites)
+    units = torch.zeros((m, *grid), dtype=dtype, device=sites.device)
+    units[(torch.arange(m, device=sites.device), *sites.unbind(-1))] = 1
+    return units.reshape(m, *[1] * batch_ndim, *grid)

@@ -49,6 +49,10 @@ class InferredField(Distribution):
         known = variance == 0
         return variance.masked_fill(known, 1).sqrt().masked_fill(known, 0)
 
+    def null_space(self) -> None:
+        """None: the distribution is proper."""
+        return None
+
     def sample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid)."""
         with torch.no_grad():

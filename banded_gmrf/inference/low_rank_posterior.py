@@ -160,10 +160,6 @@ class LowRankPosterior(InferredField):
         """Bool, (*batch, *grid) or what broadcasts to it: the sites that are not known exactly."""
         return self._local.free_sites()
 
-    def null_space(self) -> None:
-        """None: the distribution is proper."""
-        return None
-
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""
         ndim = len(self._event_shape)

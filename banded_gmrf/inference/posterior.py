@@ -25,7 +25,7 @@ from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
 
 from ..analysis.marginals import VarianceEstimate
 from ..operators.base import LinearOperator
-from ..validation import as_sites
+from ..validation import as_sites, unit_vectors
 from .conjugate_gradients import Convergence
 from .constraints import ConstrainedGMRF
 from .inferred_field import InferredField
@@ -165,12 +165,9 @@ class ConditionalGMRF(InferredField):
         Returns:
             (*batch, *grid) for one site, (m, *batch, *grid) for m; 0 where one of the two is known exactly.
         """
-        grid, batch, device = self._event_shape, self._batch_shape, self._prior.loc.device
-        sites = as_sites(sites, grid, device)
-        many = sites.reshape(-1, len(grid))
-        units = torch.zeros((len(many), *grid), dtype=torch.float64, device=device)
-        units[(torch.arange(len(many), device=device), *many.unbind(-1))] = 1
-        units = units.reshape(len(many), *[1] * len(batch), *grid).expand(len(many), *batch, *grid)
+        grid, batch = self._event_shape, self._batch_shape
+        sites = as_sites(sites, grid, self._prior.loc.device)
+        units = unit_vectors(sites.reshape(-1, len(grid)), grid, len(batch), torch.float64).expand(-1, *batch, *grid)
         columns = self._system.solve(units.masked_fill(self._known, 0)).to(accumulate_dtype(self._prior.loc.dtype))
         return columns if sites.ndim > 1 else columns[0]
 
@@ -256,10 +253,6 @@ class ConditionalGMRF(InferredField):
     def free_sites(self) -> Tensor:
         """Bool, (*batch, *grid) or what broadcasts to it: the sites that are not known exactly."""
         return ~self._known
-
-    def null_space(self) -> None:
-        """None: the distribution is proper."""
-        return None
 
     def covariance_times(self, x: Tensor) -> Tensor:
         """Σ x in float64, of vectors (*sample, *batch, *grid) in float64; 0 where a site is known exactly."""

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..operators.base import LinearOperator
+from ..validation import unit_vectors
 from .noise import CorrelatedNoise, IndependentNoise
 from .priors import Prior
 
@@ -69,10 +70,8 @@ class SeenThrough:
         generator = torch.Generator().manual_seed(0)
         places = [n // 4 + torch.randint(max(1, n // 2), (_PROBES,), generator=generator) for n in grid]
         sites = torch.stack(places, -1)
-        units = torch.zeros(_PROBES, *grid, dtype=torch.float64)
-        units[(torch.arange(_PROBES), *sites.unbind(-1))] = 1
         batch = len(torch.broadcast_shapes(prior.batch_shape, self.batch_shape))
-        units = units.reshape(_PROBES, *[1] * batch, *grid).to(prior.device)
+        units = unit_vectors(sites.to(prior.device), grid, batch, torch.float64)
         before = prior.column_spectrum(units, torus)  # wherever its site is; columns of W move to the origin
         padding = [side for n, size in zip(grid[::-1], torus[::-1], strict=True) for side in (0, size - n)]
         columns = torch.nn.functional.pad(self.precision(units), padding)
