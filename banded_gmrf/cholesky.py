@@ -21,6 +21,7 @@ from .construction.samples import factor_of_samples
 from .precision_matrix import StencilPrecision
 from .stencil import Stencil, check_stencil
 from .transformations import inspect
+from .validation import warn_of_pairs
 
 
 @register_pytree("banded_gmrf.StencilCholesky", Stencil.to_json, Stencil.from_json)
@@ -351,6 +352,17 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
 
     Raises:
         TypeError, ValueError: as for `StencilCholesky` and `StencilCholesky.matvec`.
+
+    Warns:
+        UserWarning: the residual's batch is (B, 1) and the factor's (B,), which broadcast to B² pairs: a channel left in.
     """
     check_stencil(stencil)
+    nats = fused_nats(residual, log_diag, off_diag, stencil)
+    if residual.ndim > log_diag.ndim:
+        warn_of_pairs("residual", residual.shape[: -stencil.ndim], "log_diag", log_diag.shape[: -stencil.ndim])
+    return nats
+
+
+def fused_nats(residual: Tensor, log_diag: Tensor, off_diag: Tensor, stencil: Stencil) -> Tensor:
+    """`negative_log_likelihood` of what was looked at before."""
     return gmrf_kernels.negative_log_likelihood(residual, log_diag, off_diag, stencil.offsets, stencil.ndim)

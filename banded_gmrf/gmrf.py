@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from gmrf_kernels import standard_normal
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from .analysis import marginals, spectra
 from .analysis.marginals import VarianceEstimate
 from .analysis.spectra import Eigenpairs
 from .batched import Batched, expanded, register_pytree
-from .cholesky import StencilCholesky, negative_log_likelihood
+from .cholesky import StencilCholesky, fused_nats
 from .inference.conditioning import Conditionable
 from .stencil import Stencil
-from .validation import Finite, FiniteWhereItExists, all_finite, as_sites, unit_vectors
+from .validation import Finite, FiniteWhereItExists, all_finite, as_sample_shape, as_sites, broadcast_fields, unit_vectors
 
 _MAX_DENSE_SITES = 2**13
 
@@ -56,7 +56,7 @@ class GMRF(Distribution, Batched, Conditionable):
             raise TypeError(f"precision_cholesky is a {type(precision_cholesky).__name__}, expected a StencilCholesky")
         grid = precision_cholesky.grid
         check_vector("loc", loc, "precision_cholesky", precision_cholesky.coefficients.off_diag, grid)
-        batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
+        batch = broadcast_fields("loc", loc.shape[: loc.ndim - len(grid)], "precision_cholesky", precision_cholesky.batch_shape)
         self.loc = expanded(loc, len(grid), batch)
         self._factor = precision_cholesky
         checks = self._validate_args if validate_args is None else validate_args
@@ -215,7 +215,7 @@ class GMRF(Distribution, Batched, Conditionable):
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """loc + L⁻ᵀu with u ~ N(0, I): (*sample_shape, *batch, *grid), differentiable in ``loc`` and the factor."""
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(as_sample_shape(sample_shape))
         u = standard_normal(shape, self.loc.dtype, self.loc.device)
         x = self._factor.solve(u, transpose=True)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -247,7 +247,7 @@ class GMRF(Distribution, Batched, Conditionable):
         residual = self._residual(value)
         if self._validate_args and value.numel() > 0:  # torch's check of the support fails on no values at all
             self._validate_sample(value)
-        return -negative_log_likelihood(residual, *self._factor.coefficients)
+        return -fused_nats(residual, *self._factor.coefficients)
 
     def leading_eigenpairs(self, k: int) -> Eigenpairs:
         """The k largest eigenvalues of Σ and their eigenvectors, by Lanczos iterations on solves with L.
@@ -315,7 +315,7 @@ class GMRF(Distribution, Batched, Conditionable):
             ValueError: another grid or device, or a batch that does not broadcast.
         """
         check_vector(name, field, "precision_cholesky", self._factor.coefficients.off_diag, self._event_shape)
-        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        broadcast_fields(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
 
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {getattr(self, name).shape}" for name in self.arg_constraints)

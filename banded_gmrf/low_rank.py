@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_dtype, check_tensor, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_dtype, check_tensor, check_vector
 
 from .analysis.marginals import VarianceEstimate
 from .batched import Batched, expanded, register_pytree
@@ -30,7 +30,7 @@ from .inference.inferred_field import InferredField
 from .inference.low_rank_posterior import LowRankPosterior
 from .operators.base import LinearOperator
 from .stencil import Stencil
-from .validation import Finite
+from .validation import Finite, broadcast_fields
 
 
 @register_pytree("banded_gmrf.LowRankGMRF")
@@ -79,7 +79,7 @@ class LowRankGMRF(InferredField, Batched):
         rank = factors.shape[-ndim - 1]
         if rank > grid.numel():
             raise ValueError(f"factors has {rank} factors, expected at most as many as the grid {tuple(grid)} has sites")
-        batch = broadcast_batch("factors", factors.shape[: -ndim - 1], "the local field", local.batch_shape)
+        batch = broadcast_fields("factors", factors.shape[: -ndim - 1], "the local field", local.batch_shape)
         self._local = local if batch == local.batch_shape else local.expand(batch)
         self._factors = factors
         super().__init__(batch, grid, validate_args=validate_args)

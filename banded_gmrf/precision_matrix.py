@@ -12,7 +12,7 @@ import gmrf_kernels
 from gmrf_kernels.checks import broadcast_batch, check_factor, check_tensor
 
 from .batched import Batched, register_pytree
-from .stencil import Stencil, check_stencil
+from .stencil import Stencil, as_grid, check_stencil
 
 
 @register_pytree("banded_gmrf.StencilPrecision", Stencil.to_json, Stencil.from_json)
@@ -58,7 +58,7 @@ class StencilPrecision(Batched):
             TypeError: neither a floating-point tensor nor a SciPy sparse matrix.
             ValueError: another shape.
         """
-        grid = torch.Size(grid)
+        grid = as_grid(grid)
         n = grid.numel()
         if not scipy.sparse.issparse(matrix):
             check_tensor("matrix", matrix)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributions import Distribution, constraints
 
 from gmrf_kernels import standard_normal
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from .analysis.marginals import VarianceEstimate
 from .batched import Batched, expanded, register_pytree
@@ -22,7 +22,7 @@ from .operators.base import LinearOperator
 from .precision_matrix import StencilPrecision
 from .recursions.dissection import DissectedCholesky
 from .transformations import is_transformed, is_transforming, require
-from .validation import Finite, FiniteWhereItExists, as_sites, unit_vectors
+from .validation import Finite, FiniteWhereItExists, as_sample_shape, as_sites, broadcast_fields, unit_vectors
 
 _CHUNK_ELEMENTS = 2**22
 
@@ -71,7 +71,7 @@ class SparseGMRF(Distribution, Batched, Conditionable):
             raise TypeError(f"precision is a {type(precision).__name__}, expected a StencilPrecision")
         grid = precision.grid
         check_vector("loc", loc, "precision", precision.off_diag, grid)
-        batch = broadcast_batch("loc", loc.shape[: loc.ndim - len(grid)], "precision", precision.batch_shape)
+        batch = broadcast_fields("loc", loc.shape[: loc.ndim - len(grid)], "precision", precision.batch_shape)
         self.loc = expanded(loc, len(grid), batch)
         self._precision, self._kept = precision, {}
         super().__init__(batch, grid, validate_args=validate_args)
@@ -171,7 +171,7 @@ class SparseGMRF(Distribution, Batched, Conditionable):
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable in ``loc`` and Λ."""
-        shape = self._extended_shape(torch.Size(sample_shape))
+        shape = self._extended_shape(as_sample_shape(sample_shape))
         u = standard_normal(shape, torch.float64, self.loc.device).flatten(-len(self._event_shape))
         deviation = self._factor().solve_root(u).unflatten(-1, self._event_shape)
         return (self.loc.double() + deviation).to(self.loc.dtype)
@@ -237,7 +237,7 @@ class SparseGMRF(Distribution, Batched, Conditionable):
             ValueError: another grid or device, or a batch that does not broadcast.
         """
         check_vector(name, field, "precision", self._precision.off_diag, self._event_shape)
-        broadcast_batch(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
+        broadcast_fields(name, field.shape[: field.ndim - len(self._event_shape)], "the distribution", self._batch_shape)
 
     def __repr__(self) -> str:
         return f"SparseGMRF(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"

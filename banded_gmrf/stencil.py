@@ -142,6 +142,7 @@ class Stencil:
         """Raise TypeError or ValueError unless ``grid`` has as many axes as the stencil, of at least one site each."""
         if not isinstance(grid, Sequence):
             raise TypeError(f"grid is {grid!r}, expected {self._ndim} axes")
+        _integers("grid", grid)
         if len(grid) != self._ndim or any(n < 1 for n in grid):
             raise ValueError(f"grid is {tuple(grid)}, expected {self._ndim} axes of at least one site")
 
@@ -182,6 +183,25 @@ def as_integer(name: str, value: int) -> int:
         return operator.index(value)
     except TypeError:
         raise TypeError(f"{name} is {value!r}, expected an integer") from None
+
+
+def as_grid(grid: Sequence[int], name: str = "grid") -> torch.Size:
+    """Numbers of sites along 1 to 3 axes, or an error that says what is wrong with them."""
+    expected = "expected the number of sites along each of 1 to 3 axes"
+    if isinstance(grid, str):
+        raise TypeError(f"{name} is {grid!r}, {expected}")
+    try:
+        grid = tuple(grid)
+    except TypeError:
+        raise TypeError(f"{name} is {grid!r}, {expected}") from None
+    grid = _integers(name, grid)
+    if not 1 <= len(grid) <= 3 or any(n < 1 for n in grid):
+        raise ValueError(f"{name} is {grid}, {expected}, at least one")
+    return torch.Size(grid)
+
+
+def _integers(name: str, grid: Sequence[int]) -> tuple[int, ...]:
+    return tuple(n if isinstance(n, int | torch.SymInt) else as_integer(f"{name}[{axis}]", n) for axis, n in enumerate(grid))
 
 
 def _parse_offset(offset: Sequence[int] | int) -> tuple[int, ...]:

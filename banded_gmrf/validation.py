@@ -1,14 +1,21 @@
 """Checks of what a distribution is given: constraints in the sense of `torch.distributions`, kinds of models, and sites."""
 
 import math
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
 
+from gmrf_kernels.checks import broadcast_batch
 from gmrf_kernels.registration import nothing_intervenes
 
 from .stencil import Stencil
+from .transformations import require
+
+_MOST_CHANNELS = 4
 
 
 class Finite(constraints.Constraint):
@@ -62,6 +69,73 @@ def all_finite(*tensors: Tensor) -> bool:
 def _sum_is_finite(value: Tensor) -> bool:
     """True only where all numbers are finite, in one pass that writes nothing; sums of such numbers may still overflow."""
     return bool(torch._is_all_true(value.detach().sum().isfinite()))  # of all that vmap maps over, as torch's own checks
+
+
+def check_finite(name: str, value: Tensor) -> None:
+    """Raise ValueError where a tensor has NaN or infinity, also under `torch.func`'s transformations."""
+    require(value.isfinite().all(), f"{name} has NaN or infinite entries, expected finite ones")
+
+
+def check_levels(levels: Sequence[float]) -> list[float]:
+    """Probabilities as numbers, or an error where they are none, or no sequence."""
+    if not isinstance(levels, Iterable) or isinstance(levels, str):
+        raise TypeError(f"levels is {levels!r}, expected a sequence of probabilities")
+    levels = [check_level(level, f"levels[{i}]") for i, level in enumerate(levels)]
+    if not levels or not all(0 <= level <= 1 for level in levels):
+        raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
+    return levels
+
+
+def check_level(level: float, name: str = "level") -> float:
+    """One probability as a number, or a TypeError where it is none; its range is for the caller to check."""
+    try:
+        return float(level)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {level!r}, expected a number") from None
+
+
+def as_sample_shape(sample_shape: Sequence[int]) -> torch.Size:
+    """What torch's distributions take, or a TypeError that says how a number of samples is written."""
+    if isinstance(sample_shape, int):
+        raise TypeError(f"sample_shape is {sample_shape}, expected a sequence of integers, as in sample(({sample_shape},))")
+    return torch.Size(sample_shape)
+
+
+def broadcast_fields(name: str, batch: Sequence[int], other_name: str, other: Sequence[int]) -> torch.Size:
+    """`broadcast_batch` of fields that a user gives, with a warning of an axis of channels that was left in their batch."""
+    if tuple(batch) == tuple(other):
+        return torch.Size(batch)
+    warn_of_pairs(name, batch, other_name, other)
+    return broadcast_batch(name, batch, other_name, other)
+
+
+def warn_of_pairs(name: str, batch: Sequence[int], other_name: str, other: Sequence[int]) -> None:
+    """Warn where a batch (B, 1) meets one of B, as torch's losses do: that broadcasts to all B² pairs."""
+    if len(other) and other[-1] > 1 and tuple(batch) == (*other, 1):
+        _warn(
+            f"{name} has batch shape {tuple(batch)}, {other_name} {tuple(other)}: they broadcast to all pairs of the two. If "
+            "the last axis is one channel, leave it out, as in images[:, 0]"
+        )
+
+
+def warn_of_channels(name: str, shape: Sequence[int], ndim: int) -> None:
+    """Warn where images with their channels last are taken for more fields on a grid of which the channels are an axis."""
+    if ndim < 3 and len(shape) >= ndim + 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-ndim - 1 : -1]):
+        grid = tuple(shape[-ndim:])
+        _warn(
+            f"{name} has shape {tuple(shape)}, of which {grid} is taken for the grid. If its last axis is one of channels, the "
+            f"grid is {tuple(shape[-ndim - 1 :])}, of {ndim + 1} axes, and so is the stencil's"
+        )
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called the library, so that what is noticed twice in one call is shown once."""
+    if torch.compiler.is_compiling():
+        return
+    level, frame = 1, sys._getframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == "banded_gmrf":
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, UserWarning, stacklevel=level)
 
 
 def check_model(name: str, model: object, *kinds: type) -> None:

@@ -10,6 +10,7 @@ from rich.table import Table
 from programs.environment import machine_text
 from programs.tables import markdown_table
 
+from .cases import parse_stencil
 from .measure import GIB
 from .operations import OPERATIONS
 from .results import Results, about
@@ -87,6 +88,31 @@ def terminal_table(results: Results) -> Table:
     return table
 
 
+def quality_table(results: Results) -> Table | None:
+    """Nats per pixel of each stencil beside the milliseconds of what was timed, or None where none was judged."""
+    quality, case = results["quality"], headline_case(results)
+    if not quality or not quality["scores"]:
+        return None
+    title = f"{quality['patches']} held-out patches of photographs; nats per pixel, lower is better"
+    table = Table(title=title, box=rich.box.SIMPLE_HEAD)
+    rows = [] if case is None else _headline_rows(results, case)
+    operations = [name for name in OPERATIONS if any(row["operation"] == name for row in rows)]
+    table.add_column("stencil", no_wrap=True)
+    for name in ("K", "nats\nper pixel", "gain over\nsmallest", *(f"{name}\nms" for name in operations)):
+        table.add_column(name, justify="right", no_wrap=True)
+    for score in quality["scores"]:
+        own = {row["operation"]: row for row in rows if row["stencil"] == score["stencil"]}
+        milliseconds = (_milliseconds(own[name]) if name in own else "" for name in operations)
+        size = 1 + len(parse_stencil(score["stencil"]))
+        table.add_row(score["stencil"], str(size), *_quality_cells(score), *milliseconds)
+    return table
+
+
+def _headline_rows(results: Results, case: dict[str, Any]) -> list[Row]:
+    """The library's own rows of the case by which stencils are compared."""
+    return measured(results["rows"], implementation=results["backend"], samples=1, dtype="float32", **case)
+
+
 def markdown_report(results: Results, plots: Sequence[str]) -> str:
     """The report: which stencil to use, the plots, the peers, every row, and how it was measured.
 
@@ -120,7 +146,7 @@ def _stencil_table(results: Results) -> str | None:
     case = headline_case(results)
     if case is None:
         return None
-    rows = measured(results["rows"], implementation=results["backend"], samples=1, dtype="float32", **case)
+    rows = _headline_rows(results, case)
     operations = [name for name in OPERATIONS if any(row["operation"] == name for row in rows)]
     scores = {score["stencil"]: score for score in (results["quality"] or {"scores": []})["scores"]}
     header = ["stencil", "K", *(f"{OPERATIONS[name].title}, ms" for name in operations), "peak memory, MiB"]

@@ -11,7 +11,7 @@ from .cases import fits
 from .implementations import default_backend
 from .presets import Work
 from .quality import Photographs, held_out_quality
-from .report import identity, markdown_report, terminal_table
+from .report import identity, markdown_report, quality_table, terminal_table
 from .results import Results, environment, progress_bar, write_results
 from .rows import Limits, measure_work
 
@@ -19,7 +19,7 @@ from .rows import Limits, measure_work
 def run_works(
     works: Sequence[Work], limits: Limits, device: str, preset: str, photographs: Photographs, folder: Path, console: Console
 ) -> Results:
-    """Measure ``works``, write results.json, report.md and the plots into ``folder``, and show the table.
+    """Measure ``works``, write results.json, report.md and the plots into ``folder``, and show the tables.
 
     Args:
         works: what to measure.
@@ -57,4 +57,6 @@ def run_works(
     }
     write_results(folder, results, markdown_report(results, plots.draw(folder, results)), "report.md")
     console.print(terminal_table(results))
+    if (judged := quality_table(results)) is not None:
+        console.print(judged)
     return results

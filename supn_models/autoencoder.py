@@ -7,6 +7,9 @@ from typing import Any, Self
 
 from torch import Tensor, nn
 
+from banded_gmrf.stencil import as_grid
+from gmrf_kernels.checks import check_tensor
+
 from .layers import check_features, check_positive_int, conv, normalization
 from .upsampling import upsample
 
@@ -98,6 +101,7 @@ class ConvDecoder(nn.Module):
 
     def forward(self, code: Tensor) -> Tensor:
         """Images (B, out_channels, *grid) of codes (B, latent_size)."""
+        check_tensor("code", code)
         if code.ndim != 2 or code.shape[1] != self.latent_size:
             raise ValueError(f"code has shape {tuple(code.shape)}, expected (batch, {self.latent_size})")
         x = self.from_code(code)
@@ -139,7 +143,7 @@ class ConvAutoencoder(nn.Module):
         check_positive_int("in_channels", in_channels)
         check_positive_int("latent_size", latent_size)
         self.config: dict[str, Any] = {
-            "grid": tuple(grid),
+            "grid": tuple(as_grid(grid)),
             "in_channels": in_channels,
             "latent_size": latent_size,
             "channels": tuple(channels),
@@ -174,8 +178,7 @@ def _grids(
     """Check the arguments; return the sizes at all resolutions, that of the image first."""
     check_positive_int(name, image_channels)
     check_positive_int("latent_size", latent_size)
-    if not 1 <= len(grid) <= 3 or any(not isinstance(n, int) or n < 1 for n in grid):
-        raise ValueError(f"grid is {tuple(grid)}, expected 1 to 3 positive integers")
+    grid = as_grid(grid)
     if len(channels) == 0 or any(not isinstance(c, int) or c < 1 for c in channels):
         raise ValueError(f"channels is {tuple(channels)}, expected at least one positive integer")
     check_positive_int("kernel_size", kernel_size)

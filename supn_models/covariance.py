@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
+from banded_gmrf.stencil import as_grid
+from gmrf_kernels.checks import check_tensor
 
 from .autoencoder import ConvDecoder
 from .head import StencilCholeskyHead
@@ -138,6 +140,7 @@ class LatentCovarianceNetwork(nn.Module):
         super().__init__()
         check_stencil(stencil)
         check_positive_int("channels", channels)
+        grid = as_grid(grid)
         if len(grid) != stencil.ndim:
             raise ValueError(f"grid is {tuple(grid)}, expected {stencil.ndim} axes as the stencil has")
         if image_channels != 0:
@@ -175,6 +178,8 @@ class LatentCovarianceNetwork(nn.Module):
         features = self.decoder(code)
         if self.image_channels:
             expected = (code.shape[0], self.image_channels, *features.shape[2:])
+            if image is not None:
+                check_tensor("image", image)
             if image is None or image.shape != expected:
                 raise ValueError(f"image has shape {None if image is None else tuple(image.shape)}, expected {expected}")
             features = torch.cat((features, image), dim=1)

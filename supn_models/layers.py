@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from banded_gmrf import Stencil
+from gmrf_kernels.checks import check_tensor
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # exp(±10) around an initial standard deviation: far beyond what residuals in one image span, and far within float32.
@@ -82,6 +83,7 @@ def check_stddev(name: str, value: float) -> None:
 
 
 def check_features(name: str, x: Tensor, channels: int, ndim: int) -> None:
-    """Raise ValueError unless ``x`` is (B, channels, *grid) with ``ndim`` grid axes, none of them empty."""
+    """Raise TypeError unless ``x`` is a tensor of floats, ValueError unless it is (B, channels, *grid), no axis empty."""
+    check_tensor(name, x)
     if x.ndim != ndim + 2 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, {channels}, *grid) with {ndim} grid axes")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import banded_gmrf as bg
+from gmrf_kernels.checks import check_tensor
 
 from .graph import predicted_factor
 from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stencil, soft_bound
@@ -92,6 +93,7 @@ class CovarianceMLP(nn.Module):
 
     def forward(self, x: Tensor) -> bg.StencilCholesky:
         """The factors, batch (B,), of inputs (B, ...) with ``in_features`` numbers each."""
+        check_tensor("x", x)
         features = x.flatten(1)
         if features.shape[1] != self.in_features:
             raise ValueError(f"x has shape {tuple(x.shape)}, expected (batch, ...) with {self.in_features} numbers each")

@@ -84,8 +84,9 @@ def categorical_log_likelihood(logits: Distribution, labels: Tensor, num_samples
         ValueError: labels of another shape, or out of range; ``num_samples`` less than 1.
     """
     check_positive_int("num_samples", num_samples)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels is {labels.dtype}, expected torch.int64")
+    if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+        came = labels.dtype if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
+        raise TypeError(f"labels is {came}, expected torch.int64")
     *grid, num_classes = logits.event_shape
     if labels.shape != (*logits.batch_shape, *grid):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {(*logits.batch_shape, *grid)}")

@@ -17,7 +17,8 @@ import gmrf_kernels
 from gmrf_kernels.checks import broadcast_batch, check_device, check_dtype, check_tensor, check_vector
 
 from ..stencil import Stencil, check_stencil, flat_index
-from ..transformations import inspect, require
+from ..transformations import inspect
+from ..validation import check_finite, warn_of_channels
 from .covariance import CovarianceFunction, as_factor, nearest_columns, neighbourhoods, optimal_columns
 from .stability import MAX_GROWTH, growth_of_factor, stable_columns
 
@@ -108,7 +109,7 @@ def _lag_covariances(
         if chunk.shape[1:] != first.shape[1:]:
             raise ValueError(f"samples has shape {tuple(chunk.shape)} after {tuple(first.shape)}, expected one batch and grid")
         check_dtype("samples", chunk, "its first chunk", first)
-        require(chunk.isfinite().all(), "samples has NaN or infinite entries, expected finite ones")
+        check_finite("samples", chunk)
         check_device("samples", chunk, "its first chunk", first)
         centred = chunk.to(torch.float64) - origin
         products = products + _lag_products(centred, lags)
@@ -136,6 +137,7 @@ def _chunks(samples: Tensor | Iterable[Tensor], ndim: int) -> Iterator[Tensor]:
                 f"samples has shape {tuple(chunk.shape)}, expected (S, *batch, *grid) with at least one sample and a grid of "
                 f"{ndim} axes of at least one site"
             )
+        warn_of_channels("samples", chunk.shape, ndim)
         yield from chunk.split(max(1, _CHUNK_ELEMENTS // max(1, chunk[0].numel())))
 
 

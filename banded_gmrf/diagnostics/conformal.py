@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..gmrf import GMRF
 from ..inference.posterior import ConditionalGMRF
+from ..validation import check_level
 from .coverage import deviations
 
 _REGIONS = ("ellipsoid", "intervals")
@@ -40,12 +41,13 @@ def conformal_scale(q: "GMRF | ConditionalGMRF", x: Tensor, level: float = 0.9, 
         () in float64.
 
     Raises:
+        TypeError: ``level`` is not a number, or ``x`` not a floating-point tensor.
         ValueError: another region, a level that is not between 0 and 1, another grid, NaN or infinity, a model without a site
             of positive variance, or fewer than level / (1 - level) fields, for which no finite scale has the guarantee.
     """
     if region not in _REGIONS:
         raise ValueError(f"region is {region!r}, expected 'ellipsoid' or 'intervals'")
-    if not 0 < level < 1:
+    if not 0 < check_level(level) < 1:
         raise ValueError(f"level is {level}, expected more than 0 and less than 1")
     ndim = len(q.event_shape)
     count = torch.broadcast_shapes(x.shape[: max(0, x.ndim - ndim)], q.batch_shape).numel()

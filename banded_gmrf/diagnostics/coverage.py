@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device, check_tensor
+from gmrf_kernels.checks import accumulate_dtype, check_device, check_tensor
 
 from ..cholesky import squares_matvec
 from ..factors import added_variance, mixture, products
@@ -17,7 +17,7 @@ from ..inference.systems import PosteriorSystem
 from ..low_rank import LowRankGMRF
 from ..sparse import SparseGMRF
 from ..stencil import as_integer
-from ..validation import check_model
+from ..validation import broadcast_fields, check_finite, check_levels, check_model
 
 _MAX_EXACT_BLOCKS = 1024
 _CHUNK_ELEMENTS = 2**22
@@ -45,8 +45,10 @@ def marginal_coverage(q: "GMRF | ConditionalGMRF", x: Tensor, levels: Sequence[f
         (len(levels),) in float64, over all sites, samples and batches.
 
     Raises:
+        TypeError: ``x`` is not a floating-point tensor, or ``levels`` no sequence of numbers.
         ValueError: another grid, NaN or infinity, a level outside [0, 1], or a model without a site of positive variance.
     """
+    levels = check_levels(levels)
     z, exists = deviations(q, x)
     return _fractions(z[exists], levels)
 
@@ -91,6 +93,7 @@ def block_coverage(
         raise ValueError(f"method is {method!r}, expected 'auto', 'exact' or 'monte_carlo'")
     if num_samples < 2:
         raise ValueError(f"num_samples is {num_samples}, expected at least 2")
+    levels = check_levels(levels)
     _check_data(q, x)
     number = _block_numbers(grid, sizes, x.device)
     deviation = _block_means(x.double() - q.mean.double(), number)
@@ -132,15 +135,12 @@ def _check_data(q: "GMRF | ConditionalGMRF", x: Tensor) -> None:
     check_tensor("x", x)
     if x.ndim < len(grid) or x.shape[x.ndim - len(grid) :] != grid:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (..., {', '.join(map(str, grid))})")
-    broadcast_batch("x", x.shape[: x.ndim - len(grid)], "the distribution", q.batch_shape)
-    if not x.isfinite().all():
-        raise ValueError("x has NaN or infinite entries, expected finite ones")
+    broadcast_fields("x", x.shape[: x.ndim - len(grid)], "the distribution", q.batch_shape)
+    check_finite("x", x)
 
 
 def _fractions(z: Tensor, levels: Sequence[float]) -> Tensor:
     """The fraction of magnitudes inside the central interval of each probability of N(0, 1)."""
-    if not all(0 <= level <= 1 for level in levels):
-        raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
     if z.numel() == 0:
         raise ValueError("q has no block of positive variance, or x no sample: expected at least one")
     inside = torch.special.erf(z / 2**0.5)  # the probability of a narrower interval
@@ -189,15 +189,15 @@ def leave_one_out(q: GMRF | SparseGMRF | LowRankGMRF, x: Tensor) -> Tensor:
 
     Raises:
         TypeError: ``q`` is another distribution, or ``x`` as for `GMRF.whiten`.
-        ValueError: as for `GMRF.whiten`.
+        ValueError: as for `GMRF.whiten`; NaN or infinity.
     """
     check_model("q", q, GMRF, SparseGMRF, LowRankGMRF)
+    q.check_field("x", x)
+    check_finite("x", x)
     if isinstance(q, SparseGMRF):
-        q.check_field("x", x)
         product = q.precision.matvec(x.double() - q.loc.double())
         return (product / q.precision.diag.double().sqrt()).to(accumulate_dtype(x.dtype))
     if isinstance(q, LowRankGMRF):  # in float64: what the factors explain is taken away
-        q.check_field("x", x)
         exact, value = q.to(torch.float64), x.double()
         local, away, ndim = exact.local, exact.precision_factors, len(q.event_shape)
         explained = mixture(products(away, value - exact.loc, ndim), away, ndim), added_variance(away, ndim)
@@ -225,10 +225,11 @@ def conditional_score(q: GMRF | SparseGMRF, x: Tensor, region: Tensor) -> ChiSqu
 
     Raises:
         TypeError: ``q`` is another distribution, ``region`` is not of bools, or ``x`` as for `GMRF.whiten`.
-        ValueError: grids, batches or devices that do not fit.
+        ValueError: grids, batches or devices that do not fit; NaN or infinity.
     """
     check_model("q", q, GMRF, SparseGMRF)
     q.check_field("x", x)
+    check_finite("x", x)
     grid = q.event_shape
     if not isinstance(region, Tensor) or region.dtype != torch.bool:
         came = region.dtype if isinstance(region, Tensor) else type(region).__name__

@@ -9,6 +9,7 @@ from torch import Tensor
 from gmrf_kernels.checks import accumulate_dtype
 
 from ..gmrf import GMRF
+from ..validation import check_finite
 from .lags import lags
 
 
@@ -26,9 +27,10 @@ def energy_score(q: GMRF, x: Tensor, num_samples: int = 64) -> Tensor:
         (*sample, *batch), in the units of x, in float32 for float16 and bfloat16; differentiable.
 
     Raises:
-        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; NaN or infinity; fewer than two samples.
     """
     q.check_field("x", x)
+    check_finite("x", x)
     x, draws = _accumulated(x, _draw(q, num_samples))
     axes = tuple(range(-len(q.event_shape), 0))
     to_data = torch.stack([torch.linalg.vector_norm(draw - x, dim=axes) for draw in draws]).mean(0)
@@ -54,10 +56,11 @@ def variogram_score(q: GMRF, x: Tensor, max_lag: int = 3, order: float = 0.5, nu
         (*sample, *batch), in float32 for float16 and bfloat16; differentiable where no two sites are equal.
 
     Raises:
-        TypeError, ValueError: ``x`` as for `GMRF.whiten`; fewer than two samples, too long a lag, or an order that is not
-            positive.
+        TypeError, ValueError: ``x`` as for `GMRF.whiten`; NaN or infinity; fewer than two samples, too long a lag, or an
+            order that is not positive.
     """
     q.check_field("x", x)
+    check_finite("x", x)
     if not 1 <= max_lag < min(q.event_shape):
         raise ValueError(f"max_lag is {max_lag}, expected at least 1 and less than the shortest axis of {tuple(q.event_shape)}")
     if not order > 0:

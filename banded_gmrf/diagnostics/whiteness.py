@@ -10,7 +10,8 @@ from gmrf_kernels.checks import accumulate_dtype, check_tensor
 
 from ..gmrf import GMRF
 from ..low_rank import LowRankGMRF
-from ..validation import check_model
+from ..transformations import require
+from ..validation import check_finite, check_levels, check_model, warn_of_channels
 from .lags import lags
 
 
@@ -37,10 +38,13 @@ def whitened_moments(q: GMRF | LowRankGMRF, x: Tensor) -> Moments:
 
     Raises:
         TypeError: ``q`` is another distribution, or ``x`` as for `GMRF.whiten`.
-        ValueError: as for `GMRF.whiten`.
+        ValueError: as for `GMRF.whiten`; NaN or infinity, or no field.
     """
     check_model("q", q, GMRF, LowRankGMRF)
     q.check_field("x", x)
+    check_finite("x", x)
+    if x.numel() == 0:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected at least one field")
     y = q.whiten(x).reshape(-1, *q.event_shape)
     return Moments(y.mean(0), y.square().mean(0))
 
@@ -59,7 +63,7 @@ def autocorrelation(fields: Tensor, max_lag: int, ndim: int = 2) -> Tensor:
 
     Raises:
         TypeError: ``fields`` is not a floating-point tensor.
-        ValueError: too few axes or too long a lag.
+        ValueError: too few axes, too long a lag, NaN or infinity, or fields whose values are all the same.
     """
     grid = _grid(fields, ndim)
     if not 0 <= max_lag < min(grid):
@@ -67,7 +71,8 @@ def autocorrelation(fields: Tensor, max_lag: int, ndim: int = 2) -> Tensor:
     fields = fields.to(accumulate_dtype(fields.dtype))
     centred = fields - fields.mean()
     products = centred.new_empty((2 * max_lag + 1,) * ndim)
-    products[(max_lag,) * ndim] = centred.square().mean()
+    products[(max_lag,) * ndim] = variance = centred.square().mean()
+    require(variance > 0, "fields has no two values that differ, expected fields that vary")
     for lag, here, there in lags(max_lag, grid):
         product = (centred[..., *here] * centred[..., *there]).mean()
         products[tuple(max_lag + step for step in lag)] = product
@@ -91,8 +96,7 @@ def quantiles(values: Tensor, num: int = 99) -> Quantiles:
         ValueError: ``num`` out of range, NaN or infinity.
     """
     check_tensor("values", values)
-    if not values.isfinite().all():
-        raise ValueError("values has NaN or infinite entries, expected finite ones")
+    check_finite("values", values)
     if not 1 <= num <= values.numel():
         raise ValueError(f"num is {num}, expected between 1 and the number of values, {values.numel()}")
     probabilities = (torch.arange(num, dtype=torch.float64, device=values.device) + 0.5) / num
@@ -121,14 +125,10 @@ def chi_squared_coverage(fields: Tensor, levels: Sequence[float] = (0.5, 0.8, 0.
         (len(levels),) in float64.
 
     Raises:
-        TypeError: ``fields`` is not a floating-point tensor.
+        TypeError: ``fields`` is not a floating-point tensor, or ``levels`` no sequence of numbers.
         ValueError: too few axes, NaN or infinity, or a level outside [0, 1].
     """
-    grid = _grid(fields, ndim)
-    if not fields.isfinite().all():
-        raise ValueError("fields has NaN or infinite entries, expected finite ones")
-    if not all(0 <= level <= 1 for level in levels):
-        raise ValueError(f"levels is {tuple(levels)}, expected probabilities")
+    grid, levels = _grid(fields, ndim), check_levels(levels)
     distance = fields.double().square().flatten(-ndim).sum(-1).flatten()
     half_n = torch.tensor(0.5 * grid.numel(), dtype=torch.float64, device=distance.device)
     inside = torch.special.gammainc(half_n, 0.5 * distance)  # the cumulative distribution of χ²
@@ -139,4 +139,6 @@ def _grid(fields: Tensor, ndim: int) -> torch.Size:
     check_tensor("fields", fields)
     if not 1 <= ndim <= fields.ndim:
         raise ValueError(f"fields has shape {tuple(fields.shape)}, expected a grid of {ndim} axes")
+    check_finite("fields", fields)
+    warn_of_channels("fields", fields.shape, ndim)
     return fields.shape[fields.ndim - ndim :]

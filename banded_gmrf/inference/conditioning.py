@@ -7,10 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import broadcast_batch, check_device, check_vector
+from gmrf_kernels.checks import check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
 from ..transformations import require
+from ..validation import broadcast_fields
 from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
@@ -286,5 +287,5 @@ def _broadcast_batches(prior, **batches: Sequence[int]) -> None:
     """Check that all these batches broadcast with the distribution's and with each other."""
     batch, others = prior.batch_shape, "the distribution"
     for name, shape in batches.items():
-        batch = broadcast_batch(name, shape, others, batch)
+        batch = broadcast_fields(name, shape, others, batch)
         others += f" and {name}"

@@ -20,7 +20,7 @@ from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_device,
 from ..analysis.marginals import VarianceEstimate
 from ..errors import NotPositiveDefiniteError
 from ..operators.base import as_operator
-from ..validation import as_sites
+from ..validation import as_sites, check_finite
 from .inferred_field import InferredField
 
 
@@ -245,8 +245,7 @@ def _as_matrix(A, e: Tensor, grid: torch.Size, device: torch.device) -> tuple[Te
         raise ValueError(f"A is on {A.device}, the distribution is on {device}")
     check_device("e", e, "A", A)
     for name, tensor in (("A", A), ("e", e)):
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} has NaN or infinite entries, expected finite ones")
+        check_finite(name, tensor)
     return A, e.double()
 
 

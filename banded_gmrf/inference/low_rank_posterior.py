@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from ..analysis.marginals import VarianceEstimate
 from ..batched import expanded
@@ -31,6 +31,7 @@ from ..factors import (
     solve_capacitance,
 )
 from ..operators.base import LinearOperator
+from ..validation import broadcast_fields
 from .constraints import ConstrainedGMRF
 from .inferred_field import InferredField
 from .posterior import ConditionalGMRF
@@ -120,7 +121,7 @@ class LowRankPosterior(InferredField):
         """
         grid = self._event_shape
         check_vector("value", value, "the distribution", self._prior.loc, grid)
-        broadcast_batch("value", value.shape[: value.ndim - len(grid)], "the distribution", self._batch_shape)
+        broadcast_fields("value", value.shape[: value.ndim - len(grid)], "the distribution", self._batch_shape)
         times_precision, root = self._capacitance()
         residual = value.double() - self._local.mean_in_double()
         weights = solve_capacitance(root, products(times_precision, residual, len(grid)))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..analysis.marginals import precision_diagonal
-from ..cholesky import negative_log_likelihood
+from ..cholesky import fused_nats
 from ..recursions.strips import block_coefficients, block_rows, strip
 
 
@@ -132,7 +132,7 @@ class CorrelatedNoise(_SitewiseModel):
 
     def log_prob(self, noise: Tensor) -> Tensor:
         """Its log density, (*batch) in nats."""
-        return -negative_log_likelihood(noise - self.loc, *self._factor.coefficients)
+        return -fused_nats(noise - self.loc, *self._factor.coefficients)
 
     def blocks(self) -> tuple[Tensor, ...]:
         """What `gram` needs of each block of rows."""

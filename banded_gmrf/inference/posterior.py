@@ -21,11 +21,11 @@ import torch
 from torch import Tensor
 
 from gmrf_kernels import standard_normal
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from ..analysis.marginals import VarianceEstimate
 from ..operators.base import LinearOperator
-from ..validation import as_sites, unit_vectors
+from ..validation import as_sample_shape, as_sites, broadcast_fields, unit_vectors
 from .conjugate_gradients import Convergence
 from .constraints import ConstrainedGMRF
 from .inferred_field import InferredField
@@ -173,7 +173,7 @@ class ConditionalGMRF(InferredField):
 
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """(*sample_shape, *batch, *grid), differentiable; one solve for all."""
-        shape, prior = self._extended_shape(torch.Size(sample_shape)), self._prior
+        shape, prior = self._extended_shape(as_sample_shape(sample_shape)), self._prior
         if not self._system.direct:
             x = prior.rsample(sample_shape)
             z = standard_normal((*shape[: len(shape) - len(self._event_shape)], *self._model.event_shape), **self._double)
@@ -195,7 +195,7 @@ class ConditionalGMRF(InferredField):
         """
         grid = self._event_shape
         check_vector("value", value, "the distribution", self._prior.loc, grid)
-        broadcast_batch("value", value.shape[: value.ndim - len(grid)], "the distribution", self._batch_shape)
+        broadcast_fields("value", value.shape[: value.ndim - len(grid)], "the distribution", self._batch_shape)
         self._system.check_factorisable("log_prob")
         if self._validate_args and value.numel() > 0:
             self._validate_sample(value)

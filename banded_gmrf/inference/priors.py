@@ -13,7 +13,7 @@ from torch import Tensor
 
 import gmrf_kernels
 
-from ..cholesky import StencilCholesky, negative_log_likelihood, squares_matvec
+from ..cholesky import StencilCholesky, fused_nats, squares_matvec
 from ..precision_matrix import StencilPrecision
 from ..recursions.covariances import check_exact_is_affordable
 from ..recursions.dissection import DissectedCholesky, dissection_size
@@ -126,7 +126,7 @@ class FactorPrior:
 
     def log_density(self, x: Tensor) -> Tensor:
         """log N(x; 0, Λ⁻¹) in nats."""
-        return -negative_log_likelihood(x, *self._factor.coefficients)
+        return -fused_nats(x, *self._factor.coefficients)
 
     def dense(self, free: Tensor) -> Tensor:
         """Λ_ff."""

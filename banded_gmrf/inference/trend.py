@@ -13,6 +13,7 @@ from torch.distributions import MultivariateNormal
 from gmrf_kernels.checks import check_device, check_tensor
 
 from ..errors import NotPositiveDefiniteError
+from ..validation import check_finite
 from .low_rank_posterior import LowRankPosterior
 from .posterior import ConditionalGMRF
 
@@ -65,8 +66,7 @@ def trend_parts(covariates: Tensor, covariate_variance: Tensor | float | None, g
         )
     if covariates.device != device:
         raise ValueError(f"covariates is on {covariates.device}, the distribution is on {device}")
-    if not covariates.isfinite().all():
-        raise ValueError("covariates has NaN or infinite entries, expected finite ones")
+    check_finite("covariates", covariates)
     if covariate_variance is None:
         raise TypeError("covariate_variance is None, expected the prior variance of the covariates' coefficients")
     m = len(covariates)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from gmrf_kernels.checks import check_tensor
 
-from ..stencil import as_integer
-from ..transformations import require
+from ..stencil import as_grid, as_integer
+from ..validation import check_finite
 from .base import GridOperator
 
 _BOUNDARIES = ("zero", "reflect", "periodic")
@@ -52,14 +52,14 @@ class Convolution(GridOperator):
         self._sizes = kernel.shape[kernel.ndim - self.ndim :]
         if 0 in self._sizes:
             raise ValueError(f"kernel has shape {tuple(kernel.shape)}, expected at least one entry along each axis")
-        require(kernel.isfinite(), "kernel has NaN or infinite entries, expected finite ones")
+        check_finite("kernel", kernel)
         self.boundary = (boundary,) * self.ndim if isinstance(boundary, str) else tuple(boundary)
         if len(self.boundary) != self.ndim or any(one not in _BOUNDARIES for one in self.boundary):
             raise ValueError(f"boundary is {boundary!r}, expected 'zero', 'reflect' or 'periodic', or one for each axis")
         self.kernel = kernel
         self.batch_shape = kernel.shape[: kernel.ndim - self.ndim]
         if grid is not None:
-            self.grid = torch.Size(grid)
+            self.grid = as_grid(grid)
             self.output_shape = self._output_shape(self.grid)
 
     def _output_shape(self, grid: torch.Size) -> torch.Size:

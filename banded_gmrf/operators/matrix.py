@@ -9,6 +9,7 @@ from torch import Tensor
 
 from gmrf_kernels.checks import check_tensor
 
+from ..stencil import as_grid
 from .base import GridOperator
 
 
@@ -49,7 +50,7 @@ class Matrix(GridOperator):
         self._shape = torch.Size(matrix.shape[-2:])
         self.batch_shape = torch.Size(matrix.shape[:-2])
         if grid is not None:
-            self.grid = torch.Size(grid)
+            self.grid = as_grid(grid)
             self.output_shape = self._output_shape(self.grid)
 
     def _output_shape(self, grid: torch.Size) -> torch.Size:

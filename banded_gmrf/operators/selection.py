@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..stencil import as_integer
+from ..stencil import as_grid, as_integer
 from .base import GridOperator
 
 
@@ -30,7 +30,7 @@ class Downsample(GridOperator):
         if not 1 <= self.ndim <= 3 or any(one < 1 for one in self.factor):
             raise ValueError(f"factor is {factor}, expected at least 1 for each of 1 to 3 axes")
         if grid is not None:
-            self.grid = torch.Size(grid)
+            self.grid = as_grid(grid)
             self.output_shape = self._output_shape(self.grid)
 
     def _output_shape(self, grid: torch.Size) -> torch.Size:

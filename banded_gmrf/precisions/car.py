@@ -8,7 +8,7 @@ from torch import Tensor
 from gmrf_kernels.stencils import overlap
 
 from ..precision_matrix import StencilPrecision
-from ..stencil import Stencil, check_stencil
+from ..stencil import Stencil, as_grid, check_stencil
 from .parameters import check, positive
 
 
@@ -37,9 +37,11 @@ def car_precision(
         dtype, device: of the result.
 
     Raises:
-        TypeError: ``neighbours`` is not a `Stencil`.
-        ValueError: a parameter out of its range, neighbours on another number of axes, or a site without any.
+        TypeError: ``grid`` is not made of integers, or ``neighbours`` is not a `Stencil`.
+        ValueError: another number of axes than 1 to 3, an axis without sites, a parameter out of its range, neighbours on
+            another number of axes, or a site without any.
     """
+    grid = as_grid(grid)
     ndim = len(grid)
     neighbours = Stencil.cross(1, ndim) if neighbours is None else neighbours
     check_stencil(neighbours, "neighbours", ndim)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..precision_matrix import StencilPrecision
-from ..stencil import Stencil
+from ..stencil import Stencil, as_grid
 from ..transformations import is_transformed, require
 from .parameters import check, positive
 from .stencil_matrix import StencilMatrix, shifted
@@ -77,12 +77,12 @@ def matern_precision(
         parameters.
 
     Raises:
-        TypeError: ``mask`` is not of bools.
-        ValueError: a parameter that is not positive, α that is not a whole number, numbers of ranges or shapes that do not fit,
-            a range for each axis together with ``anisotropy``, an ``anisotropy`` that is not symmetric and positive definite,
-            a ``mask`` without any site.
+        TypeError: ``grid`` is not made of integers, or ``mask`` not of bools.
+        ValueError: another number of axes than 1 to 3, an axis without sites, a parameter that is not positive, α that is not
+            a whole number, numbers of ranges or shapes that do not fit, a range for each axis together with ``anisotropy``, an
+            ``anisotropy`` that is not symmetric and positive definite, a ``mask`` without any site.
     """
-    grid = torch.Size(grid)
+    grid = as_grid(grid)
     ndim = len(grid)
     alpha = round(smoothness + ndim / 2)
     if not (smoothness > 0 and alpha == smoothness + ndim / 2):

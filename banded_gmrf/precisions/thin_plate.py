@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..precision_matrix import StencilPrecision
+from ..stencil import as_grid
 from .parameters import differences, not_negative, positive
 
 
@@ -34,8 +35,11 @@ def thin_plate_precision(
         device: of the result.
 
     Raises:
-        ValueError: a ``bending`` that is not positive, or a negative ``ridge``.
+        TypeError: ``grid`` is not made of integers.
+        ValueError: another number of axes than 1 to 3, an axis without sites, a ``bending`` that is not positive, or a negative
+            ``ridge``.
     """
+    grid = as_grid(grid)
     ndim = len(grid)
     bending = positive("bending", bending, ndim, dtype, device)
     ridge = not_negative("ridge", ridge, ndim, dtype, device)

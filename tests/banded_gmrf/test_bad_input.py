@@ -1,5 +1,7 @@
 """Each error names the argument, what was expected and what came."""
 
+import functools
+
 import pytest
 import torch
 
@@ -160,3 +162,96 @@ def test_dense_matrices_of_large_grids(name):
 def test_backend():
     with pytest.raises(ValueError, match="name is 'gpu', expected one of 'reference'"), bg.use_backend("gpu"):
         pass
+
+
+BAD_GRIDS = [
+    pytest.param(*case, id=str(case[0]))
+    for case in [
+        (10, TypeError, "grid is 10, expected the number of sites along each of 1 to 3 axes"),
+        ("ab", TypeError, "grid is 'ab', expected the number of sites"),
+        ((10.5, 3), TypeError, r"grid\[0\] is 10.5, expected an integer"),
+        ((4, (5,)), TypeError, r"grid\[1\] is \(5,\), expected an integer"),
+        ((), ValueError, r"grid is \(\), expected the number of sites along each of 1 to 3 axes, at least one"),
+        ((0, 5), ValueError, r"grid is \(0, 5\), expected the number of sites"),
+        ((-1, 5), ValueError, r"grid is \(-1, 5\), expected the number of sites"),
+        ((2, 3, 4, 5), ValueError, r"grid is \(2, 3, 4, 5\), expected the number of sites"),
+    ]
+]
+
+
+@pytest.mark.parametrize(("grid", "error", "message"), BAD_GRIDS)
+def test_grid(grid, error, message):
+    for call in (
+        lambda: bg.matern_precision(grid, 4.0, 1),
+        lambda: bg.car_precision(grid, 0.5),
+        lambda: bg.thin_plate_precision(grid, 1.0, 0.1),
+        lambda: bg.StencilPrecision.from_matrix(torch.eye(4), grid),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+
+
+def test_grids_of_other_sequences():
+    expected = bg.matern_precision((4, 5), 4.0, 1)
+    for grid in ([4, 5], torch.tensor([4, 5]), torch.tensor([4, 5]).numpy()):
+        assert torch.equal(bg.matern_precision(grid, 4.0, 1).off_diag, expected.off_diag)
+        assert bg.thin_plate_precision(grid, 1.0, 0.1).grid == bg.car_precision(grid, 0.5).grid == (4, 5)
+    with pytest.raises(TypeError, match=r"grid\[1\] is 4.5, expected an integer"):
+        STENCIL.mask((4, 4.5))
+
+
+def test_sample_shape():
+    q = bg.GMRF(zeros(*GRID), CHOLESKY)
+    for field in (q, q.posterior(zeros(*GRID), 1.0), bg.SparseGMRF(zeros(*GRID).double(), bg.matern_precision(GRID, 2.0, 1))):
+        with pytest.raises(TypeError, match=r"sample_shape is 5, expected a sequence of integers, as in sample\(\(5,\)\)"):
+            field.sample(5)
+
+
+def test_a_channel_left_in_a_batch_warns():
+    field, images = bg.GMRF(zeros(2, *GRID), CHOLESKY), zeros(2, 1, *GRID)
+    low_rank = bg.LowRankGMRF(field.loc, CHOLESKY, zeros(2, 1, *GRID))
+    sparse = bg.SparseGMRF(zeros(2, *GRID).double(), bg.matern_precision(GRID, 2.0, 1))
+    posterior = field.posterior(field.loc, 1.0)
+    for name, call in {
+        "residual": lambda: bg.negative_log_likelihood(images, LOG_DIAG, OFF_DIAG, STENCIL),
+        "value": lambda: field.log_prob(images),
+        "loc": lambda: bg.GMRF(images, CHOLESKY),
+        "values": lambda: field.condition(torch.ones(GRID, dtype=torch.bool), images),
+        "observation": lambda: field.posterior(images, 1.0),
+        "x": lambda: bg.diagnostics.marginal_coverage(field, images),
+    }.items():
+        with pytest.warns(
+            UserWarning, match=rf"^{name} has batch shape \(2, 1\), .* \(2,\): they broadcast to all pairs"
+        ) as caught:
+            call()
+        assert all(warning.filename == __file__ for warning in caught)
+    for other in (low_rank, posterior):
+        with pytest.warns(UserWarning, match=r"^value has batch shape \(2, 1\)"):
+            other.log_prob(images)
+    with pytest.warns(UserWarning, match=r"^value has batch shape \(2, 1\)"):
+        sparse.log_prob(images.double())
+    # No channel: all pairs of three images and two distributions, one distribution for all images, and a batch of one.
+    assert field.log_prob(zeros(3, 1, *GRID)).shape == (3, 2)
+    assert field[0].log_prob(images).shape == (2, 1)
+    assert field[:1].log_prob(zeros(1, 1, *GRID)).shape == (1, 1)
+
+
+def test_channels_taken_for_a_grid_warn():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(3, 8, 9, 3, generator=generator)
+    fit = functools.partial(bg.StencilCholesky.from_samples, stationary=True)
+    square = bg.Stencil.square(3)
+    expected = r"of which \(9, 3\) is taken for the grid. .* the grid is \(8, 9, 3\), of 3 axes, and so is the stencil's"
+    for name, call in {
+        "samples": lambda: fit(images, square),
+        "fields": lambda: bg.diagnostics.autocorrelation(images, 1),
+    }.items():
+        with pytest.warns(UserWarning, match=rf"^{name} has shape \(3, 8, 9, 3\), {expected}"):
+            call()
+    with pytest.warns(UserWarning, match=r"of which \(3,\) is taken for the grid"):
+        fit(images[0], bg.Stencil([1]))
+    # A grid of three axes, channels first, and fields with one axis of samples: nothing to warn of.
+    fit(images, bg.Stencil.box((1, 1, 2)))
+    fit(images.movedim(-1, 1), square)
+    fit(images[0], square)
+    bg.diagnostics.autocorrelation(images, 1, ndim=3)

@@ -118,7 +118,7 @@ def test_dtypes(dtype):
         (lambda q: marginal_coverage(q, random(4)), ValueError, r"x has shape \(4,\), expected \(..., 4, 3\)"),
         (lambda q: marginal_coverage(q, q.loc * torch.nan), ValueError, "x has NaN or infinite entries"),
         (lambda q: marginal_coverage(q, q.loc, (1.5,)), ValueError, r"levels is \(1.5,\), expected probabilities"),
-        (lambda q: leave_one_out(q, random(3)), ValueError, r"value has shape \(3,\)"),
+        (lambda q: leave_one_out(q, random(3)), ValueError, r"x has shape \(3,\)"),
         (lambda q: conditional_score(q, random(3), torch.ones(4, 3).bool()), ValueError, r"x has shape \(3,\)"),
         (lambda q: conditional_score(q, q.loc, torch.ones(4, 3)), TypeError, "region is torch.float32, expected a bool tensor"),
         (lambda q: conditional_score(q, q.loc, [True]), TypeError, "region is list, expected a bool tensor"),

@@ -255,7 +255,7 @@ def test_samples_have_the_dense_mean_and_covariance(name):
 
 def test_gradients_through_rsample_equal_dense_reparametrization():
     stencil, grid = STENCILS["5x5"], (4, 3)
-    tensors = [torch.randn(2, 1, *grid, dtype=torch.float64), *random_factor(stencil.offsets, grid, batch=(2,))]
+    tensors = [torch.randn(3, 1, *grid, dtype=torch.float64), *random_factor(stencil.offsets, grid, batch=(2,))]
     loc, log_diag, off_diag = (t.requires_grad_() for t in tensors)
     q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil))
     x = q.rsample((5,))

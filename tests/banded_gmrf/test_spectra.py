@@ -115,7 +115,7 @@ def test_projections_weigh_eigenvectors_by_one_and_zero(name, grid, dtype):
     n, degree = q.event_shape.numel(), 100
     L = dense(q.precision_cholesky)
     eigenvalues, vectors = torch.linalg.eigh(L @ L.mT)
-    units = torch.eye(n, dtype=dtype).reshape(n, 1, *grid)
+    units = torch.eye(n, dtype=dtype).reshape(n, 1, *grid).expand(n, 2, *grid)
     for k in {1, n // 2, n - 1}:
         projected = q.project_on_leading(units, k, degree)
         assert projected.dtype == (torch.float32 if dtype == torch.bfloat16 else dtype)

@@ -35,6 +35,10 @@ def finished(tmp_path_factory, photographs):
     assert outcome.exit_code == 0, outcome.output
     assert outcome.output.splitlines()[-1] == f"Results: {folder}"
     assert "SciPy spsolve_triangular" in outcome.output
+    results, lines = read_results(folder), [line.split() for line in outcome.output.splitlines()]
+    for score in results["quality"]["scores"]:  # the table of nats beside that of times
+        nats = f"{score['nats_per_pixel']:.3f}"
+        assert any(line[:3] == [score["stencil"], str({"3": 5, "5": 13}[score["stencil"]]), nats] for line in lines)
     return folder
 
 
@@ -107,6 +111,12 @@ def test_bad_options_end_at_once(tmp_path, arguments, message):
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.output.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
+
+
+def test_help_says_what_data_are():
+    words = " ".join(bench("--help").output.replace("│", " ").split())
+    assert "arrays train and test, both (count, height, width)" in words
+    assert "gray levels from 0 to 255" in words
 
 
 def test_used_folder_is_refused(tmp_path):

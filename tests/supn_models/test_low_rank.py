@@ -131,6 +131,8 @@ def test_bad_arguments():
             LowRankHead(*arguments)
     with pytest.raises(ValueError, match=r"features has shape \(2, 5, 7, 5\), expected \(batch, 6, \*grid\)"):
         LowRankHead(6, 4)(features[:, :5])
+    with pytest.raises(TypeError, match=r"features is a ndarray, expected a torch\.Tensor"):
+        LowRankHead(6, 4)(features.numpy())
     with pytest.raises(ValueError, match="num_classes is 1, expected at least 2"):
         SegmentationHead(6, 1, STENCIL)
     with pytest.raises(ValueError, match="num_factors is -1"):

@@ -13,6 +13,7 @@ from supn_models import (
     ConvDecoder,
     ConvEncoder,
     ConvVAE,
+    CovarianceMLP,
     CovarianceNetwork,
     LatentCovarianceNetwork,
     StencilCholeskyHead,
@@ -213,3 +214,21 @@ SQUARE = bg.Stencil.square(3)
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda x: StencilCholeskyHead(1, SQUARE)(x.numpy()), "features is a ndarray, expected a torch.Tensor"),
+        (lambda x: StencilCholeskyHead(1, SQUARE)(x.byte()), "features is torch.uint8, expected float16"),
+        (lambda x: CovarianceNetwork(1, SQUARE)(x.numpy()), "image is a ndarray, expected a torch.Tensor"),
+        (lambda x: ConvAutoencoder((8, 8))(x.numpy()), "images is a ndarray, expected a torch.Tensor"),
+        (lambda x: ConvDecoder(1, (8, 8), 4, (4,))(x[0, 0, :, :4].numpy()), "code is a ndarray, expected a torch.Tensor"),
+        (lambda x: CovarianceMLP(64, (8, 8), SQUARE)(x.numpy()), "x is a ndarray, expected a torch.Tensor"),
+        (lambda x: ConvAutoencoder(8), "grid is 8, expected the number of sites along each of 1 to 3 axes"),
+        (lambda x: ConvAutoencoder((8, 8.5)), r"grid\[1\] is 8.5, expected an integer"),
+    ],
+)
+def test_arguments_of_other_types_are_named(make, words):
+    with pytest.raises(TypeError, match=words):
+        make(torch.rand(1, 1, 8, 8))
