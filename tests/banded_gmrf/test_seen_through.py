@@ -47,9 +47,10 @@ def dense_results(q, A, y, V):
     return (m + gain @ (y - A @ m)).reshape(q.event_shape), Sigma - gain @ A @ Sigma, evidence
 
 
+# Residuals of 1e-13 are within the rounding of b - A x: whether a processor reaches that is chance.
 @pytest.fixture(params=["direct", "iterative"])
 def precise(request):
-    return {"method": request.param, "tolerance": 1e-13}
+    return {"method": request.param, "tolerance": 1e-12}
 
 
 @pytest.mark.parametrize(("name", "grid"), CASES)
@@ -157,7 +158,7 @@ def test_gradients(quantity, method):
     def function(loc, log_diag, off_diag, y, variance, kernel):
         q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil), validate_args=False)
         A = Downsample((2, 1)) @ Convolution(kernel, "reflect")
-        p = q.posterior(y, variance, operator=A, method=method, tolerance=1e-13)
+        p = q.posterior(y, variance, operator=A, method=method, tolerance=1e-12)
         torch.manual_seed(1)
         calls = {
             "rsample": lambda: p.rsample((2,)),
