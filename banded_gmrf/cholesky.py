@@ -8,9 +8,8 @@ from torch import Tensor
 
 import gmrf_kernels
 from gmrf_kernels import operators
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor, check_vector
-from gmrf_kernels.layout import layout_of
-from gmrf_kernels.ops import apply
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_factor
+from gmrf_kernels.ops import apply, solve_normal
 
 from .batched import Batched, expanded, register_pytree
 from .coefficients import Coefficients
@@ -312,19 +311,26 @@ class StencilCholesky(Batched):
         return new
 
     def _apply(self, operator: operators.Operator, name: str, vector: Tensor, transpose: bool) -> Tensor:
-        log_diag, off_diag, stencil, grid = self._log_diag, self._off_diag, self.stencil, self.grid
-        check_vector(name, vector, "the factor", off_diag, grid)
-        ndim, batch = len(grid), self.batch_shape
+        stencil = self.stencil
         # What `expand` repeated is one factor that several vectors share.
-        stored = batch if log_diag.shape[: log_diag.ndim - ndim] == batch else self._stored_batch_shape()
-        layout = layout_of(name, vector.shape[: vector.ndim - ndim], stored, batch, grid)
-        return apply(operator, layout, log_diag, off_diag, vector, stencil.offsets, transpose, log=True)
+        return apply(
+            *(operator, name, self._log_diag, self._off_diag, vector, stencil.offsets, stencil.ndim, transpose, True),
+            factor_name="the factor",
+            batch=self.batch_shape,
+        )
 
     def __repr__(self) -> str:
         return (
             f"StencilCholesky(batch_shape={tuple(self.batch_shape)}, grid={tuple(self.grid)}, "
             f"offsets={len(self.stencil)}, dtype={self.dtype}, device={self.device})"
         )
+
+
+def white_sample(factor: StencilCholesky, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """``factor.solve(u, transpose=True)`` of ``u = standard_normal(shape, dtype)``, which a solve may draw by itself."""
+    log_diag, off_diag, stencil = factor.coefficients
+    options = {"factor_name": "the factor", "batch": factor.batch_shape}
+    return solve_normal(log_diag, off_diag, shape, dtype, stencil.offsets, stencil.ndim, **options)
 
 
 def squares_matvec(factor: StencilCholesky, x: Tensor) -> Tensor:
@@ -358,7 +364,7 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
     """
     check_stencil(stencil)
     nats = fused_nats(residual, log_diag, off_diag, stencil)
-    if residual.ndim > log_diag.ndim:
+    if residual.ndim > log_diag.ndim and residual.shape[-stencil.ndim - 1] == 1:
         warn_of_pairs("residual", residual.shape[: -stencil.ndim], "log_diag", log_diag.shape[: -stencil.ndim])
     return nats
 

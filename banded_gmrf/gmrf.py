@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, constraints
 
-from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from .analysis import marginals, spectra
 from .analysis.marginals import VarianceEstimate
 from .analysis.spectra import Eigenpairs
 from .batched import Batched, expanded, register_pytree
-from .cholesky import StencilCholesky, fused_nats
+from .cholesky import StencilCholesky, fused_nats, white_sample
 from .inference.conditioning import Conditionable
 from .stencil import Stencil
 from .validation import Finite, FiniteWhereItExists, all_finite, as_sample_shape, as_sites, broadcast_fields, unit_vectors
@@ -216,8 +215,7 @@ class GMRF(Distribution, Batched, Conditionable):
     def rsample(self, sample_shape: Sequence[int] = torch.Size()) -> Tensor:
         """loc + L⁻ᵀu with u ~ N(0, I): (*sample_shape, *batch, *grid), differentiable in ``loc`` and the factor."""
         shape = self._extended_shape(as_sample_shape(sample_shape))
-        u = standard_normal(shape, self.loc.dtype, self.loc.device)
-        x = self._factor.solve(u, transpose=True)
+        x = white_sample(self._factor, shape, self.loc.dtype)
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return self.loc + x
         # Nobody else has this solution. Of large images, new memory for the sum would cost more than the numbers.

@@ -19,6 +19,9 @@ from torch import Tensor
 
 GIB = 2**30
 
+# Seconds for which a short function is called at a time.
+_BURST = 1e-3
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -44,8 +47,9 @@ def take_turns(
     """Time functions that have been called before, side by side.
 
     On a CPU they take turns, so that a change in the machine's speed meets all of them, and each has its turns until it has
-    used ``seconds``, but ``least`` to ``most`` of them. On a GPU `triton.testing.do_bench` times one after the other, for
-    ``seconds`` each, with its cache emptied before each call.
+    used ``seconds``, but ``least`` to ``most`` of them. In a turn a short function is called for a millisecond, as in a loop of
+    its own, after one call that does not count; the turn's time is that of one call. On a GPU `triton.testing.do_bench` times
+    one after the other, for ``seconds`` each, with its cache emptied before each call.
     """
     if torch.device(device).type == "cuda":
         from triton.testing import do_bench
@@ -55,25 +59,34 @@ def take_turns(
             for name, function in functions.items()
         }
     else:
-        measured = turns_by_the_clock(functions, seconds, least, most)
+        measured = turns_by_the_clock(functions, seconds, least, most, burst=_BURST)
     return {name: Timing.of(times) for name, times in measured.items()}
 
 
 def turns_by_the_clock(
-    functions: dict[Any, Callable[[], object]], seconds: float, least: int, most: int, pause: float = 0.0
+    functions: dict[Any, Callable[[], object]], seconds: float, least: int, most: int, pause: float = 0.0, burst: float = 0.0
 ) -> dict[Any, list[float]]:
-    """The seconds of each turn, as `take_turns` says for a CPU; with a ``pause`` before each, which is not among them."""
-    measured = {name: [] for name in functions}
+    """The seconds of a call in each turn, as `take_turns` says for a CPU, with a ``pause`` before each turn.
+
+    A turn has as many calls as ``burst`` seconds have room for, by the turn before; the first has one.
+    """
+    measured, used = {name: [] for name in functions}, dict.fromkeys(functions, 0.0)
     remaining = dict(functions)
     while remaining:
         for name, function in list(remaining.items()):
             if pause:
                 time.sleep(pause)
+            calls = max(1, int(burst / measured[name][-1])) if measured[name] else 1
+            if calls > 1:
+                function()
             start = time.perf_counter()
-            function()
-            measured[name].append(time.perf_counter() - start)
+            for _ in range(calls):
+                function()
+            took = time.perf_counter() - start
+            measured[name].append(took / calls)
+            used[name] += took
             turns = len(measured[name])
-            if turns == most or (turns >= least and sum(measured[name]) >= seconds):
+            if turns == most or (turns >= least and used[name] >= seconds):
                 del remaining[name]
     return measured
 

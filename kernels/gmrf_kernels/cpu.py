@@ -17,7 +17,6 @@ import sys
 import tempfile
 import threading
 import warnings
-from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -28,10 +27,9 @@ from torch import Tensor
 
 from . import cpu_loops, cpu_solve, cpu_unrolled, simd_normals
 from .checks import accumulate_dtype
-from .cpu_source import FIRST_ARGUMENT
+from .cpu_plan import Plan
 from .memory import empty
 from .stencils import Offsets
-from .threads import run_in_threads
 
 # Below this many coefficients a call is shorter than waking a thread.
 _SERIAL_COEFFICIENTS = 2**15
@@ -53,8 +51,6 @@ _LONGEST_ROW = 2**31 - 2**10
 
 # Plans kept for each kind of operation, one for each layout of tensors that it met last.
 _KEPT_PLANS = 512
-
-_CACHE_LINE = 64
 
 # What writes the kernels that are specialised to a stencil.
 _UNROLLED = {"matvec": cpu_unrolled.matvec, "solve": cpu_solve.solve, "outer": cpu_unrolled.outer}
@@ -80,6 +76,24 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     return x
 
 
+def solve_normal(
+    diag: Tensor, off_diag: Tensor, shape: Sequence[int], key: int, offsets: Offsets, transpose: bool, log: bool
+) -> Tensor:
+    """`solve` of the first numbers of a stream, as `standard_normal` gives them: (S, B, *grid), of the dtype of ``diag``.
+
+    Where a row is whole blocks of the stream, each thread draws the numbers of a row just before it solves the row.
+    """
+    blocks = diag.dtype == off_diag.dtype and shape[-1] % simd_normals.block_size(_name(diag.dtype)) == 0
+    if not (blocks and _unrolled(offsets)):
+        return solve(diag, off_diag, standard_normal(shape, diag.dtype, key), offsets, transpose, log)
+    diag, off_diag = _prepare(diag, off_diag, ndim=len(shape) - 2)
+    x = empty(shape, diag.dtype)
+    strides = diag.stride(), off_diag.stride(), (0, 0)
+    plan = _solve_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads(), True)
+    plan(diag, off_diag, key, x)
+    return x
+
+
 def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P(a bᵀ), summed over the S vectors: its diagonal (B, *grid) and off-diagonals (B, K-1, *grid) in ``dtype``."""
     return _outer(a, b, torch.ones((), dtype=a.dtype).expand(a.shape[:2]), None, offsets, dtype)
@@ -92,7 +106,7 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     y = empty(shape, dtype)
     value = torch.empty(shape[0], shape[1], dtype=dtype)
     strides = log_diag.stride(), off_diag.stride(), residual.stride()
-    plan = _matvec_plan(offsets, off_diag.dtype, True, True, shape, strides, torch.get_num_threads(), likelihood=True)
+    plan = _matvec_plan(offsets, off_diag.dtype, True, True, shape, strides, torch.get_num_threads(), True)
     plan(log_diag, off_diag, residual, y, value)
     return value, y
 
@@ -128,66 +142,23 @@ def _outer(
 
 def _prepare(*tensors: Tensor, ndim: int | None = None) -> Sequence[Tensor]:
     """The tensors with contiguous grids of ``ndim`` axes; by default the last tensor is of vectors (S, B, *grid)."""
-    if all(t.is_contiguous() for t in tensors):
+    for t in tensors:
+        if not t.is_contiguous():
+            break
+    else:
         return tensors
     ndim = tensors[-1].ndim - 2 if ndim is None else ndim
-    return [t if _contiguous_grid(t, ndim) else t.contiguous() for t in tensors]
+    return [t if _contiguous_grid(t.shape, t.stride(), ndim) else t.contiguous() for t in tensors]
 
 
-def _contiguous_grid(tensor: Tensor, ndim: int) -> bool:
+@functools.lru_cache(_KEPT_PLANS)
+def _contiguous_grid(shape: torch.Size, strides: tuple[int, ...], ndim: int) -> bool:
     step = 1
-    for size, stride in zip(reversed(tensor.shape[-ndim:]), reversed(tensor.stride()[-ndim:]), strict=True):
+    for size, stride in zip(reversed(shape[-ndim:]), reversed(strides[-ndim:]), strict=True):
         if size != 1 and stride != step:
             return False
         step *= size
     return True
-
-
-class _Plan:
-    """A kernel with its arguments for tensors of one layout: a call only has to fill in the tensors' addresses.
-
-    Args:
-        kernel: the compiled kernel.
-        arguments: its arguments, with None for what each call gives, and tensors for their addresses.
-        items: work items, which threads take in spans of a multiple of ``multiple``.
-        threads: how many take part, at most.
-        scratch: bytes of zeroed memory that the kernel works in.
-    """
-
-    def __init__(
-        self,
-        kernel: Callable,
-        arguments: Sequence[Tensor | int | None],
-        items: int,
-        threads: int,
-        multiple: int = 1,
-        scratch: int = 0,
-    ):
-        # A few spans a thread, so that one held up by other work of the machine does not hold up the rest.
-        span = -(-items // (4 * threads * multiple)) * multiple if threads > 1 else items
-        self._kernel, self._threads = kernel, threads
-        self._places = [place for place, a in enumerate(arguments, FIRST_ARGUMENT) if a is None]
-        self._constants = [a for a in arguments if isinstance(a, Tensor)]
-        self._numbers = array("q", [0, 0, 0, 0, items, span, *(_address(0 if a is None else a) for a in arguments)])
-        # Scratch lies behind the arguments, from the next multiple of a cache line on.
-        self._scratch = -(-scratch // 8) * 8 + _CACHE_LINE if scratch else 0
-
-    def __call__(self, *arguments: Tensor | int) -> None:
-        """Run the kernel with the arguments that were left out, tensors and integers."""
-        numbers = self._numbers[:]
-        for place, argument in zip(self._places, arguments, strict=True):
-            numbers[place] = _address(argument)
-        if self._scratch:
-            arguments_end = 8 * len(numbers)
-            numbers.frombytes(bytes(self._scratch))
-        address = numbers.buffer_info()[0]
-        if self._scratch:
-            numbers[3] = -(-(address + arguments_end) // _CACHE_LINE) * _CACHE_LINE
-        run_in_threads(self._kernel, address, self._threads, owners=(numbers, *arguments, *self._constants))
-
-
-def _address(argument: Tensor | int) -> int:
-    return argument if type(argument) is int else argument.data_ptr()
 
 
 @functools.lru_cache(_KEPT_PLANS)
@@ -199,11 +170,12 @@ def _matvec_plan(
     shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
     threads: int,
-    **options: bool,
-) -> _Plan:
+    likelihood: bool = False,
+) -> Plan:
+    options = {"likelihood": True} if likelihood else {}
     kernel, stencil = _kernel("matvec", offsets, dtype, transpose=transpose, log=log, **options)
-    arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if options else [])]
-    row_sums = 8 * math.prod(shape[:-1]) if options else 0
+    arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if likelihood else [])]
+    row_sums = 8 * math.prod(shape[:-1]) if likelihood else 0
     return _plan_of_bands(kernel, arguments, shape, len(offsets), threads, row_sums)
 
 
@@ -216,27 +188,26 @@ def _solve_plan(
     shape: torch.Size,
     strides: tuple[tuple[int, ...], ...],
     threads: int,
-) -> _Plan:
+    normal: bool = False,
+) -> Plan:
     samples, batch, *grid = shape
     threads = min(_num_threads(batch * len(offsets) * math.prod(grid) * samples, threads), max(1, samples * batch))
     if _unrolled(offsets):
         in_step, shared = _solved_in_step(samples, batch, threads)
-        options = {"chains": in_step, **({"shared": True} if shared else {})}
+        options = {"chains": in_step, **({"shared": True} if shared else {}), **({"normal": True} if normal else {})}
         items, multiple = (batch * -(-samples // in_step), 1) if shared else (samples * batch, in_step)
-        scratch_size = cpu_solve.solve_scratch(offsets, _name(dtype), in_step, grid[-1])
+        scratch_size = cpu_solve.solve_scratch(offsets, _name(dtype), in_step, grid[-1], normal)
     else:
         options, scratch_size = {}, cpu_loops.solve_scratch()
         items, multiple = samples * batch, min(samples, -(-samples * batch // threads))
     kernel, stencil = _kernel("solve", offsets, dtype, transpose=transpose, log=log, **options)
     arguments = [*stencil, *_factor_and_vector(*strides), None, *_sizes(shape)]
     scratch = threads * scratch_size * accumulate_dtype(dtype).itemsize
-    return _Plan(kernel, arguments, items, threads, multiple, scratch)
+    return Plan(kernel, arguments, items, threads, multiple, scratch)
 
 
 @functools.lru_cache(_KEPT_PLANS)
-def _outer_plan(
-    offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides: tuple, streaming: bool, threads: int
-) -> _Plan:
+def _outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides: tuple, streaming: bool, threads: int) -> Plan:
     a, b, scale, log_diag = strides
     kernel, stencil = _kernel("outer", offsets, dtype, streaming=streaming)
     arguments = [*stencil, None, *a[:2], None, *b[:2], None, *scale, None, log_diag, None, None]
@@ -244,11 +215,11 @@ def _outer_plan(
 
 
 @functools.lru_cache(_KEPT_PLANS)
-def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> _Plan:
+def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> Plan:
     with _compile_lock:
         kernel = _compiled(simd_normals.source, _name(dtype), ())
     items = -(-size // simd_normals.block_size(_name(dtype)))
-    return _Plan(kernel, [None, None, size], items, _num_threads(size, threads))
+    return Plan(kernel, [None, None, size], items, _num_threads(size, threads))
 
 
 def forget_plans() -> None:
@@ -259,7 +230,7 @@ def forget_plans() -> None:
 
 def _plan_of_bands(
     kernel: Callable, arguments: list[Tensor | int | None], shape: torch.Size, terms: int, threads: int, scratch: int = 0
-) -> _Plan:
+) -> Plan:
     """The plan of a kernel on bands of rows; their length and number are the last of its own arguments."""
     samples, batch, *lines, width = shape
     rows = math.prod(lines)
@@ -270,7 +241,7 @@ def _plan_of_bands(
         band = min(band, _BAND_COEFFICIENTS // (max(1, terms) * width))
     band = max(1, band)
     bands = -(-rows // band)
-    return _Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
+    return Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
 
 
 def _factor_and_vector(diag: tuple[int, ...], off_diag: tuple[int, ...], x: tuple[int, ...]) -> list[int | None]:

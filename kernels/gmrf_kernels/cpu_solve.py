@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from .cpu_source import diagonal_value, element_bytes, inside, kernel_source, load
 from .cpu_unrolled import Terms
 from .simd import lanes
+from .simd_normals import block_size, draw_block, store_block
 from .stencils import Offsets
 
 # Distances along the row whose solved values the recursion keeps in registers; farther ones are read back from memory.
@@ -23,20 +24,32 @@ _REGISTERS = 4
 _SCRATCH_PLANES = 3
 
 
-def solve(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, chains: int, shared: bool = False) -> str:
+def solve(
+    offsets: Offsets,
+    dtype: str,
+    transpose: bool,
+    cache: bool,
+    log: bool,
+    chains: int,
+    shared: bool = False,
+    normal: bool = False,
+) -> str:
     """x = L⁻¹b or L⁻ᵀb over images, ``chains`` of them in step; ``diag`` is the log-diagonal where ``log``.
 
     Where ``shared``, those in step are samples of one factor, and each coefficient is loaded and divided once for all of them.
     The kernel's items are then so many samples.
+
+    Where ``normal``, b are the numbers of a stream, ``rhs`` is its key, and each row is drawn just before it is solved: so they
+    never leave the cache. A row must be whole blocks of the stream.
     """
-    return _Solve(offsets, dtype, transpose, log, chains, shared).source(cache)
+    return _Solve(offsets, dtype, transpose, log, chains, shared, normal).source(cache)
 
 
-def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int) -> int:
+def solve_scratch(offsets: Offsets, dtype: str, chains: int, width: int, normal: bool = False) -> int:
     """Elements of zeroed scratch that each thread of a solve kernel needs."""
     own = [offset[-1] for offset in offsets if not any(offset[:-1])]
     padded = -(-width // lanes(dtype)) * lanes(dtype)
-    return chains * ((len(own) + _SCRATCH_PLANES) * padded + width + 2 * max(own, default=0))
+    return chains * ((len(own) + _SCRATCH_PLANES) * padded + width + 2 * max(own, default=0) + width * normal)
 
 
 class _Solve:
@@ -46,12 +59,13 @@ class _Solve:
     s               of its scratch: planes of a row of ``padded`` sites, namely the quotients of the right-hand side and of
                     each of the own row's coefficients, what is left of the right-hand side, and the diagonal
     z               of the row as far as it is solved, with margins of zeros; z_1, z_2, ... its last values, in registers
+    u, first        of the row's normal numbers, and the place of the image's in the stream, where they are drawn here
     row             of the row of the result
     unsafe          mask of the lanes in which a quotient left the normal range
     """
 
-    def __init__(self, offsets: Offsets, dtype: str, transpose: bool, log: bool, chains: int, shared: bool):
-        self.shared = shared
+    def __init__(self, offsets: Offsets, dtype: str, transpose: bool, log: bool, chains: int, shared: bool, normal: bool):
+        self.shared, self.normal = shared, normal
         self.vector, self.coefficient = element_bytes(dtype)
         self.dtype, self.transpose, self.log, self.chains = dtype, transpose, log, range(chains)
         self.terms = Terms(offsets, dtype, transpose)
@@ -61,7 +75,9 @@ class _Solve:
         self.registers = range(1, min(self.margin, _REGISTERS) + 1)
         self.planes = len(self.own) + _SCRATCH_PLANES
         self.rest, self.diagonal = f"{len(self.own) + 1} * padded + w", f"{len(self.own) + 2} * padded + w"
-        self.chain_size = f"({self.planes} * padded + width + {2 * self.margin})"
+        # Up to a row's normal numbers, which are behind all else.
+        self.solved = f"{self.planes} * padded + width + {2 * self.margin}"
+        self.chain_size = f"({self.solved}{' + width' if normal else ''})"
 
     def source(self, cache: bool) -> str:
         step = self.terms.step
@@ -84,7 +100,8 @@ class _Solve:
         items = "item in range(start, stop)" if self.shared else f"first in range(start, stop, {len(self.chains)})"
         body = f"for {items}:\n" + inside("".join(self.image(c) for c in self.chains) + "for j in range(rows):\n" + inside(row))
         arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x"
-        return kernel_source(self.dtype, cache, arguments, setup, body)
+        operations = "simd_normals" if self.normal else "simd"
+        return kernel_source(self.dtype, cache, arguments, setup, body, operations=operations)
 
     def image(self, c: int) -> str:
         """Addresses of an image; one too many in step solves the last image once more."""
@@ -92,15 +109,16 @@ class _Solve:
             place = f"b = item // groups\ns = min((item - b * groups) * {len(self.chains)} + {c}, samples - 1)\n"
         else:
             place = f"item = min(first + {c}, stop - 1)\nb = item // samples\ns = item - b * samples\n"
+        stream = f"u{c} = s{c} + ({self.solved}) * {self.vector}\nfirst{c} = (s * batch + b) * n\n"
         return (
             f"# Image {c + 1} of {len(self.chains)} in step: sample s of factor b.\n"
             + place
             + f"d{c} = diag + b * diag_b * {self.vector}\n"
             f"c{c} = off + b * off_b * {self.coefficient}\n"
-            f"b{c} = rhs + (s * rhs_s + b * rhs_b) * {self.vector}\n"
-            f"x{c} = x + (s * batch + b) * n * {self.vector}\n"
+            + ("" if self.normal else f"b{c} = rhs + (s * rhs_s + b * rhs_b) * {self.vector}\n")
+            + f"x{c} = x + (s * batch + b) * n * {self.vector}\n"
             f"s{c} = scratch + {c} * {self.chain_size} * {self.vector}\n"
-            f"z{c} = s{c} + ({self.planes} * padded + {self.margin}) * {self.vector}\n"
+            f"z{c} = s{c} + ({self.planes} * padded + {self.margin}) * {self.vector}\n" + (stream if self.normal else "")
         )
 
     def gather(self, members: Sequence[int]) -> str:
@@ -135,12 +153,8 @@ class _Solve:
 
         code = f"d_row = d{first} + r * width * {self.vector}\nc_row = c{first} + r * width * {self.coefficient}\n"
         for c, v in names.items():
-            code += (
-                f"b_row{v} = b{c} + r * width * {self.vector}\n"
-                f"x_row{v} = x{c} + r * width * {self.vector}\n"
-                f"row{c} = x_row{v}\n"
-                f"unsafe{c} = no_lanes()\n"
-            )
+            code += self.draw(c, v) if self.normal else f"b_row{v} = b{c} + r * width * {self.vector}\n"
+            code += f"x_row{v} = x{c} + r * width * {self.vector}\nrow{c} = x_row{v}\nunsafe{c} = no_lanes()\n"
         code += "unsafe = no_lanes()\n" if len(members) > 1 else ""
         passes = self.terms.passes([g for g in range(len(self.terms.groups)) if g not in self.terms.own_row])
         for number, groups in enumerate(passes):
@@ -152,6 +166,12 @@ class _Solve:
         if len(members) > 1:
             code += "".join(f"unsafe{c} = either(unsafe{c}, unsafe)\n" for c in members)
         return code
+
+    def draw(self, c: int, v: str) -> str:
+        """The row's right-hand side, drawn."""
+        size = block_size(self.dtype)
+        block = draw_block(self.dtype, "rhs", f"(first{c} + r * width + w) // {size}") + store_block(self.dtype, f"u{c}", "w")
+        return f"for w in range(0, width, {size}):\n" + inside(block) + f"b_row{v} = u{c}\n"
 
     def quotient(self, scratch: str, plane: int, value: str, unsafe: str, masked: bool) -> str:
         """``value / d`` into a plane of the scratch; plane 0 is the right-hand side, which may be subnormal or 0."""

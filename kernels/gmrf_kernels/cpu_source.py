@@ -63,10 +63,13 @@ def span_kernel(
     return _HEADER.format(dtype=dtype, cache=cache, operations=operations) + inside(code)
 
 
-def kernel_source(dtype: str, cache: bool, arguments: str, setup: str, body: str, finish: str = "") -> str:
+def kernel_source(
+    dtype: str, cache: bool, arguments: str, setup: str, body: str, finish: str = "", operations: str = "simd"
+) -> str:
     """As `span_kernel`, of kernels whose last arguments are the number of samples, the batch, and the grid."""
-    sizes = ", samples, batch, depth, height, width"
-    return span_kernel(dtype, cache, arguments + sizes, "rows = depth * height\nn = rows * width\n" + setup, body, finish)
+    arguments += ", samples, batch, depth, height, width"
+    setup = "rows = depth * height\nn = rows * width\n" + setup
+    return span_kernel(dtype, cache, arguments, setup, body, finish, operations)
 
 
 def band_kernel(dtype: str, cache: bool, arguments: str, setup: str, body: str, finish: str = "") -> str:

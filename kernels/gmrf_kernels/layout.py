@@ -42,6 +42,12 @@ class Layout:
         self.canonical = (math.prod([batch[axis] for axis in shared]), math.prod([batch[axis] for axis in own]))
         self.canonical_vector = (*self.canonical, *grid)
 
+    def is_canonical(self, vector: torch.Size, diag: torch.Size, off_diag: torch.Size) -> bool:
+        """Tensors of these shapes need no change, nor does a result."""
+        if not self.sorted or self.batch != self.canonical or vector != self.canonical_vector:
+            return False
+        return len(diag) == len(vector) - 1 == len(off_diag) - 1 and diag[0] == off_diag[0] == self.canonical[1]
+
     def vector(self, x: Tensor) -> Tensor:
         """(*sample, *batch, *grid) to (S, B, *grid)."""
         if self.sorted and x.shape == self.canonical_vector:

@@ -32,8 +32,13 @@ def standard_normal(
     if dtype in (torch.float32, torch.float64) and _runs_eagerly():
         draw = getattr(backend_for(torch.device(device)), "standard_normal", None)
         if draw is not None:
-            return draw(shape, dtype, torch.randint(2**63 - 1, (), generator=generator).item())
+            return draw(shape, dtype, stream_key(generator))
     return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+
+
+def stream_key(generator: torch.Generator | None = None) -> int:
+    """The key of a stream of the CPU backend: one draw from torch's generator."""
+    return torch.randint(2**63 - 1, (), generator=generator).item()
 
 
 def _runs_eagerly() -> bool:

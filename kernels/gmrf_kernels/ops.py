@@ -5,30 +5,45 @@ share one (S), so that a shared factor is read once and never copied. `operators
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from . import operators
+from .backends import backend_of
 from .checks import MOST_REMEMBERED, accumulate_dtype, check_device, check_dtype, check_factor, check_tensor, check_vector
 from .layout import Layout, layout_of
-from .registration import nothing_intervenes
+from .normals import standard_normal, stream_key
+from .registration import nothing_intervenes, requires_grad
 from .stencils import Offsets
 
 
 def apply(
     operator: operators.Operator,
-    layout: Layout,
+    name: str,
     diag: Tensor,
     off_diag: Tensor,
     vector: Tensor,
     offsets: Offsets,
+    ndim: int,
     transpose: bool,
     log: bool,
+    factor_name: str = "off_diag",
+    batch: torch.Size | None = None,
 ) -> Tensor:
-    """`matvec` or `solve` of arguments that were checked, and whose layout is known."""
-    ndim, dtype = len(layout.grid), accumulate_dtype(vector.dtype)
-    y = operator(
+    """`matvec` or `solve`, as `operator`, of arguments that are checked here.
+
+    Errors call the vector ``name`` and what it is to fit ``factor_name``. ``batch`` is the factor's where some of it repeats
+    what is stored.
+    """
+    direct = nothing_intervenes((diag, off_diag, vector))
+    layout, canonical = _settled(name, vector, "diag", diag, off_diag, len(offsets), ndim, direct, factor_name, batch)
+    call = operator.direct if direct else operator
+    if canonical:
+        return call(diag, off_diag, vector, offsets, transpose, log)
+    dtype = accumulate_dtype(vector.dtype)
+    y = call(
         layout.factor(_converted(diag, dtype), ndim),
         layout.factor(off_diag, ndim + 1),
         layout.vector(_converted(vector, dtype)),
@@ -43,36 +58,47 @@ def _converted(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _checked_apply(operator, name, diag, off_diag, vector, offsets, ndim, transpose, log):
-    direct = nothing_intervenes((diag, off_diag, vector))
-    layout = _checked_layout(name, vector, "diag", diag, off_diag, len(offsets), ndim, direct)
-    return apply(operator, layout, diag, off_diag, vector, offsets, transpose, log)
+# Layouts of tensors that passed the checks, and whether they are canonical, by all that is checked.
+_known: dict[tuple, tuple[Layout, bool]] = {}
 
 
-# Layouts of tensors that passed the checks, by all that is checked.
-_checked: dict[tuple, Layout] = {}
+def _settled(
+    name: str,
+    vector: Tensor,
+    diag_name: str,
+    diag: Tensor,
+    off_diag: Tensor,
+    num_offsets: int,
+    ndim: int,
+    direct: bool,
+    factor_name: str = "off_diag",
+    batch: torch.Size | None = None,
+) -> tuple[Layout, bool]:
+    """The layout of an operation's arguments, which are checked; ``direct`` where they are plain tensors.
 
-
-def _checked_layout(
-    name: str, vector: Tensor, diag_name: str, diag: Tensor, off_diag: Tensor, num_offsets: int, ndim: int, direct: bool
-) -> Layout:
-    """The layout of an operation's arguments, which are checked; ``direct`` where they are plain tensors."""
+    Also whether such tensors go into the operator, and its result comes out, as they are.
+    """
     key = None
     if direct:
-        key = (name, vector.shape, diag.shape, off_diag.shape, vector.dtype, diag.dtype, off_diag.dtype)
-        key = (*key, vector.device, diag.device, off_diag.device, num_offsets, ndim)
-        layout = _checked.get(key)
-        if layout is not None:
-            return layout
-    batch = check_factor(diag, off_diag, num_offsets, ndim, diag_name)
+        key = (
+            *(vector.shape, diag.shape, off_diag.shape, vector.dtype, diag.dtype, off_diag.dtype),
+            *(vector.device, diag.device, off_diag.device, num_offsets, ndim, name, factor_name, batch),
+        )
+        known = _known.get(key)
+        if known is not None:
+            return known
+    stored = check_factor(diag, off_diag, num_offsets, ndim, diag_name)
     grid = diag.shape[diag.ndim - ndim :]
-    check_vector(name, vector, "off_diag", off_diag, grid)
-    layout = layout_of(name, vector.shape[: vector.ndim - ndim], batch, batch, grid)
+    check_vector(name, vector, factor_name, off_diag, grid)
+    layout = layout_of(name, vector.shape[: vector.ndim - ndim], stored, stored if batch is None else batch, grid)
+    canonical = False
     if direct:
-        if len(_checked) >= MOST_REMEMBERED:
-            _checked.clear()
-        _checked[key] = layout
-    return layout
+        canonical = vector.dtype == diag.dtype == accumulate_dtype(vector.dtype)
+        canonical = canonical and layout.is_canonical(vector.shape, diag.shape, off_diag.shape)
+        if len(_known) >= MOST_REMEMBERED:
+            _known.clear()
+        _known[key] = layout, canonical
+    return layout, canonical
 
 
 def matvec(
@@ -98,14 +124,44 @@ def matvec(
     Raises:
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
     """
-    return _checked_apply(operators.matvec, "x", diag, off_diag, x, offsets, ndim, transpose, log)
+    return apply(operators.matvec, "x", diag, off_diag, x, offsets, ndim, transpose, log)
 
 
 def solve(
     diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, ndim: int, transpose: bool = False, log: bool = False
 ) -> Tensor:
     """Solution of L x = b, or of Lᵀx = b with ``transpose``; arguments, shapes and errors as for `matvec`."""
-    return _checked_apply(operators.solve, "b", diag, off_diag, b, offsets, ndim, transpose, log)
+    return apply(operators.solve, "b", diag, off_diag, b, offsets, ndim, transpose, log)
+
+
+def solve_normal(
+    log_diag: Tensor,
+    off_diag: Tensor,
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    offsets: Offsets,
+    ndim: int,
+    factor_name: str = "off_diag",
+    batch: torch.Size | None = None,
+) -> Tensor:
+    """L⁻ᵀu of ``u = standard_normal(shape, dtype)``, on the factor's device; the rest as for `apply`.
+
+    The CPU backend draws u inside of its solve where nothing else is to see it. The result has the same bits either way.
+    """
+    inside = None
+    if dtype == log_diag.dtype and dtype in (torch.float32, torch.float64) and 0 not in shape:
+        tensors = log_diag, off_diag
+        if nothing_intervenes(tensors) and not requires_grad(tensors):
+            inside = getattr(backend_of(log_diag), "solve_normal", None)
+    if inside is not None:
+        stored = check_factor(log_diag, off_diag, len(offsets), ndim, "log_diag")
+        split = len(shape) - ndim
+        layout = layout_of("b", shape[:split], stored, stored if batch is None else batch, shape[split:])
+        if layout.sorted and layout.batch == tuple(shape[:split]):
+            factor = layout.factor(log_diag, ndim), layout.factor(off_diag, ndim + 1)
+            return layout.batched(inside(*factor, layout.canonical_vector, stream_key(), offsets, True, True))
+    u = standard_normal(shape, dtype, log_diag.device)
+    return apply(operators.solve, "b", log_diag, off_diag, u, offsets, ndim, True, True, factor_name, batch)
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 0) -> tuple[Tensor, Tensor]:
@@ -156,7 +212,9 @@ def negative_log_likelihood(residual: Tensor, log_diag: Tensor, off_diag: Tensor
         TypeError, ValueError: shapes, dtypes or devices that do not fit, named.
     """
     direct = nothing_intervenes((residual, log_diag, off_diag))
-    layout = _checked_layout("residual", residual, "log_diag", log_diag, off_diag, len(offsets), ndim, direct)
+    layout, canonical = _settled("residual", residual, "log_diag", log_diag, off_diag, len(offsets), ndim, direct)
+    if canonical:
+        return operators.nll_value(residual, log_diag, off_diag, offsets, direct)
     dtype = accumulate_dtype(residual.dtype)
     value = operators.nll_value(
         layout.vector(_converted(residual, dtype)),

@@ -22,6 +22,12 @@ _library = torch.library.Library("gmrf_kernels", "DEF")
 
 # Looked up once: together they run at every call.
 _dispatch_keys = _C._dispatch_keys
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+_profiler_enabled = torch.autograd._profiler_enabled
+_frame_callback = _C._dynamo.eval_frame.get_eval_frame_callback
+_dispatch_modes, _function_modes = _C._len_torch_dispatch_stack, _C._len_torch_function_stack
+_transforms_active, _tracing_state = _C._are_functorch_transforms_active, _C._get_tracing_state
 
 _PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 
@@ -114,10 +120,14 @@ class Operator:
     def __call__(self, *args):
         tensors = args[: self._count]
         if nothing_intervenes(tensors):
-            if requires_grad(tensors):
-                return self._differentiable(*args, self._kernel)
-            return self._kernel(*args)
+            return self.direct(*args)
         return self.op(*tensors, flatten(args[self._count]), *args[self._count + 1 :])
+
+    def direct(self, *args):
+        """The same where nothing intervenes."""
+        if requires_grad(args[: self._count]):
+            return self._differentiable(*args, self._kernel)
+        return self._kernel(*args)
 
     def _with_offsets(self, args: Sequence) -> list:
         """The arguments of the schema as those of the kernel.
@@ -177,7 +187,7 @@ def _into_axis(tensor: Tensor, in_dim: int | None, size: int, axis: int) -> Tens
 
 def requires_grad(tensors: Sequence[Tensor]) -> bool:
     """Autograd in reverse mode records what is done with these tensors."""
-    if torch.is_grad_enabled():
+    if _is_grad_enabled():
         for t in tensors:
             if t.requires_grad:
                 return True
@@ -189,7 +199,7 @@ def nothing_intervenes(tensors: Sequence[Tensor], saved: Sequence[Tensor] = ()) 
 
     ``saved`` were among such tensors when autograd saved them; a hook may have put a tensor of another class in their place.
     """
-    if torch.compiler.is_compiling():
+    if _is_compiling():
         return False
     for t in tensors:
         if type(t) not in _PLAIN_TYPES or _dispatch_keys(t).raw_repr() not in _PLAIN_KEYS:
@@ -199,10 +209,10 @@ def nothing_intervenes(tensors: Sequence[Tensor], saved: Sequence[Tensor] = ()) 
             return False
     return (
         forward_ad._current_level < 0
-        and _C._dynamo.eval_frame.get_eval_frame_callback() is None
-        and not _C._len_torch_dispatch_stack()
-        and not _C._len_torch_function_stack()
-        and not _C._are_functorch_transforms_active()
-        and _C._get_tracing_state() is None
-        and not torch.autograd._profiler_enabled()
+        and _frame_callback() is None
+        and not _dispatch_modes()
+        and not _function_modes()
+        and not _transforms_active()
+        and _tracing_state() is None
+        and not _profiler_enabled()
     )

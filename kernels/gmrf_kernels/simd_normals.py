@@ -41,19 +41,31 @@ def source(dtype: str, cache: bool) -> str:
 
     The numbers of a block lie one vector behind the other, so that of a longer stream the beginning is the same.
     """
-    vectors, step = range(_VECTORS[dtype]), lanes(dtype)
-
-    whole = "".join(store("store", "result", f"w + {v * step}", f"z{v}", False) for v in vectors)
+    size, step = block_size(dtype), lanes(dtype)
     last = "".join(
-        f"inside = between(0, 0, numbers - w - {v * step})\n" + store("store", "result", f"w + {v * step}", f"z{v}", True)
-        for v in vectors
+        f"inside = between(0, 0, numbers - w - {v * step})\n" + store("store", "result", f"w + {v * step}", f"normal{v}", True)
+        for v in range(_VECTORS[dtype])
     )
     body = "for block in range(start, stop):\n" + inside(
-        f"{', '.join(f'z{v}' for v in vectors)} = normals(key, block)\n"
-        f"w = block * {block_size(dtype)}\n"
-        f"if w + {block_size(dtype)} <= numbers:\n" + inside(whole) + "else:\n" + inside(last)
+        draw_block(dtype, "key", "block")
+        + f"w = block * {size}\n"
+        + f"if w + {size} <= numbers:\n"
+        + inside(store_block(dtype, "result", "w"))
+        + "else:\n"
+        + inside(last)
     )
     return span_kernel(dtype, cache, "key, result, numbers", "", body, operations="simd_normals")
+
+
+def draw_block(dtype: str, key: str, block: str) -> str:
+    """The source that draws a block, of `operations`."""
+    return f"{', '.join(f'normal{v}' for v in range(_VECTORS[dtype]))} = normals({key}, {block})\n"
+
+
+def store_block(dtype: str, row: str, index: str) -> str:
+    """The source that stores it from an index of a row on."""
+    step = lanes(dtype)
+    return "".join(store("store", row, f"{index} + {v * step}", f"normal{v}", False) for v in range(_VECTORS[dtype]))
 
 
 def block_size(dtype: str) -> int:

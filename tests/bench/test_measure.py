@@ -10,7 +10,7 @@ import torch
 
 from bench import rows
 from bench.cases import Case
-from bench.measure import GIB, TrialError, in_own_process, take_turns
+from bench.measure import GIB, TrialError, in_own_process, take_turns, turns_by_the_clock
 from bench.operations import OPERATIONS
 from bench.presets import Work
 from bench.rows import Limits, measure_work
@@ -42,17 +42,39 @@ def die():
 def test_functions_take_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    timings = take_turns(functions, "cpu", seconds=0.0, least=4)
+    times = turns_by_the_clock(functions, seconds=0.0, least=4, most=10)
     assert calls == ["a", "b"] * 4
+    assert {len(turns) for turns in times.values()} == {4}
+    timings = take_turns(functions, "cpu", seconds=0.0, least=4)
     assert {timing.repeats for timing in timings.values()} == {4}
     for timing in timings.values():
         assert 0 <= timing.low <= timing.median <= timing.high
 
 
+def test_a_turn_is_a_loop_of_a_short_function_and_one_call_of_a_long_one():
+    calls = []
+
+    def short():
+        calls.append("short")
+        time.sleep(1e-3)
+
+    def long():
+        calls.append("long")
+        time.sleep(0.03)
+
+    times = turns_by_the_clock({"short": short, "long": long}, seconds=0.0, least=3, most=3, burst=0.02)
+    turns = "".join("s" if call == "short" else "L" for call in calls).split("L")
+    assert calls.count("long") == 3
+    assert turns[0] == "s"
+    assert all(3 <= len(turn) <= 21 for turn in turns[1:3])  # with one that does not count
+    assert all(1e-3 <= turn < 0.02 for turn in times["short"])  # of one call
+    assert all(turn >= 0.03 for turn in times["long"])
+
+
 def test_turns_end_with_the_time_or_the_number():
-    timings = take_turns({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, "cpu", seconds=0.05, least=2, most=50)
-    assert 2 <= timings["slow"].repeats <= 3
-    assert timings["fast"].repeats == 50
+    times = turns_by_the_clock({"slow": lambda: time.sleep(0.02), "fast": lambda: None}, seconds=0.05, least=2, most=50)
+    assert 2 <= len(times["slow"]) <= 3
+    assert len(times["fast"]) == 50
 
 
 def test_trial_returns_what_the_function_returns():

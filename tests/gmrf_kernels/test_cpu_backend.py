@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import banded_gmrf as bg
-from gmrf_kernels import cpu, memory, threads
+from gmrf_kernels import cpu, cpu_plan, memory, threads
 from tests.cases import GRIDS
 from tests.gmrf_kernels.cpu_backend import HANGS, assert_same_bits, forks, in_forked_process, run_python
 from tests.gmrf_kernels.operators import (
@@ -110,7 +110,7 @@ def test_as_many_threads_as_torch_says(name, monkeypatch):
         counts.append(count)
         threads.run_in_threads(kernel, data, count, owners)
 
-    monkeypatch.setattr(cpu, "run_in_threads", record)
+    monkeypatch.setattr(cpu_plan, "run_in_threads", record)
     few = arguments(name, OFFSETS["5x5"], (4, 5))
     for count in (1, 2, 3):
         torch.set_num_threads(count)
@@ -121,7 +121,7 @@ def test_as_many_threads_as_torch_says(name, monkeypatch):
 
 def test_a_solve_takes_no_more_threads_than_images(monkeypatch):
     counts = []
-    monkeypatch.setattr(cpu, "run_in_threads", lambda kernel, data, count, owners: counts.append(count) or kernel(data))
+    monkeypatch.setattr(cpu_plan, "run_in_threads", lambda kernel, data, count, owners: counts.append(count) or kernel(data))
     torch.set_num_threads(3)
     call("solve", arguments("solve", OFFSETS["5x5"], (60, 70), samples=1, batch=1))
     assert counts == [1]
@@ -222,7 +222,7 @@ def test_kernels_name_all_memory_that_they_use(name, either_kernel, monkeypatch)
         seen.extend(any(start <= a < stop for start, stop in ranges) for a in numbers if a > 2**32)
         kernel(data)
 
-    monkeypatch.setattr(cpu, "run_in_threads", record)
+    monkeypatch.setattr(cpu_plan, "run_in_threads", record)
     call(name, arguments(name, OFFSETS["5x5"], (4, 5)))
     assert len(seen) >= 4
     assert all(seen)

@@ -10,7 +10,8 @@ import scipy.stats
 import torch
 
 import banded_gmrf as bg
-from gmrf_kernels import cpu, simd_normals, standard_normal, use_backend
+from gmrf_kernels import cpu, cpu_solve, simd_normals, standard_normal, use_backend
+from gmrf_kernels.cpu_plan import Plan
 
 DTYPES = [torch.float32, torch.float64]
 MANY = 10_000_000
@@ -90,7 +91,7 @@ def test_counters_beyond_32_bits(block):
     source = simd_normals.source("float64", cache=False).replace("normals(key, block)", "normals(key, block + numbers - 16)")
     kernel = cpu._execute(source.replace("w + 16 <= numbers", "True"), Path("numbers_far_on.py"))
     numbers = torch.zeros(2, 8, dtype=torch.float64)
-    cpu._Plan(kernel, [5, numbers, block + 16], 1, 1)()
+    Plan(kernel, [5, numbers, block + 16], 1, 1)()
     drawn = [philox([(8 * block + i) % 2**32, (8 * block + i) >> 32, 0, 0], [5, 0]) for i in range(8)]
     uniform = [((second << 32 | first) // 2**11 + 1) * 2.0**-53 for first, second, _, _ in drawn]
     np.testing.assert_allclose(numbers.square().sum(0), -2 * np.log(uniform), rtol=1e-14)
@@ -143,7 +144,7 @@ def test_the_tail_reaches_beyond_what_many_draws_need(dtype, farthest, monkeypat
     kernel = cpu._execute(source, Path("numbers_of_small_words.py"))
     lanes = 16 if dtype == torch.float32 else 8
     numbers = torch.zeros(2, lanes, dtype=dtype)  # cosines and sines of the first words of the first counters
-    cpu._Plan(kernel, [0, numbers, numbers.numel()], 1, 1)()
+    Plan(kernel, [0, numbers, numbers.numel()], 1, 1)()
     words = np.arange(lanes)
     uniform = (words + 2.0**-9) * 2.0**-32 if dtype == torch.float32 else (words // 2**11 + 1) * 2.0**-53
     radii = numbers.double().square().sum(0).sqrt().numpy()
@@ -328,3 +329,93 @@ def test_samples_follow_torchs_seed(q):
     torch.manual_seed(6)
     expected = q.precision_cholesky.solve(standard_normal((5, 2, 3, 4), torch.float32), transpose=True)
     assert torch.equal(first, expected)
+
+
+# --- drawn inside of a solve ---
+
+
+@pytest.fixture
+def drawn_inside(monkeypatch):
+    """The kernels that were written for solves: whether each draws its right-hand sides."""
+    written = []
+
+    def solve(*args, normal=False, **options):
+        written.append(normal)
+        return cpu_solve.solve(*args, normal=normal, **options)
+
+    monkeypatch.setitem(cpu._UNROLLED, "solve", solve)
+    monkeypatch.setattr(cpu, "_compiled", cpu._compiled.__wrapped__)
+    cpu.forget_plans()
+    yield written
+    cpu.forget_plans()
+
+
+def sample_and_solution(q, shape):
+    """A sample of a seed, and what a solve makes of the numbers of that seed."""
+    torch.manual_seed(3)
+    sample = q.sample(shape)
+    u = seeded(3, (*shape, *q.batch_shape, *q.event_shape), q.loc.dtype)
+    return sample, q.loc + q.precision_cholesky.solve(u, transpose=True)
+
+
+def a_field(dtype, batch, grid, repeated=None):
+    stencil = bg.Stencil.box((1,) * len(grid))
+    generator = torch.Generator().manual_seed(0)
+    shapes = (*batch, *grid), (*batch, *grid), (*batch, len(stencil), *grid)
+    loc, log_diag, off_diag = (0.1 * torch.randn(shape, dtype=dtype, generator=generator) for shape in shapes)
+    q = bg.GMRF(loc, bg.StencilCholesky(log_diag, off_diag, stencil))
+    return q if repeated is None else q.expand(repeated)
+
+
+WHOLE_BLOCKS = [
+    ((), (64,), None, (1,)),
+    ((), (5, 64), None, ()),
+    ((), (5, 64), None, (3,)),
+    ((), (5, 64), None, (7,)),
+    ((3,), (3, 128), None, ()),
+    ((3,), (3, 128), None, (5,)),
+    ((3,), (3, 64), (2, 3), (2,)),
+    ((1,), (3, 64), (4,), (2,)),
+    ((2, 2), (2, 3, 64), None, (2,)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "grid", "repeated", "shape"), WHOLE_BLOCKS)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_samples_drawn_inside_of_a_solve_have_the_same_bits(dtype, batch, grid, repeated, shape, threads, drawn_inside):
+    torch.set_num_threads(threads)
+    assert torch.equal(*sample_and_solution(a_field(dtype, batch, grid, repeated), shape))
+    assert drawn_inside == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("batch", "grid", "shape"),
+    [((2,), (3, 63), (2,)), ((2,), (3, 100), ()), ((2, 1), (3, 64), (2,)), ((2,), (3, 64), (0,))],
+    ids=["odd rows", "rows of other than whole blocks", "batch axes in another order", "no samples"],
+)
+def test_samples_that_no_solve_can_draw_are_the_same(batch, grid, shape, drawn_inside):
+    assert torch.equal(*sample_and_solution(a_field(torch.float32, batch, grid), shape))
+    assert True not in drawn_inside
+
+
+def test_samples_that_autograd_follows_are_the_same(drawn_inside):
+    q = a_field(torch.float32, (2,), (3, 64))
+    torch.manual_seed(3)
+    expected = q.sample()
+    leaf = q.log_diag.detach().requires_grad_()
+    torch.manual_seed(3)
+    sample = bg.GMRF(q.loc, bg.StencilCholesky(leaf, q.off_diag, q.stencil)).rsample()
+    assert torch.equal(sample, expected)
+    (gradient,) = torch.autograd.grad(sample.sum(), leaf)
+    assert gradient.abs().min() > 0
+
+
+def test_a_sample_of_entries_that_do_not_exist_ignores_them():
+    q = a_field(torch.float32, (2,), (3, 64))
+    exists = q.stencil.mask(q.event_shape)
+    poisoned = bg.StencilCholesky(q.log_diag, q.off_diag.where(exists, torch.nan), q.stencil)
+    torch.manual_seed(3)
+    expected = q.sample((2,))
+    torch.manual_seed(3)
+    assert torch.equal(bg.GMRF(q.loc, poisoned).sample((2,)), expected)
