@@ -125,6 +125,9 @@ def compare(
 
 Device = Annotated[str, typer.Option(help="As torch names it: cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="Threads for torch and the library.")]
+Minutes = Annotated[
+    float | None, typer.Option(min=1.0, help="After which this start ends; another goes on.  [default: when all is done]")
+]
 Out = Annotated[
     Path | None, typer.Option(help="Folder for the results, new or empty.  [default: results/bench-COMMAND-DATE-TIME]")
 ]
@@ -146,13 +149,20 @@ def measure_toolbox(
     seconds: Annotated[float, typer.Option(min=0.0, help="For which each tool is timed after its first call.")] = 2.0,
     memory_limit: Annotated[float, typer.Option(min=0.0, help="GiB that one tool may use, on a CPU.")] = 16.0,
     time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds that one tool may take, on a CPU.")] = 3600.0,
-    out: Out = None,
+    minutes: Minutes = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results, new, or of a start that goes on.  [default: results/bench-toolbox-DATE-TIME]"
+        ),
+    ] = None,
 ) -> None:
     """What do marginals, conditioning, divergences, spectra and estimation cost?"""
     from programs.devices import usable_device
     from programs.files import new_folder
 
     from .fields import load_fields, photograph_residuals
+    from .journal import STEPS
     from .rows import GIB, Limits
     from .toolbox import run_toolbox
     from .tools import Sizes
@@ -160,10 +170,12 @@ def measure_toolbox(
     with errors_of():
         usable_device(device)
         fields = photograph_residuals() if factors is None else load_fields(factors)
-        folder = new_folder("bench-toolbox", out)
+        folder = out if out is not None and (out / STEPS).exists() else new_folder("bench-toolbox", out)
     _set_threads(threads)
     limits = Limits(seconds, memory_limit * GIB, time_limit)
-    results = run_toolbox(fields, Sizes(), limits, device, folder, _console())
+    with errors_of():
+        end = None if minutes is None else 60 * minutes
+        results = run_toolbox(fields, Sizes(), limits, device, folder, _console(), end)
     finish(folder, results["interrupted"])
 
 
@@ -227,13 +239,12 @@ def first_hour_on_a_gpu(
     model: Annotated[
         Path | None, typer.Option(envvar="GPU_COST", help="gpu_cost.py, whose predictions stand beside the measurements.")
     ] = None,
-    minutes: Annotated[
-        float | None, typer.Option(min=1.0, help="After which this start ends; another goes on.  [default: when all is done]")
-    ] = None,
+    minutes: Minutes = None,
     out: Annotated[Path, typer.Option(help="Folder for the steps, new or of an earlier start.")] = Path("results/gpu"),
 ) -> None:
     """Are the kernels right on this GPU, and how fast? Checks, tests and bench in steps; what is done is not done again."""
-    from .first_hour import Journal, about_this_run, predict, require_gpu, run_stages
+    from .first_hour import about_this_run, predict, require_gpu, run_stages
+    from .journal import Journal
 
     with errors_of():
         require_gpu()

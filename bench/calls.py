@@ -7,8 +7,8 @@ Small images show what stands around a kernel. Operations are called at the laye
 * function: the public function, or the method of a factor, which checks its arguments;
 * distribution: the method of `banded_gmrf.GMRF`.
 
-*Hot* calls follow each other. *Cold* ones come after a pause, as in a program that does other things in between. All calls of a
-group take turns, so that a change in the machine's speed meets all of them.
+*Hot* calls follow others of their kind in a loop. *Cold* ones come after a pause, as in a program that does other things in
+between. All calls of a group take turns, so that a change in the machine's speed meets all of them.
 """
 
 import time
@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 import banded_gmrf as bg
-from gmrf_kernels import backends
+from gmrf_kernels import backends, standard_normal
 from programs.tables import markdown_table
 
 from .cases import DTYPES, Case, Problem
-from .measure import Timing, describe, synchronize, turns_by_the_clock
+from .measure import BURST, Timing, describe, synchronize, turns_by_the_clock
 from .operations import Tensors, difference, tolerance, trained
 from .presets import Sweep, override, plan
 from .report import case_text
@@ -62,7 +62,8 @@ class Sizes:
 def default_sizes(device: str) -> Sizes:
     """The cases on which the project's aims for calls and samples are stated."""
     small = (Case("3", (64, 64), 1), Case("7", (64, 64), 1), Case("5", (32, 32), 16))
-    samples = (Case("7", (64, 64), 1), Case("7", (64, 64), 64), Case("7", (1024, 1024), 8))
+    many = (Case("7", (64, 64), 64), Case("7", (1024, 1024), 8))
+    samples = (Case("7", (64, 64), 1), *many, *(replace(case, dtype="float64") for case in many))
     shared = (Case("7", (1024, 1024), 1, samples=16),)
     return Sizes(*(tuple(replace(case, device=device) for case in cases) for cases in (small, samples, shared)))
 
@@ -96,17 +97,21 @@ class Group:
     alike: bool = False
 
 
-class _Known(torch.autograd.Function):
-    """A value and gradients that are there already: what it takes is what torch's autograd takes for any function."""
+class _Shortest(torch.autograd.Function):
+    """The shortest function of autograd of two tensors: no checks, and nothing kept by autograd.
+
+    ``value()`` gives its value, and with what ``gradients`` is to be called.
+    """
 
     @staticmethod
-    def forward(ctx, value, log_diag_bar, off_diag_bar, log_diag, off_diag):
-        ctx.bars = log_diag_bar, off_diag_bar
-        return value.clone()
+    def forward(ctx, value, gradients, log_diag, off_diag):
+        result, kept = value()
+        ctx.gradients = lambda: gradients(kept)
+        return result
 
     @staticmethod
     def backward(ctx, _):
-        return None, None, None, *ctx.bars
+        return None, None, *ctx.gradients()
 
 
 # As for operations, the calls hold on to what they need and no more.
@@ -149,9 +154,14 @@ def fixed_costs(problem: Problem) -> Iterator[Group]:
     exact_leaves = (exact_log_diag.detach().requires_grad_(), leaves[1])
     ones = torch.ones(x.shape[:2], dtype=x.dtype, device=x.device)
 
-    def of_backend() -> object:
-        _, whitened = backend.nll(x, exact_log_diag, off_diag, offsets)
+    def value() -> tuple:
+        return backend.nll(x, exact_log_diag, off_diag, offsets)
+
+    def gradients(whitened: torch.Tensor) -> tuple:
         return backend.nll_factor_grad(ones, x, whitened, exact_log_diag, offsets, off_diag.dtype)
+
+    def of_backend() -> object:
+        return gradients(value()[1])
 
     def of_operator() -> object:
         return torch.autograd.grad(operators.nll(x, *exact_leaves, flat)[0].sum(), exact_leaves)
@@ -163,12 +173,17 @@ def fixed_costs(problem: Problem) -> Iterator[Group]:
         trained_q = bg.GMRF(loc, bg.StencilCholesky(*leaves, stencil), validate_args=False)
         return torch.autograd.grad(-trained_q.log_prob(x).sum(), leaves)
 
-    known = [t.detach() for t in (backend.nll(x, exact_log_diag, off_diag, offsets)[0], *of_backend())]
+    known_value, known_gradients = value()[0], of_backend()
 
     def of_torch() -> object:
-        return torch.autograd.grad(_Known.apply(*known, *leaves).sum(), leaves)
+        known = _Shortest.apply(lambda: (known_value.detach(), None), lambda _: known_gradients, *leaves)
+        return torch.autograd.grad(known.sum(), leaves)
 
-    calls = {"backend": of_backend, "torch alone": of_torch, "operator": of_operator, "function": of_function}
+    def shortest() -> object:
+        return torch.autograd.grad(_Shortest.apply(value, gradients, *leaves).sum(), leaves)
+
+    calls = {"backend": of_backend, "torch alone": of_torch, "backend in torch": shortest}
+    calls |= {"operator": of_operator, "function": of_function}
     calls |= {"distribution": of_distribution}
     yield Group("log likelihood and its gradient", calls, "backend", {"function": "≤ 2.2"}, alike=True)
 
@@ -192,13 +207,14 @@ def constructions(problem: Problem) -> Iterator[Group]:
 
 
 def samples_beside_solves(problem: Problem) -> Iterator[Group]:
-    """A sample of the distribution, the solve in it, and as many random numbers by torch."""
+    """A sample of the distribution, the solve in it, numbers drawn for such a solve, and as many by torch."""
     factor, white = problem.factor, problem.white
     q = bg.GMRF(torch.zeros_like(factor.log_diag), factor, validate_args=False)
     yield Group(
         "sample",
         {
             "solve": lambda: factor.solve(white, transpose=True),
+            "numbers, then a solve": lambda: factor.solve(standard_normal(white.shape, white.dtype), transpose=True),
             "sample": lambda: q.sample((len(white),)),
             "torch.randn": lambda: torch.randn(white.shape, dtype=white.dtype, device=white.device),
         },
@@ -298,7 +314,7 @@ def measure_group(group: Group, case: Case, sizes: Sizes) -> list[Row]:
             runs[name] = _finished(call, case.device)
             rows[name]["status"] = "measured"
     most, least = sizes.most, 5
-    hot = turns_by_the_clock(runs, sizes.seconds, least, most)
+    hot = turns_by_the_clock(runs, sizes.seconds, least, most, burst=BURST)
     seconds, most = sizes.seconds * _COLD_SHARE, max(least, round(most * _COLD_SHARE))
     cold = turns_by_the_clock(runs, seconds, least, most, sizes.pause)
     for kind, times in (("hot", hot), ("cold", cold)):
@@ -327,11 +343,14 @@ def _finished(call: Call, device: str) -> Call:
 _HEADER = ("stencil, images", "what", "call", "hot, µs", "cold, µs", "ratio, hot", "ratio, cold", "to", "aim")
 
 _NOTES = """\
-* Medians of calls that take turns. Hot calls follow each other; before a cold one the program sleeps for {pause:g} ms.
+* Medians of turns, which all calls of a group take. Hot: a turn is a loop of a millisecond, after a call that does not count.
+  Cold: it is one call, after the program has slept for {pause:g} ms.
 * *Backend* allocates the result and runs the kernel; *operator* is what torch dispatches to the backend; *function* is the
   public function or method, which checks its arguments; *distribution* is the method of `banded_gmrf.GMRF`. Gradients are with
-  respect to the factor: *backend* is both kernels, one after the other, and *torch alone* is what autograd takes for a function
-  whose value and gradients are there already. No call can be faster than that.
+  respect to the factor: *backend* is both kernels, one after the other; *torch alone* is what autograd takes for a function of
+  two tensors whose value and gradients are there already; *backend in torch* is such a function around the two kernels, without
+  checks or protection of what it keeps. No call can be faster. It takes longer than the two others together: a kernel pushes
+  Python's and torch's code out of the caches.
 * Results of all layers were compared with each other before they were timed.
 * Ratios are to the call that is named behind them, on the same images. Aims are the project's, for hot calls on a CPU.
 """

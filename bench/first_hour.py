@@ -26,13 +26,13 @@ from programs.files import written_whole
 
 from .cases import DTYPES, Case, Problem
 from .implementations import IMPLEMENTATIONS, default_backend
+from .journal import BAD, Journal
 from .measure import describe
 from .operations import OPERATIONS, difference, tolerance
 from .presets import PRESETS, Sweep, plan
 from .rows import Limits, measure_work
 
 ROOT = Path(__file__).parents[1]
-STEPS = "steps.jsonl"
 MODEL = "model.json"
 
 # Seconds after which a stage's process is stopped, the share of them in which it begins steps, and too few to start one.
@@ -69,45 +69,6 @@ _MODELLED = (
     Sweep(stencils=("7",), batches=(2048,), operations=("sample",), dtypes=("bfloat16",)),
     Sweep(stencils=("3x3x3",), resolutions=("64x64x64",), batches=(8,), operations=("sample",)),
 )
-
-BAD = ("failed", "wrong")
-
-
-class Journal:
-    """The lines of steps.jsonl: ``begun`` and ``done`` name a step, ``complete`` a stage; ``about`` has the machine."""
-
-    def __init__(self, folder: Path):
-        self.path = folder / STEPS
-
-    def lines(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self._whole().splitlines()]
-
-    def write(self, **line: Any) -> None:
-        """Append a line, on the disk when this returns; what a killed process wrote of one is cut off before."""
-        whole = self._whole()
-        with open(self.path, "ab") as file:
-            file.truncate(len(whole))
-            file.write(json.dumps(line).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
-
-    def done(self) -> set[str]:
-        return {line["done"] for line in self.lines() if "done" in line}
-
-    def complete(self) -> set[str]:
-        return {line["complete"] for line in self.lines() if "complete" in line}
-
-    def under_way(self) -> str | None:
-        """The step that was begun last, if it has not ended."""
-        begun = [line["begun"] for line in self.lines() if "begun" in line]
-        return begun[-1] if begun and begun[-1] not in self.done() else None
-
-    def bad(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines() if line.get("status") in BAD]
-
-    def _whole(self) -> bytes:
-        text = self.path.read_bytes() if self.path.exists() else b""
-        return text[: text.rfind(b"\n") + 1]
 
 
 class Recorder:
@@ -348,11 +309,7 @@ def run_stages(
         ValueError: the folder has steps of another commit or another GPU.
     """
     journal, end = Journal(folder), None if seconds is None else time.monotonic() + seconds
-    for line in journal.lines():
-        if "about" in line and any(line["about"].get(key) != about.get(key) for key in ("commit", "gpu")):
-            earlier = " on ".join(str(line["about"].get(key)) for key in ("commit", "gpu"))
-            raise ValueError(f"{folder} holds steps of commit {earlier}, this is {about.get('commit')} on {about.get('gpu')}")
-    journal.write(about=about)
+    journal.go_on(about, ("commit", "gpu"))
     all_ended = True
     for stage in stages:
         while stage not in journal.complete():

@@ -20,7 +20,7 @@ from torch import Tensor
 GIB = 2**30
 
 # Seconds for which a short function is called at a time.
-_BURST = 1e-3
+BURST = 1e-3
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -59,7 +59,7 @@ def take_turns(
             for name, function in functions.items()
         }
     else:
-        measured = turns_by_the_clock(functions, seconds, least, most, burst=_BURST)
+        measured = turns_by_the_clock(functions, seconds, least, most, burst=BURST)
     return {name: Timing.of(times) for name, times in measured.items()}
 
 

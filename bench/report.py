@@ -22,7 +22,8 @@ _ASKED = {"grid": [256, 256], "batch": 16}
 _NOTES = """\
 * Every result was compared with the reference (plain torch) before it was timed; a wrong one would be under "Not measured".
 * Time is the median and its quartiles. On a CPU the library, its peers, and reading (`sum`) and copying (`copy_`) the
-  coefficients take turns within one process; on a GPU `triton.testing.do_bench` times one after the other.
+  coefficients take turns within one process. A turn is a loop of a millisecond, after a call that does not count, so all are
+  hot; `python -m bench calls` tells what cold calls cost. On a GPU `triton.testing.do_bench` times one after the other.
 * Bytes are the fewest that must move: the coefficients once for a likelihood or a sample, once more for each gradient of them
   that is written and each further triangular solve, and every vector once. *Of copy* is the bandwidth that these bytes and
   the time make, as a fraction of that of `copy_`, which reads and writes, on the same coefficients. A few MiB of coefficients
@@ -189,11 +190,34 @@ def _peer_table(results: Results) -> str | None:
     for row in _by_case(measured(results["rows"], peer=False)):
         for name, ratio in row.get("peers", {}).items():
             peer = next(other for other in results["rows"] if _work(other) == _work(row) and other["implementation"] == name)
-            conversion = _milliseconds_of(peer["conversion_seconds"])
+            conversion, why = _milliseconds_of(peer["conversion_seconds"]), why_slower(row, peer)
             about = [f"{row['stencil']}, {case_text(row)}", OPERATIONS[row["operation"]].title, peer["title"]]
-            lines.append([*about, _milliseconds(row), _milliseconds(peer), f"{ratio:.3g}", conversion])
-    header = ["case", "operation", "peer", "banded-gmrf, ms", "peer, ms", "times as long", "conversion, ms"]
-    return markdown_table(header, lines, text_columns=3) if lines else None
+            lines.append([*about, _milliseconds(row), _milliseconds(peer), f"{ratio:.3g}", conversion, why])
+    if not lines:
+        return None
+    header = ["case", "operation", "peer", "banded-gmrf, ms", "peer, ms", "times as long", "conversion, ms", "why not faster"]
+    slower = sum(bool(line[-1]) for line in lines)
+    text = f"{len(lines)} rows; other software is faster in {slower or 'none'} of them.\n\n"
+    return text + markdown_table(header, lines, text_columns=3) + (f"\n{_TRIED}" if slower else "")
+
+
+_TRIED = """\
+*The call* is what the same operation takes on an image of one pixel, in the same turns: checks in Python, memory for the
+result, autograd where gradients are asked for. Tried against it: a call passes torch's dispatcher by while nothing intervenes,
+the checks of shapes and the kernels' plans are remembered, canonical tensors go to the kernel as they are. Of what is left each
+part takes about a microsecond: [what a call costs](../calls/results.md).
+"""
+
+
+def why_slower(row: Row, peer: Row) -> str:
+    """Why the peer is faster, from what was measured; empty if it is not."""
+    if peer["seconds"] >= row["seconds"]:
+        return ""
+    call, pixels = row["call_seconds"], max(0.0, row["seconds"] - row["call_seconds"])
+    text = f"the call takes {_milliseconds_of(call)} ms, the pixels {_milliseconds_of(pixels)}"
+    if pixels < peer["seconds"]:
+        return text
+    return f"{text}: more than all of the peer"
 
 
 def _row_table(results: Results) -> str:

@@ -3,7 +3,7 @@
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -64,13 +64,22 @@ def measure_work(work: Work, limits: Limits, tell: Callable[[str], None]) -> lis
     baselines = {"sum": coefficients.sum, "copy_": copying(coefficients)}
     for baseline in baselines.values():
         baseline()  # the others have been called
-    timings = take_turns(baselines | runs, case.device, limits.timing)
     library = [name for name in runs if name not in PEERS]
     peers = [name for name in runs if name in PEERS]
+    on_one_pixel = {}
+    if library and peers:
+        run = (
+            IMPLEMENTATIONS[library[0]].prepare(Problem(replace(case, grid=(1,) * len(case.grid), batch=1)), work.operation).run
+        )
+        run()
+        on_one_pixel["one pixel"] = run
+    timings = take_turns(baselines | runs | on_one_pixel, case.device, limits.timing)
     for name in runs:
         rows[name] |= _figures(case, operation.bytes(case), timings[name], timings)
     for name in library:
         rows[name]["peers"] = {peer: timings[peer].median / timings[name].median for peer in peers}
+    if on_one_pixel:
+        rows[library[0]]["call_seconds"] = timings["one pixel"].median
     for name in peers if library else ():
         rows[name]["times_library"] = rows[library[0]]["peers"][name]
     # Reading and copying the coefficients, by which the others are measured.

@@ -1,5 +1,6 @@
 """``python -m bench toolbox``: what each tool of `banded_gmrf` costs, beside what is aimed at. On a CPU in fresh processes."""
 
+import math
 import time
 from pathlib import Path
 
@@ -10,47 +11,62 @@ from rich.table import Table
 from programs.tables import markdown_table
 
 from .fields import Fields
+from .journal import Journal
 from .measure import GIB, PeakMemory, Timing, TrialError, describe, in_own_process, synchronize, turns_by_the_clock
 from .results import Results, about, environment, progress_bar, table, write_results
 from .rows import Limits, Row
 from .tools import Given, Sizes, tools
 
 
-def run_toolbox(fields: Fields, sizes: Sizes, limits: Limits, device: str, folder: Path, console: Console) -> Results:
-    """Measure all tools, write results.json and results.md into ``folder``, and show the table.
+def run_toolbox(
+    fields: Fields, sizes: Sizes, limits: Limits, device: str, folder: Path, console: Console, seconds: float | None = None
+) -> Results:
+    """Measure all tools, write results.json and results.md into ``folder`` after each, and show the table.
 
     Args:
         fields: see `Fields`.
         sizes: see `Sizes`.
         limits: for each tool; memory and time of a first call, which are those of all calls here, on a CPU only.
         device: as torch names it.
-        folder: an empty folder.
+        folder: an empty folder, or one of an earlier start, whose tools are not measured again.
         console: for the progress bar and the table.
+        seconds: after which no further tool is begun; None for no such limit.
 
     Returns:
-        What results.json holds; ``interrupted`` says whether Ctrl-C ended the measuring.
+        What results.json holds; ``interrupted`` says whether Ctrl-C, or the end of the time, left tools out.
+
+    Raises:
+        ValueError: the folder is of another commit, machine or factors.
     """
-    start = time.perf_counter()
-    rows, interrupted = [], False
+    end = math.inf if seconds is None else time.monotonic() + seconds
+    journal, chosen = Journal(folder), tools(sizes, fields)
+    about_run = {"fields": fields.source, **environment(device)}
+    journal.go_on(about_run, ("commit", "machine", "fields"))
+    lines = {line["done"]: line for line in journal.lines() if "done" in line}
+
+    def written(interrupted: bool) -> Results:
+        done = [lines[name] for name in chosen if name in lines]
+        took = sum(line["seconds"] for line in done)
+        results = {**about_run, "interrupted": interrupted, "seconds": took, "tools": [line["row"] for line in done]}
+        write_results(folder, results, markdown_report(results))
+        return results
+
     with progress_bar(console) as progress:
-        chosen = tools(sizes, fields)
         task = progress.add_task("", total=len(chosen))
         try:
             for name, tool in chosen.items():
-                progress.update(task, description=f"{tool.title}: {tool.on}")
-                row = {"tool": name, "title": tool.title, "on": tool.on, "aim": tool.aim}
-                rows.append(row | _measured(name, fields, sizes, device, limits))
+                if name not in lines and time.monotonic() < end:
+                    progress.update(task, description=f"{tool.title}: {tool.on}")
+                    start = time.perf_counter()
+                    row = {"tool": name, "title": tool.title, "on": tool.on, "aim": tool.aim}
+                    row |= _measured(name, fields, sizes, device, limits)
+                    lines[name] = {"done": name, "seconds": time.perf_counter() - start, "row": row}
+                    journal.write(**lines[name])
+                    written(interrupted=True)
                 progress.advance(task)
         except KeyboardInterrupt:
-            interrupted = True
-    results = {
-        "fields": fields.source,
-        **environment(device),
-        "interrupted": interrupted,
-        "seconds": time.perf_counter() - start,
-        "tools": rows,
-    }
-    write_results(folder, results, markdown_report(results))
+            pass
+    results = written(interrupted=len(lines) < len(chosen))
     console.print(terminal_table(results))
     return results
 

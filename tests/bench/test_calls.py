@@ -30,9 +30,9 @@ def test_all_calls_are_rows(tmp_path):
     for group, expected in {
         "solve with Lᵀ": layers - {"distribution"},
         "log likelihood": layers,
-        "log likelihood and its gradient": layers | {"torch alone"},
+        "log likelihood and its gradient": layers | {"torch alone", "backend in torch"},
         "construction": {"likelihood", "StencilCholesky", "GMRF, unchecked", "GMRF, checked"},
-        "sample": {"solve", "sample", "torch.randn"},
+        "sample": {"solve", "numbers, then a solve", "sample", "torch.randn"},
         "3 samples of one factor": {"1 solve", "3 solves, one by one", "1 solve of 3 vectors", "3 samples"},
     }.items():
         assert {call for of, call in named if of == group} == expected
@@ -45,7 +45,7 @@ def test_all_calls_are_rows(tmp_path):
             assert row[kind]["ratio"] == pytest.approx(row[kind]["median"] / unit[kind]["median"])
     text = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "| 3, 2 × 6 × 7 | log likelihood | distribution |" in text
-    assert "sleeps for 0.1 ms" in text
+    assert "slept for 0.1 ms" in text
     assert results["machine"]["processor"] in text
     assert "3 solves, one by one" in output.getvalue()
 
@@ -129,7 +129,9 @@ def test_default_cases_are_those_of_the_aims():
         ("7", 1, (64, 64)),
         ("5", 16, (32, 32)),
     }
-    assert Case("7", (1024, 1024), 8) in sizes.samples
+    for dtype in ("float32", "float64"):
+        assert Case("7", (64, 64), 64, dtype=dtype) in sizes.samples
+        assert Case("7", (1024, 1024), 8, dtype=dtype) in sizes.samples
     assert [case.samples for case in sizes.shared] == [16]
 
 

@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from bench import first_hour
 from bench.__main__ import app
 from bench.cases import Case
-from bench.first_hour import Journal, Recorder, checks, measurements, predicted_seconds, run_stages, run_tests, take_steps
+from bench.first_hour import Recorder, checks, measurements, predicted_seconds, run_stages, run_tests, take_steps
+from bench.journal import Journal
 from bench.presets import PRESETS, Sweep, plan
 from bench.rows import Limits
 
@@ -156,7 +157,7 @@ def test_the_end_of_a_start_is_no_fault_of_the_step_under_way(journal, tmp_path)
 @pytest.mark.parametrize("other", [{"commit": "def"}, {"gpu": "A100"}])
 def test_steps_of_another_commit_or_gpu_are_not_gone_on_with(tmp_path, other):
     run_stages(tmp_path, ABOUT, stages=[])
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds steps of commit abc on H200")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path} holds steps of commit abc, gpu H200; this is commit")):
         run_stages(tmp_path, ABOUT | other, stages=[])
 
 

@@ -11,6 +11,7 @@ from bench import run
 from bench.__main__ import app
 from bench.compare import faster_rows, slower_rows
 from bench.quality import PATCH
+from bench.report import why_slower
 from bench.results import read_results, write_results
 
 TINY = ["--resolutions", "8,16", "--batch", "2", "--stencils", "3,5", "--ops", "log_prob_grad,sample", "--seconds", "0"]
@@ -175,3 +176,24 @@ def test_compare_refuses_other_files(tmp_path):
         outcome = bench("compare", given, given)
         assert outcome.exit_code == 2
         assert message in " ".join(outcome.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("ours", "call", "peer", "expected"),
+    [
+        (2e-5, 1e-5, 2e-5, ""),
+        (2e-5, 1.5e-5, 1e-5, "the call takes 0.015 ms, the pixels 0.005"),
+        (2e-5, 2.1e-5, 1e-5, "the call takes 0.021 ms, the pixels 0"),
+        (2e-5, 5e-6, 1e-5, "the call takes 0.005 ms, the pixels 0.015: more than all of the peer"),
+    ],
+)
+def test_a_row_of_a_faster_peer_says_why(ours, call, peer, expected):
+    assert why_slower({"seconds": ours, "call_seconds": call}, {"seconds": peer}) == expected
+
+
+def test_the_cost_of_a_call_is_measured_beside_peers(finished):
+    for row in read_results(finished)["rows"]:
+        assert (row.get("call_seconds", 0) > 0) == bool(row.get("peers"))
+    text = (finished / "report.md").read_text(encoding="utf-8")
+    assert "| conversion, ms | why not faster |" in text
+    assert "rows; other software is faster in" in text

@@ -99,6 +99,38 @@ def test_ctrl_c_keeps_what_was_measured(saved, tmp_path, monkeypatch):
     assert "Interrupted" in (tmp_path / "new" / "results.md").read_text(encoding="utf-8")
 
 
+def test_a_second_start_measures_what_the_first_left(saved, tmp_path, monkeypatch):
+    measured = []
+
+    def measure(name, *arguments):
+        measured.append(name)
+        if len(measured) == 3:
+            raise KeyboardInterrupt
+        return {"status": "failed", "reason": f"{name} as told"}
+
+    monkeypatch.setattr(toolbox, "_measured", measure)
+    names = list(tools.tools(tools.Sizes(), load_fields(saved())))
+    command = ["toolbox", "--factors", saved(), "--out", tmp_path / "new"]
+    assert bench(*command).exit_code == 130
+    assert measured == names[:3]
+    outcome = bench(*command)
+    assert outcome.exit_code == 0, outcome.output
+    assert measured == [*names[:3], *names[2:]]  # the third was under way
+    results = json.loads((tmp_path / "new" / "results.json").read_text(encoding="utf-8"))
+    assert [row["tool"] for row in results["tools"]] == names
+    assert not results["interrupted"]
+    other = bench("toolbox", "--out", tmp_path / "new")  # other factors
+    assert other.exit_code == 2
+    assert "holds steps of commit" in " ".join(other.output.replace("│", " ").split())
+
+
+def test_no_tool_is_begun_when_the_time_is_over(saved, tmp_path, monkeypatch):
+    monkeypatch.setattr(toolbox, "_measured", lambda *arguments: pytest.fail("begun"))
+    limits, console = Limits(0.0, GIB, 1), Console(file=io.StringIO())
+    results = toolbox.run_toolbox(load_fields(saved()), TINY, limits, "cpu", tmp_path, console, seconds=0)
+    assert (results["interrupted"], results["tools"]) == (True, [])
+
+
 def test_residuals_of_a_file_are_observed(saved):
     residual = np.random.default_rng(1).standard_normal((2, 6, 7))
     fields = load_fields(saved(residual=residual))
