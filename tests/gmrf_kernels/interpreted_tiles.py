@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from gmrf_kernels.triton_kernels import geometry, schedule
+from gmrf_kernels.triton_kernels import geometry, schedule, tiles
 from gmrf_kernels.triton_kernels.exponential import exp
 from tests.cases import GRIDS
 from tests.gmrf_kernels.operators import (
@@ -46,22 +46,51 @@ def test_sixteen_bit_coefficients(name, dtype):
     assert_dense(name, OFFSETS["3x3"], (5, 7), dtype=dtype)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("stencil", OFFSETS)
+def test_blocks_of_sites(name, stencil):
+    """Rows of whole blocks, of two sites in float64 and of four else."""
+    grid = {1: (12,), 2: (5, 12), 3: (2, 3, 4)}[NDIM[stencil]]
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        assert_dense(name, OFFSETS[stencil], grid, dtype=dtype)
+
+
+def test_blocks_are_aligned_pieces_of_memory():
+    t = torch.empty(2, 4, 8)
+    assert tiles.sites_of_blocks(4, 8, t, None, t[:1].expand(2, 4, 8)) == 4
+    assert tiles.sites_of_blocks(2, 6, t[..., 2:]) == 2
+    assert tiles.sites_of_blocks(4, 6, t[..., :6]) == 1
+    for other in (t[..., 1:5], t[..., 2:6], t.mT, t[..., ::2], torch.empty(2, 4, 9)[..., :8], t[..., :1].expand(2, 4, 8)):
+        assert tiles.sites_of_blocks(4, 4, t, other) == 1
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles on each axis, a last block of samples that is not full, and a last group of offsets that is not either."""
 
-    def tile(grid, samples, dtype):
+    def tile(grid, samples, offsets, dtype):
         depth, height, width = geometry.grid3(grid)
         count = -(-depth * height // 2) * -(-width // 4)
         return schedule.Tile(
-            rows=2, columns=4, samples=2, ahead=5, group=5, warps=1, count=count, sample_blocks=-(-samples // 2), parts=2
+            rows=2,
+            columns=4,
+            samples=2,
+            ahead=5,
+            group=5,
+            sites=2,
+            sites_one_by_one=1,
+            count=count,
+            sample_blocks=-(-samples // 2),
+            parts=2,
         )
 
     monkeypatch.setattr(schedule, "tile", tile)
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("stencil", "grid"), [("far line", (9,)), ("5x5", (3, 5)), ("volume", (2, 2, 5))])
+@pytest.mark.parametrize(
+    ("stencil", "grid"), [("far line", (9,)), ("5x5", (3, 5)), ("5x5", (3, 6)), ("volume", (2, 2, 5)), ("volume", (2, 2, 6))]
+)
 def test_tiles_smaller_than_the_grid(name, stencil, grid, small_tiles):
     assert_dense(name, OFFSETS[stencil], grid, samples=3, batch=2)
 

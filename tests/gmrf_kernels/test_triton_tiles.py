@@ -15,11 +15,15 @@ from tests.gmrf_kernels.triton_compilation import TARGETS, compile_launches
 
 IMAGE = (64, 64)
 SEVEN = tuple((i, j) for i in range(4) for j in range(-3, 4) if (i, j) > (0, 0))
+ELEVEN = tuple((i, j) for i in range(6) for j in range(-5, 6) if (i, j) > (0, 0))
 CASES = {  # coefficients, offsets, grid, samples
     "float32": (torch.float32, SEVEN, IMAGE, 1),
     "float32, 64 samples": (torch.float32, SEVEN, IMAGE, 64),
     "float32, 5x5": (torch.float32, STENCILS["5x5"].offsets, IMAGE, 1),
     "float32, 3x3, odd sizes": (torch.float32, STENCILS["3x3"].offsets, (63, 65), 1),
+    "float32, 7x7, odd sizes": (torch.float32, SEVEN, (63, 65), 1),
+    "float32, 7x7, odd sizes, 64 samples": (torch.float32, SEVEN, (63, 65), 64),
+    "float32, 11x11": (torch.float32, ELEVEN, IMAGE, 1),
     "float32, volume": (torch.float32, STENCILS["bands of a box"].offsets, (32, 32, 32), 1),
     "bfloat16": (torch.bfloat16, SEVEN, IMAGE, 1),
     "bfloat16, 64 samples": (torch.bfloat16, SEVEN, IMAGE, 64),
@@ -59,7 +63,7 @@ def test_the_likelihood_loads_each_coefficient_once_in_vectors(dtype):
     kernel, _ = machines("nll", dtype, SEVEN, IMAGE, 1, "sm_90")
     # Coefficients are what is evicted first: PTX names the number and the bits of what a load moves.
     loads = re.findall(r"ld\.global\S*evict_first\S*?(?:\.v(\d))?\.b(\d+)", kernel.assembly)
-    bits = {torch.float32: ("2", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
+    bits = {torch.float32: ("4", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("2", "32")}[dtype]
     assert loads == [bits] * len(SEVEN)
 
 
@@ -67,7 +71,7 @@ def test_the_likelihood_loads_each_coefficient_once_in_vectors(dtype):
 def test_the_gradient_stores_each_entry_once_in_vectors(dtype):
     (kernel,) = machines("nll_factor_grad", dtype, SEVEN, IMAGE, 1, "sm_90")
     stores = re.findall(r"st\.global\S*?(?:\.v(\d))?\.b(\d+)", kernel.assembly)
-    bits = {torch.float32: ("2", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("", "32")}[dtype]
+    bits = {torch.float32: ("4", "32"), torch.float64: ("2", "64"), torch.bfloat16: ("2", "32")}[dtype]
     assert sorted(stores[-len(SEVEN) :]) == [bits] * len(SEVEN)
     assert len(stores) == len(SEVEN) + 1
     assert "evict_first" not in kernel.assembly  # it loads no coefficient

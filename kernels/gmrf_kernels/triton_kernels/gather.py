@@ -1,11 +1,11 @@
 """Products with L and Lᵀ, and the fused negative log likelihood: each site gathers from its neighbours.
 
-A program owns a tile of sites of one image, for up to four samples. It loads each coefficient of its sites once, coalesced, in
-vectors where strides and alignment allow it, several offsets before it is needed, and uses it for all its samples; neighbouring
-values of the samples come through the L1 cache, which they need not share: coefficients are marked to be evicted first. More
-samples of a shared factor are programs with consecutive numbers, which run at the same time and find the coefficients in the L2
-cache: held in registers for all samples, they would leave no room for the sums, and looping over the samples in one program
-would leave most of the GPU idle when there are few images.
+A program owns a tile of sites of one image, for up to four samples, and a thread blocks of sites (`tiles`). It loads each
+coefficient of its sites once, coalesced, in vectors where strides and alignment allow it, several offsets before it is
+needed, and uses it for all its samples; blocks of neighbouring values of the samples come through the L1 cache, which they need
+not share: coefficients are marked to be evicted first. More samples of a shared factor are programs with consecutive numbers,
+which run at the same time and find the coefficients in the L2 cache: held in registers for all samples, they would leave no
+room for the sums, and looping over the samples in one program would leave most of the GPU idle when there are few images.
 
 Bytes moved through memory for N sites in all images, S samples, coefficients of c bytes and values of v bytes: (K-1)·c·N of the
 off-diagonals, less the rows whose neighbour lies off the grid; the diagonal, v·N; the samples, v·S·N; the product, v·S·N.
@@ -23,7 +23,19 @@ from ..stencils import Offsets
 from . import schedule
 from .exponential import exp
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
-from .tiles import distance, inside, sum_by_pairs, tile_of
+from .tiles import (
+    distance,
+    has_block,
+    has_row,
+    load_block,
+    reads,
+    sites_of_blocks,
+    stack,
+    store_block,
+    sum_by_pairs,
+    sum_of_block,
+    tile_of,
+)
 
 
 def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
@@ -38,7 +50,7 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     samples, batch, *grid = residual.shape
     whitened = torch.empty_like(residual, memory_format=torch.contiguous_format)
     value = residual.new_empty((samples, batch))
-    tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
+    tile = schedule.tile(tuple(grid), samples, len(offsets), off_diag.dtype)
     partial = residual.new_empty((samples, batch, tile.count))
     _launch(log_diag, off_diag, residual, whitened, partial, offsets, transpose=True, log=True)
     if value.numel():
@@ -57,7 +69,10 @@ def _launch(
     if x.numel() == 0:
         return
     ndim = len(grid)
-    tile = schedule.tile(tuple(grid), samples, off_diag.dtype)
+    tile = schedule.tile(tuple(grid), samples, len(offsets), off_diag.dtype)
+    sites = sites_of_blocks(tile.sites, grid[-1], diag, off_diag, x)
+    neighbours = offsets3(offsets) if transpose else _backward(offsets)
+    read = reads(neighbours, sites)
     with on_device_of(x):
         _gather[(batch * tile.count * tile.sample_blocks,)](
             *(diag, diag.stride(0), *strides3(diag, ndim)),
@@ -65,15 +80,20 @@ def _launch(
             *(x, x.stride(0), x.stride(1), *strides3(x, ndim)),
             *(y, partial),
             *(samples, batch, *grid3(grid)),
-            NEIGHBOURS=offsets3(offsets) if transpose else _backward(offsets),
+            NEIGHBOURS=neighbours,
+            BLOCKS=read.blocks,
+            UNTIL=read.until,
+            VALUES=read.values,
             AT_NEIGHBOUR=not transpose,
             LOG=log,
             ROWS=tile.rows,
             COLS=tile.columns,
+            V=sites,
+            ONE_PLANE=math.prod(grid[:-2]) == 1,
             SAMPLES=tile.samples,
             AHEAD=tile.ahead,
             INDEX=tl.int64 if spans_32_bits(diag, off_diag, x, y, ndim=ndim) else tl.int32,
-            num_warps=tile.warps,
+            num_warps=tile.warps(sites),
         )
 
 
@@ -110,10 +130,15 @@ def _gather(
     H,
     W,
     NEIGHBOURS: tl.constexpr,  # where the k-th neighbour of a site lies, (planes, rows, columns)
+    BLOCKS: tl.constexpr,  # `Reads` of these
+    UNTIL: tl.constexpr,
+    VALUES: tl.constexpr,
     AT_NEIGHBOUR: tl.constexpr,  # the entry that meets it is stored there, not at the site
     LOG: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
+    V: tl.constexpr,  # sites of a block
+    ONE_PLANE: tl.constexpr,  # D is 1
     SAMPLES: tl.constexpr,
     AHEAD: tl.constexpr,  # coefficients of a site whose loads are under way before the first is needed
     INDEX: tl.constexpr,
@@ -125,91 +150,111 @@ def _gather(
     tile = program // sample_blocks % tiles
     image = (program // sample_blocks // tiles).to(tl.int64)
 
-    plane, row, column = tile_of(tile, H, W, ROWS, COLS, INDEX)
-    exists = (plane < D) & (column < W)  # (ROWS, COLS)
+    plane, row, column = tile_of(tile, H, W, ROWS, COLS, V, ONE_PLANE, INDEX)
+    exists = has_row(plane, row, D, H, 0, 0, ONE_PLANE) & has_block(column, W, 0)  # (ROWS, COLS // V)
     diag_sites = plane * diag_d + row * diag_h + column * diag_w
     off_sites = plane * off_d + row * off_h + column * off_w
     x_sites = plane * x_d + row * x_h + column * x_w
 
     coefficients = off_ptr + image * off_b + off_sites
+    place = (plane, row, column, D, H, W)
+    strides = (off_d, off_h, off_w)
     entries = ()
     for k in tl.static_range(min(AHEAD, len(NEIGHBOURS))):
-        off_there = distance(NEIGHBOURS, k, off_d, off_h, off_w)
-        entries += (_load_entry(coefficients + k * off_k, off_there, plane, row, column, D, H, W, NEIGHBOURS, k, AT_NEIGHBOUR),)
+        entries += (_load_entries(coefficients + k * off_k, strides, place, NEIGHBOURS, k, AT_NEIGHBOUR, V, ONE_PLANE),)
 
-    diag = tl.load(diag_ptr + image * diag_b + diag_sites, exists, other=0.0)
-    log_diag = diag
-    if LOG:
-        diag = exp(log_diag)
+    log_diag = load_block(diag_ptr + image * diag_b + diag_sites, exists, V)
     xs = _sample_pointers(x_ptr + image * x_b, x_s, sample, S, SAMPLES)
-    sums = ()
+    values = ()  # of x: of each block, for each sample, V
     for i in tl.static_range(SAMPLES):
-        sums += (diag * tl.load(xs[i] + x_sites, exists, other=0.0),)
+        values += load_block(xs[i] + x_sites, exists, V)
+    diag = ()
+    for j in tl.static_range(V):
+        diag += (exp(log_diag[j]) if LOG else log_diag[j],)
+    sums = ()  # for each sample V
+    for i in tl.static_range(SAMPLES):
+        for j in tl.static_range(V):
+            sums += (diag[j] * values[i * V + j],)
 
     for k in tl.static_range(len(NEIGHBOURS)):
         if k + AHEAD < len(NEIGHBOURS):
-            off_there = distance(NEIGHBOURS, k + AHEAD, off_d, off_h, off_w)
-            entries += (
-                _load_entry(
-                    coefficients + (k + AHEAD) * off_k,
-                    off_there,
-                    plane,
-                    row,
-                    column,
-                    D,
-                    H,
-                    W,
-                    NEIGHBOURS,
-                    k + AHEAD,
-                    AT_NEIGHBOUR,
-                ),
-            )
-        has = _has_row(plane, row, D, H, NEIGHBOURS, k) & (column < W) & inside(column, W, NEIGHBOURS[k][2])
-        # What is stored where no entry exists, NaN perhaps, is dropped.
-        entry = tl.where(has, entries[k], 0.0).to(diag.dtype)
-        there = x_sites + distance(NEIGHBOURS, k, x_d, x_h, x_w)
-        sums = _add_products(sums, entry, xs, there, has)
+            ahead = coefficients + (k + AHEAD) * off_k
+            entries += (_load_entries(ahead, strides, place, NEIGHBOURS, k + AHEAD, AT_NEIGHBOUR, V, ONE_PLANE),)
+        for n in tl.static_range(tl.constexpr(UNTIL[k - 1] if k > 0 else 1), tl.constexpr(UNTIL[k])):
+            there = x_sites + distance(x_d, x_h, x_w, BLOCKS[n][0], BLOCKS[n][1], BLOCKS[n][2] * V)
+            row_has = has_row(plane, row, D, H, BLOCKS[n][0], BLOCKS[n][1], ONE_PLANE)
+            has = row_has & has_block(column, W, BLOCKS[n][2] * V)
+            for i in tl.static_range(SAMPLES):
+                values += load_block(xs[i] + there, has, V)
+        entry = _of_sites(entries[k], column, W, NEIGHBOURS[k][2], AT_NEIGHBOUR, V)
+        more = ()
+        for i in tl.static_range(SAMPLES):
+            for j in tl.static_range(V):
+                x = values[(VALUES[k][j] // V * SAMPLES + i) * V + VALUES[k][j] % V]
+                more += (tl.fma(entry[j].to(x.dtype), x, sums[i * V + j]),)
+        sums = more
 
     n = tl.cast(D * H, tl.int64) * W
     y_sites = (plane * H + row) * W + column
     ys = _sample_pointers(y_ptr + image * n, B * n, sample, S, SAMPLES)
     for i in tl.static_range(SAMPLES):
-        tl.store(ys[i] + y_sites, sums[i], exists)
+        store_block(ys[i] + y_sites, sums[i * V : (i + 1) * V], exists, V)
     if partial_ptr is not None:
-        partials = _sample_pointers(partial_ptr + image * tiles + tile, tl.cast(B, tl.int64) * tiles, sample, S, SAMPLES)
+        parts = ()
         for i in tl.static_range(SAMPLES):
-            parts = tl.where(exists, tl.fma(0.5 * sums[i], sums[i], -log_diag), 0.0)
-            tl.store(partials[i] + tl.arange(0, 1), sum_by_pairs(parts, ROWS * COLS))
+            of_sites = ()
+            for j in tl.static_range(V):
+                y = sums[i * V + j]
+                of_sites += (tl.where(exists, tl.fma(0.5 * y, y, -log_diag[j]), 0.0),)
+            parts += (sum_of_block(of_sites, V),)
+        samples = sample + tl.arange(0, SAMPLES)
+        partials = partial_ptr + (samples.to(tl.int64) * B + image) * tiles + tile
+        tl.store(partials, sum_by_pairs(stack(parts, SAMPLES), ROWS * (COLS // V), SAMPLES), samples < S)
 
 
 @triton.jit
-def _load_entry(
-    sites,
-    there,
-    plane,
-    row,
-    column,
-    D,
-    H,
-    W,
+def _load_entries(
+    first,
+    strides,
+    place,
     NEIGHBOURS: tl.constexpr,
     K: tl.constexpr,
     AT_NEIGHBOUR: tl.constexpr,
+    V: tl.constexpr,
+    ONE_PLANE: tl.constexpr,
 ):
-    """The K-th coefficient of each site, or with AT_NEIGHBOUR that of its neighbour; 0 where its row has no neighbours."""
-    row_has = _has_row(plane, row, D, H, NEIGHBOURS, K)
+    """A coefficient of each site of a block, or with AT_NEIGHBOUR those in the blocks, one or two, of the sites' neighbours.
+
+    0 where the row has no neighbours, or the block of neighbours does not exist.
+    """
+    plane, row, column, D, H, W = place
+    row_has = has_row(plane, row, D, H, NEIGHBOURS[K][0], NEIGHBOURS[K][1], ONE_PLANE)
     if AT_NEIGHBOUR:
-        has = row_has & (column < W) & inside(column, W, NEIGHBOURS[K][2])
-        return tl.load(sites + there, has, other=0.0, eviction_policy="evict_first")
+        FIRST: tl.constexpr = NEIGHBOURS[K][2] // V
+        LAST: tl.constexpr = (NEIGHBOURS[K][2] + V - 1) // V
+        entries = ()
+        for block in tl.static_range(FIRST, LAST + 1):
+            there = distance(strides[0], strides[1], strides[2], NEIGHBOURS[K][0], NEIGHBOURS[K][1], block * V)
+            entries += load_block(first + there, row_has & has_block(column, W, block * V), V, ONCE=True)
+        return entries
     else:
         # A mask by rows lets a thread load vectors, entries that do not exist among them.
-        return tl.load(sites, row_has & (column < W), other=0.0, eviction_policy="evict_first")
+        return load_block(first, row_has & has_block(column, W, 0), V, ONCE=True)
 
 
 @triton.jit
-def _has_row(plane, row, D, H, NEIGHBOURS: tl.constexpr, K: tl.constexpr):
-    """(ROWS, 1): the row of the K-th neighbours of this row's sites exists, and so does the row."""
-    return (plane < D) & inside(plane, D, NEIGHBOURS[K][0]) & inside(row, H, NEIGHBOURS[K][1])
+def _of_sites(entries, column, W, COLUMNS: tl.constexpr, AT_NEIGHBOUR: tl.constexpr, V: tl.constexpr):
+    """The coefficient of each site of a block, 0 where it does not exist."""
+    sites = ()
+    for j in tl.static_range(V):
+        if AT_NEIGHBOUR:
+            sites += (entries[j + COLUMNS % V],)
+        elif (j + COLUMNS) // V == 0:
+            sites += (entries[j],)
+        else:
+            # What is stored where no entry exists, NaN perhaps, is dropped.
+            sites += (tl.where(has_block(column, W, (j + COLUMNS) // V * V), entries[j], 0.0),)
+    return sites
 
 
 @triton.jit
@@ -222,16 +267,6 @@ def _sample_pointers(pointer, stride, first, S, SAMPLES: tl.constexpr):
     return pointers
 
 
-@triton.jit
-def _add_products(sums, entry, xs, sites, mask):
-    """The sums, one for each sample, plus entry · x."""
-    more = ()
-    for i in tl.static_range(len(sums)):
-        x = tl.load(xs[i] + sites, mask, other=0.0)
-        more += (tl.fma(entry, x, sums[i]),)
-    return more
-
-
 @triton.jit(do_not_specialize=["tiles", "n"])
 def _finish_nll(value_ptr, partial_ptr, tiles, n: tl.int64, PARTS: tl.constexpr):
     """value (S, B) from the parts (S, B, tiles), in float64 and in the order of the tiles."""
@@ -241,5 +276,5 @@ def _finish_nll(value_ptr, partial_ptr, tiles, n: tl.int64, PARTS: tl.constexpr)
     for first in range(0, tiles, PARTS):
         index = first + tl.arange(0, PARTS)
         sums += tl.load(partial_ptr + item * tiles + index, index < tiles, other=0.0).to(tl.float64)
-    value = sum_by_pairs(sums, PARTS) + n.to(tl.float64) * HALF_LOG_TWO_PI
+    value = sum_by_pairs(sums, PARTS, 1) + n.to(tl.float64) * HALF_LOG_TWO_PI
     tl.store(value_ptr + item + tl.arange(0, 1), value.to(value_ptr.dtype.element_ty))

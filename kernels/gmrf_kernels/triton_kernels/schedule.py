@@ -16,20 +16,25 @@ from .wavefronts import plan
 
 # --- Tiles of the kernels without recursion (gather.py, outer.py) ---
 
-# (sites of a thread, coefficients of each that it loads before it needs the first), for one sample and for several.
-# One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where the memory
-# of an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours' values,
-# which a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
+# (sites of a thread that has no blocks, coefficients of each that it loads before it needs the first), for one sample and for
+# several. One: with 64 registers a multiprocessor holds a thousand threads, and 64 bytes under way in each are 64 KiB, where
+# the memory of an H100 delivers 25 KB to each multiprocessor in a microsecond. Two sites rather than four, because neighbours'
+# values, which such a thread loads one by one, keep the L1 cache the busier the further apart the threads' sites are.
 # Several: the loads of samples are many times those of coefficients, and their sums need the registers.
 _SITES_AND_AHEAD = {
     torch.float16: ((2, 16), (1, 8)),
     torch.bfloat16: ((2, 16), (1, 8)),
     torch.float32: ((2, 8), (2, 4)),
-    torch.float64: ((2, 8), (1, 4)),
+    torch.float64: ((2, 4), (1, 4)),
 }
 
-# Samples whose sums a thread of `gather` holds at once.
+# Samples whose sums a thread of `gather` holds at once; fewer where samples times offsets were more than this, for which the
+# kernel takes more than ten seconds to compile.
 _SAMPLES = 4
+_MOST_SAMPLES_TIMES_OFFSETS = 96
+
+# Stencils of more offsets have no blocks: the compiler, which loads as early as it can, would spill registers.
+_MOST_OFFSETS_IN_BLOCKS = 40
 
 # Threads of a program: eight programs fill the 2048 threads of a multiprocessor.
 _MOST_WARPS = 8
@@ -56,7 +61,8 @@ class Tile:
         samples: that a program of `gather` takes at once.
         ahead: coefficients of each site that a program of `gather` loads before it needs the first.
         group: offsets that a program of `outer` takes at once.
-        warps: of the program.
+        sites: of a block, where the tensors stand in aligned blocks, of which a thread has one.
+        sites_one_by_one: of a thread where they do not.
         count: tiles that cover the grid.
         sample_blocks: programs of `gather` for one tile.
         parts: of a likelihood, one from each tile, that are added at once.
@@ -67,15 +73,23 @@ class Tile:
     samples: int
     ahead: int
     group: int
-    warps: int
+    sites: int
+    sites_one_by_one: int
     count: int
     sample_blocks: int
     parts: int
 
+    def warps(self, sites: int) -> int:
+        """Warps of a program, for blocks of so many sites."""
+        return max(1, self.rows * self.columns // (32 * (sites if sites > 1 else self.sites_one_by_one)))
+
 
 @functools.cache
-def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
-    """The tile for a grid and coefficients of ``dtype``. Strides have no part in it: they must not change a sum's order."""
+def tile(grid: tuple[int, ...], samples: int, offsets: int, dtype: torch.dtype) -> Tile:
+    """The tile for a grid, so many samples and offsets, and coefficients of ``dtype``.
+
+    Strides have no part in it: they must not change a sum's order.
+    """
     several = samples > 1
     per_thread, ahead = _SITES_AND_AHEAD[dtype][several]
     most = _MOST_WARPS * 32 * per_thread
@@ -94,13 +108,16 @@ def tile(grid: tuple[int, ...], samples: int, dtype: torch.dtype) -> Tile:
     shapes = [shape(1 << i) for i in range(widest.bit_length()) if 1 << i >= min(32, widest)]
     rows, columns, count = min(shapes, key=cost)
     taken = _SAMPLES if several else 1
+    while taken > 1 and taken * offsets > _MOST_SAMPLES_TIMES_OFFSETS:
+        taken //= 2
     return Tile(
         rows=rows,
         columns=columns,
         samples=taken,
         ahead=ahead,
         group=_GROUP,
-        warps=max(1, rows * columns // (32 * per_thread)),
+        sites=_VECTOR_BYTES // max(4, dtype.itemsize) if offsets <= _MOST_OFFSETS_IN_BLOCKS else 1,
+        sites_one_by_one=per_thread,
         count=count,
         sample_blocks=triton.cdiv(samples, taken),
         parts=min(_PARTS, triton.next_power_of_2(count)),
