@@ -98,13 +98,14 @@ def correlation_figure(path: Path, patches: Tensor, correlations: Tensor, sites:
         fig.savefig(path)
 
 
-def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float]]]], smooth: int) -> None:
+def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float]]]], smooth: int, unit: str = "step") -> None:
     """Training curves, one panel for each loss, as means over ``smooth`` consecutive steps.
 
     Args:
         path: PNG file to write.
         panels: the label of the vertical axis, and for each curve its name and the loss of every step.
         smooth: steps in each mean.
+        unit: what the horizontal axis counts.
     """
     with mpl.rc_context(_STYLE):
         fig = Figure(figsize=(5.2 * len(panels), 2.6), layout="constrained")
@@ -112,7 +113,7 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
             for name, losses in curves.items():
                 ends = range(smooth, len(losses) + 1, smooth)
                 ax.plot(list(ends), [sum(losses[end - smooth : end]) / smooth for end in ends], label=name)
-            ax.set_xlabel("step")
+            ax.set_xlabel(unit)
             ax.set_ylabel(label)
             ax.spines[["top", "right"]].set_visible(False)
             # Beside the axes: within them it would lie over one curve or another.

@@ -18,6 +18,7 @@ from programs.files import written_whole
 
 from . import distributed
 from .progress import batches_bar
+from .stopping import EarlyStopping
 
 _SECONDS_BETWEEN_STATES = 30
 _STEPS_BETWEEN_LOGS = 20
@@ -100,6 +101,7 @@ def fit(
     workers: int = 0,
     log: Path | None = None,
     on_state: Callable[[], None] | None = None,
+    stopping: EarlyStopping | None = None,
 ) -> list[float]:
     """Minimise ``loss(*batch)`` over the parameters of ``model`` by Adam; return the loss of every step.
 
@@ -110,7 +112,7 @@ def fit(
         loss: the batches of all ``data`` to a scalar, a mean over examples.
         data: tensors with one common leading size, on the device of the model; or a data set of tensors, which need not fit in
             memory.
-        steps: number of batches.
+        steps: number of batches; with ``stopping`` the most.
         rows: the rows of the batch of each step.
         learning_rate: that of each step.
         title: shown beside the progress bar.
@@ -125,6 +127,7 @@ def fit(
         workers: processes that read a data set ahead; 0 reads it in this process.
         log: a folder for TensorBoard: loss, learning rate and examples per second.
         on_state: called after each writing of ``state``.
+        stopping: scores the model after each pass and ends the training; ``model`` then has the parameters of the best score.
 
     Raises:
         RuntimeError: the gradient is no longer finite.
@@ -136,7 +139,7 @@ def fit(
     optimizer = torch.optim.Adam(model.parameters())
     losses: list[float] = []
     if state is not None and state.exists():
-        losses = _restore(state, model, optimizer)
+        losses = _restore(state, model, optimizer, stopping)
     # No process may write a state before every process has looked for one.
     distributed.barrier()
     if compiled:
@@ -147,9 +150,10 @@ def fit(
     if log is not None and distributed.rank() == 0:
         # Forgets what an interrupted run had logged after its last state.
         logs = summary_writer()(log, purge_step=len(losses))
+    last = len(losses) if stopping is not None and stopping.finished else steps
     with batches_bar(console, TextColumn("loss {task.fields[loss]:9.4f}")) as progress, logs as writer:
         task = progress.add_task(title, total=steps, completed=len(losses), loss=_recent_mean(losses), batch=0)
-        for step, batch in enumerate(_batches(data, rows, range(len(losses), steps), device, workers), start=len(losses)):
+        for step, batch in enumerate(_batches(data, rows, range(len(losses), last), device, workers), start=len(losses)):
             examples = len(batch[0]) * distributed.world_size()
             if prepare is not None:
                 with torch.no_grad():
@@ -169,12 +173,19 @@ def fit(
                 writer.add_scalar("loss", losses[-1], step + 1)
                 writer.add_scalar("learning rate", learning_rate(step), step + 1)
                 writer.add_scalar("examples per second", examples * (progress.tasks[task].speed or 0), step + 1)
-            due = step + 1 == steps or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
+            if stopping is not None and stopping.after(step, model) and writer is not None:
+                writer.add_scalar("validation", stopping.scores[-1], step + 1)
+            ended = step + 1 == steps or (stopping is not None and stopping.finished)
+            due = ended or time.monotonic() - saved > _SECONDS_BETWEEN_STATES
             if state is not None and due and distributed.rank() == 0:
-                _save(state, model, optimizer, losses)
+                _save(state, model, optimizer, losses, stopping)
                 if on_state is not None:
                     on_state()
                 saved = time.monotonic()
+            if ended:
+                break
+    if stopping is not None:
+        stopping.restore_best(model)
     model.eval()
     return losses
 
@@ -210,18 +221,21 @@ def _recent_mean(losses: list[float]) -> float:
     return sum(recent) / len(recent) if recent else math.nan
 
 
-def _save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float]) -> None:
+def _save(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, losses: list[float], stopping: EarlyStopping | None
+) -> None:
     contents: dict[str, Any] = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "losses": torch.tensor(losses, dtype=torch.float64),
         "random": torch.get_rng_state(),
+        "stopping": None if stopping is None else stopping.state_dict(),
     }
     with written_whole(path) as partial:
         torch.save(contents, partial)
 
 
-def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[float]:
+def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, stopping: EarlyStopping | None) -> list[float]:
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -229,4 +243,6 @@ def _restore(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> 
     model.load_state_dict(contents["model"])
     optimizer.load_state_dict(contents["optimizer"])
     torch.set_rng_state(contents["random"])
+    if stopping is not None:
+        stopping.load_state_dict(contents["stopping"])
     return contents["losses"].tolist()

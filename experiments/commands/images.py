@@ -18,13 +18,15 @@ class Preset(StrEnum):
 
     QUICK = "quick"
     CPU = "cpu"
+    LONG = "long"
     PAPER = "paper"
 
 
 _Preset = Annotated[
     Preset,
     typer.Option(
-        help="quick: to see it work; cpu: narrow networks and few steps, for two cores; paper: the full size, for a GPU."
+        help="quick: to see it work; cpu: narrow networks and few steps, for two cores; long: base models trained until images "
+        "that they do not see gain no more; paper: the full size, for a GPU."
     ),
 ]
 _Data = Annotated[
@@ -55,6 +57,10 @@ _HeldOut = Annotated[
         help="Share of the training images for covariance networks alone, unseen by base models.", show_default="the preset's"
     ),
 ]
+_Validation = Annotated[
+    float | None,
+    typer.Option(help="Share of the training images that no network is trained on.", show_default="the preset's"),
+]
 _Models = Annotated[
     str | None, typer.Option(help="The only base models to train, of AE,VAE,β-VAE.", show_default="the preset's")
 ]
@@ -66,8 +72,8 @@ _DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="One step of each network at its full size, on 32 images, then scores of 4: does it run here, in how much memory? "
-        "--train, --test, --epochs and --samples still count.",
+        help="One step of each network at its full size, on 32 images (of long 128), then scores of 4: does it run here, in "
+        "how much memory? --train, --test, --epochs and --samples still count.",
     ),
 ]
 _Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write logs for TensorBoard beside the results.")]
@@ -94,14 +100,16 @@ def image_experiment(experiment: str) -> Callable[..., None]:
         epochs: options.Epochs = None,
         samples: _Samples = None,
         held_out: _HeldOut = None,
+        validation: _Validation = None,
         models: _Models = None,
         stencils: _Stencils = None,
         dry_run: _DryRun = False,
     ) -> None:
         if dry_run:
-            train, test, epochs, samples = train or 32, test or 4, epochs or 1, samples or 2
+            few = 128 if preset is Preset.LONG else 32  # of which a quarter is for the covariance networks
+            train, test, epochs, samples = train or few, test or 4, epochs or 1, samples or 2
         replaced = {"seed": seed, "train": train, "test": test, "epochs": epochs, "samples": samples}
-        replaced |= {"held_out": held_out, "bfloat16": bfloat16, "compiled": compiled}
+        replaced |= {"held_out": held_out, "validation": validation, "bfloat16": bfloat16, "compiled": compiled}
         replaced |= {"models": None if models is None else models.split(","), "stencils": _sizes(stencils)}
 
         from rich.console import Console

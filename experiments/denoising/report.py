@@ -86,7 +86,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         "with mean squared error and with the noise of each table.\n",
         f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds; "
         f"coverage is the share of unknown pixels within 90 % intervals from {DRAWS} samples, 0.9 for a perfect model.\n",
-        f"Training images {faces.base_images:,} and their mirror images, {faces.base_epochs} passes; networks "
+        f"Training images {faces.base_images:,} and their mirror images, {'at most ' if faces.patience else ''}"
+        f"{faces.base_epochs} passes; networks "
         f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
         f"{faces.seed}; `{results['command']}`, training {seconds['training']:.0f} s, all else {seconds['evaluation']:.0f} s"
         f" on {where_text(results)}.\n",

@@ -16,8 +16,8 @@ from supn_models import ConvAutoencoder, StructuredLikelihood
 
 from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
 from ..datasets import ImageData, stack
-from ..faces.images import images_for_training
-from ..faces.networks import MEMORY_FORMAT, Options, build_base, fit_on_images, train_all
+from ..faces.images import TrainingImages, images_for_training
+from ..faces.networks import MEMORY_FORMAT, Options, build_base, fit_on_images, stopping_by, train_all
 from ..figures import loss_figure
 from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
 from ..training import seeded_generator
@@ -52,14 +52,14 @@ def run_denoising(
     stopwatch, about = Stopwatch(folder), environment(device)
     faces = config.faces
     console.print(data.summary())
-    images, covariance_images = images_for_training(faces, data, device, workers=0, console=console)
+    images = images_for_training(faces, data, device, workers=0, console=console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
         return {"state": next(states), "console": console, "on_state": partial(stopwatch.save_time, "training")}
 
     if trained is None:
-        networks = train_all(faces, images, covariance_images, device, options)
+        networks = train_all(faces, images, device, options)
         named = networks.modules()
     else:
         named, _ = load_checkpoint(trained / CHECKPOINT)
@@ -92,7 +92,7 @@ def run_denoising(
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
-    inpainted = _inpaint(config, structured, images[0], test[: config.inpainted], folder, console)
+    inpainted = _inpaint(config, structured, images.base[0], test[: config.inpainted], folder, console)
     stopwatch.add_time("evaluation")
     results = {
         "definition": "mse is the mean squared error per pixel, black 0 and white 1, mean over images; ratio that of its mean "
@@ -114,7 +114,7 @@ def run_denoising(
 
 
 def train_denoiser(
-    config: Config, network: ConvAutoencoder, sampler: Sampler, images: tuple[Tensor], options: Options
+    config: Config, network: ConvAutoencoder, sampler: Sampler, images: TrainingImages, options: Options
 ) -> list[float]:
     """Minimise the mean squared error of images from images with noise; return the loss of every step.
 
@@ -122,7 +122,7 @@ def train_denoiser(
         config: the run's.
         network: what is trained, in place.
         sampler: the noise, drawn anew at each step.
-        images: for training, in memory.
+        images: of the run, in memory.
         options: of `training.fit`.
     """
     faces, name = config.faces, f"denoise {sampler.noise.name}"
@@ -133,7 +133,11 @@ def train_denoiser(
     def loss(x: Tensor, noisy: Tensor) -> Tensor:
         return (x - network(noisy)).square().mean()
 
-    losses = fit_on_images(faces, network, loss, images, name, faces.base_epochs, prepare=prepare, **options(name))
+    u = torch.randn(images.validation.shape, generator=seeded_generator(faces.seed, f"{name} validation noise"))
+    stopping = stopping_by(faces, images, lambda x, rows: loss(x, x + sampler(u[rows].to(x))))
+    losses = fit_on_images(
+        faces, network, loss, images.base, name, faces.base_epochs, prepare=prepare, stopping=stopping, **options(name)
+    )
     network.requires_grad_(False)
     return losses
 

@@ -1,5 +1,7 @@
 """The images of a run: those of a data set that the configuration asks for, with dequantisation noise and mirrored."""
 
+from dataclasses import dataclass
+
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -28,21 +30,38 @@ class Mirrored(Dataset[Tensor]):
 Images = tuple[Tensor] | Dataset[Tensor]
 
 
+@dataclass(frozen=True)
+class TrainingImages:
+    """Images for the networks of a run.
+
+    Args:
+        base: and their mirror images, for the base models: in memory on the device, or a data set.
+        covariance: likewise for the covariance networks.
+        validation: (count, 1, size, size) in memory on the device, which no network is trained on; perhaps none.
+    """
+
+    base: Images
+    covariance: Images
+    validation: Tensor
+
+
 def images_for_training(
     config: Config, data: ImageData, device: torch.device, workers: int, console: Console | None = None
-) -> tuple[Images, Images]:
-    """Images and their mirror images for the base models, and those for the covariance networks.
-
-    In memory on the device, or with ``workers`` read during training; ``console`` shows the progress of reading.
-    """
+) -> TrainingImages:
+    """The training images of a run in their parts, with ``workers`` read during training; ``console`` shows the reading."""
     images = _chosen(data.dequantised(config.seed).train, config.train, config.seed)
-    if not config.held_out:
+    validation = torch.empty(0, 1, config.size, config.size, device=device)
+    if not config.held_out and not config.validation:
         both = _mirrored(images, device, workers, console)
-        return both, both
+        return TrainingImages(both, both, validation)
     order = torch.randperm(config.train, generator=seeded_generator(config.seed, "held-out images")).tolist()
-    parts = order[: config.base_images], order[config.base_images :]
-    for_base, for_covariance = (_mirrored(Subset(images, part), device, workers, console) for part in parts)
-    return for_base, for_covariance
+    apart = config.base_images, config.train - config.validation_images
+    if config.validation_images:
+        validation = stack(Subset(images, order[apart[1] :]), workers, "reading validation images", console).to(device)
+    base = covariance = _mirrored(Subset(images, order[: apart[0]]), device, workers, console)
+    if config.held_out:
+        covariance = _mirrored(Subset(images, order[slice(*apart)]), device, workers, console)
+    return TrainingImages(base, covariance, validation)
 
 
 def _mirrored(images: Dataset[Tensor], device: torch.device, workers: int, console: Console | None) -> Images:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,13 +13,15 @@ import banded_gmrf as bg
 from supn_models import ConvAutoencoder, ConvVAE, CovarianceNetwork, LatentCovarianceNetwork, StructuredLikelihood
 
 from .. import distributed
-from ..training import ShuffledEpochs, derived_seed, fit, warmup_cosine
-from .images import Images
+from ..stopping import EarlyStopping
+from ..training import ShuffledEpochs, derived_seed, fit, seeded_generator, warmup_cosine
+from .images import Images, TrainingImages
 from .presets import BETAS, Config, Covariance
 
 # The order in which convolutions are fastest on CPUs, and on GPUs in bfloat16.
 MEMORY_FORMAT = torch.channels_last
 _IMAGES_FOR_SCALE = 512
+_VALIDATED_AT_ONCE = 64
 
 # The options of `training.fit` for the network of a name.
 Options = Callable[[str], dict[str, Any]]
@@ -26,40 +29,42 @@ Options = Callable[[str], dict[str, Any]]
 
 @dataclass
 class Networks:
-    """The networks of a run, and the losses of every step of their trainings, by name."""
+    """The networks of a run, the losses of every step, and what scored the base models after each pass, if so; by name."""
 
     bases: dict[str, ConvAutoencoder] = field(default_factory=dict)
     likelihoods: dict[str, StructuredLikelihood] = field(default_factory=dict)
     base_losses: dict[str, list[float]] = field(default_factory=dict)
     covariance_losses: dict[str, list[float]] = field(default_factory=dict)
+    validation: dict[str, EarlyStopping] = field(default_factory=dict)
 
     def modules(self) -> dict[str, nn.Module]:
         """Base models and covariance networks, for a checkpoint."""
         return {**self.bases, **{name: likelihood.covariance for name, likelihood in self.likelihoods.items()}}
 
 
-def train_all(
-    config: Config, base_images: Images, covariance_images: Images, device: torch.device, options: Options
-) -> Networks:
+def train_all(config: Config, images: TrainingImages, device: torch.device, options: Options) -> Networks:
     """Train all base models of a run, then freeze them and train the covariance networks.
 
     Args:
         config: the run's.
-        base_images, covariance_images: `images.images_for_training`.
+        images: `images.images_for_training`.
         device: where to.
         options: of each training.
     """
     networks = Networks()
     for name in config.bases:
         base = networks.bases[name] = build_base(config, name).to(device, memory_format=MEMORY_FORMAT)
-        networks.base_losses[name] = train_base(config, name, base, base_images, **options(name))
+        stopping = base_stopping(config, name, base, images)
+        if stopping is not None:
+            networks.validation[name] = stopping
+        networks.base_losses[name] = train_base(config, name, base, images.base, stopping=stopping, **options(name))
         base.requires_grad_(False)
     for covariance in config.covariances:
         base, name = networks.bases[covariance.base], covariance.name
-        network = build_covariance(config, covariance, residual_stddev(base, covariance_images))
+        network = build_covariance(config, covariance, residual_stddev(base, images.covariance))
         likelihood = StructuredLikelihood(base, network.to(device, memory_format=MEMORY_FORMAT))
         networks.likelihoods[name] = likelihood
-        networks.covariance_losses[name] = train_covariance(config, covariance, likelihood, covariance_images, **options(name))
+        networks.covariance_losses[name] = train_covariance(config, covariance, likelihood, images.covariance, **options(name))
         network.requires_grad_(False)
     return networks
 
@@ -81,23 +86,63 @@ def train_base(config: Config, name: str, network: ConvAutoencoder, images: Imag
         name: of `BETAS`.
         network: what is trained, in place.
         images: for training.
-        options: state, console, workers, log: of `training.fit`.
+        options: state, console, workers, log, stopping: of `training.fit`.
     """
-    beta = BETAS[name]
-    epochs = config.base_epochs
-    if beta is None:
-        return fit_on_images(config, network, lambda x: (x - network(x)).square().mean(), images, name, epochs, **options)
-    pixels = config.size**2
-    return fit_on_images(
-        config,
-        network,
-        lambda x, noise: network.loss(x, beta, noise).mean() / pixels,
-        images,
-        name,
-        epochs,
-        prepare=lambda x: (x, _own_noise(config).to(x)),
-        **options,
-    )
+    loss, epochs = partial(base_loss, name, network), config.base_epochs
+    if BETAS[name] is None:
+        return fit_on_images(config, network, loss, images, name, epochs, **options)
+    with_noise = partial(_with_noise, config)
+    return fit_on_images(config, network, loss, images, name, epochs, prepare=with_noise, **options)
+
+
+def base_loss(name: str, network: ConvAutoencoder, images: Tensor, noise: Tensor | None = None) -> Tensor:
+    """What training minimises, a mean over images.
+
+    Args:
+        name: of `BETAS`.
+        network: the base model.
+        images: (B, 1, H, W).
+        noise: (B, latent_size), standard normal, for a variational one.
+    """
+    if BETAS[name] is None:
+        return (images - network(images)).square().mean()
+    return network.loss(images, BETAS[name], noise).mean() / images[0].numel()
+
+
+def base_stopping(config: Config, name: str, network: ConvAutoencoder, images: TrainingImages) -> EarlyStopping | None:
+    """Ends the training of a base model by its own loss of the validation images, if the run is to do so.
+
+    The codes of a variational one are drawn once: its scores differ by what it has learned alone.
+    """
+    purpose = f"{name} validation noise"
+    noise = torch.randn(len(images.validation), config.latent_size, generator=seeded_generator(config.seed, purpose))
+
+    def score(x: Tensor, rows: slice) -> Tensor:
+        return base_loss(name, network, x, noise[rows].to(x))
+
+    return stopping_by(config, images, score)
+
+
+def stopping_by(config: Config, images: TrainingImages, score: Callable[[Tensor, slice], Tensor]) -> EarlyStopping | None:
+    """Ends a training by a score of the validation images; None if the run has none or is not to do so.
+
+    Args:
+        config: the run's.
+        images: its images.
+        score: the mean over some validation images, given them and their rows.
+    """
+    if config.patience is None:
+        return None
+    x = images.validation
+
+    @torch.no_grad()
+    def mean_score() -> float:
+        total = torch.zeros((), dtype=torch.float64, device=x.device)
+        for _, rows in distributed.own_batches(len(x), _VALIDATED_AT_ONCE):
+            total += score(x[rows], rows).double() * len(x[rows])
+        return distributed.sum_over_processes(total).item() / len(x)
+
+    return EarlyStopping(mean_score, _order(config, images.base, "").steps_per_epoch, config.patience)
 
 
 def residual_stddev(base: ConvAutoencoder, images: Images) -> float:
@@ -186,11 +231,14 @@ def fit_on_images(
         images: for training.
         name: sets the order of the images and what is drawn apart from those of other trainings; shown as the title.
         epochs: passes over the images.
-        options: state, console, workers, log, prepare: of `training.fit`.
+        options: state, console, workers, log, prepare, stopping: of `training.fit`.
     """
-    count = len(images[0]) if isinstance(images, tuple) else len(images)
-    rows = ShuffledEpochs(count, config.batch_size, derived_seed(config.seed, f"{name} order"))
+    rows = _order(config, images, name)
     steps = epochs * rows.steps_per_epoch
+    stopping = options.get("stopping")
+    rate = warmup_cosine(config.learning_rate, steps)
+    if stopping is not None:
+        rate = partial(stopping.rate, peak=config.learning_rate)
     # Alike for a new and for a resumed training: what was drawn before it is not.
     torch.manual_seed(derived_seed(config.seed, f"{name} training"))
     return fit(
@@ -199,12 +247,21 @@ def fit_on_images(
         images,
         steps=steps,
         rows=rows,
-        learning_rate=warmup_cosine(config.learning_rate, steps),
+        learning_rate=rate,
         title=name,
         bfloat16=config.bfloat16,
         compiled=config.compiled,
         **options,
     )
+
+
+def _order(config: Config, images: Images, name: str) -> ShuffledEpochs:
+    count = len(images[0]) if isinstance(images, tuple) else len(images)
+    return ShuffledEpochs(count, config.batch_size, derived_seed(config.seed, f"{name} order"))
+
+
+def _with_noise(config: Config, images: Tensor) -> tuple[Tensor, Tensor]:
+    return images, _own_noise(config).to(images)
 
 
 def _own_noise(config: Config) -> Tensor:

@@ -9,6 +9,7 @@ from .. import distributed
 from ..checkpoints import checkpoint_of_run
 from ..datasets import ImageData, Levels
 from ..results import finished_results
+from ..stopping import Patience
 
 # The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
 BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0}
@@ -54,6 +55,9 @@ class Config:
         held_out: share of the training images that the base models do not see and the covariance networks alone are trained
             on; 0 to train all of them on all images, as the paper does. Residuals of images that a base model was trained on
             are smaller than those of new ones, the more so the fewer images there are.
+        validation: share of the training images that no network is trained on: they say when a base model has learned enough.
+        patience: how long a base model waits for a better score of them, its own loss; ``base_epochs`` then is the most. None
+            to train for ``base_epochs``.
         batch_size: images per step.
         learning_rate: the highest one.
         seed: the same seed gives the same numbers.
@@ -77,6 +81,8 @@ class Config:
     train: int | None = None
     test: int | None = None
     held_out: float = 0.0
+    validation: float = 0.0
+    patience: Patience | None = None
     batch_size: int = 64
     learning_rate: float = 1e-3
     seed: int = 0
@@ -94,12 +100,17 @@ class Config:
     @property
     def base_images(self) -> int:
         """How many training images the base models see."""
-        return self.train - round(self.held_out * self.train)
+        return self.train - round(self.held_out * self.train) - self.validation_images
 
     @property
     def covariance_images(self) -> int:
         """How many training images the covariance networks see."""
-        return self.train - self.base_images if self.held_out else self.train
+        return self.train - self.validation_images - self.base_images if self.held_out else self.base_images
+
+    @property
+    def validation_images(self) -> int:
+        """How many training images no network sees."""
+        return round(self.validation * self.train)
 
     def shown(self, base: str) -> tuple[Covariance, Covariance]:
         """The diagonal and the structured network of a base model that figures show: of the largest stencil, from z."""
@@ -116,7 +127,16 @@ class Config:
         """From `as_dict`, also by way of JSON."""
         covariances = tuple(Covariance(**covariance) for covariance in values["covariances"])
         levels = Levels(*values["levels"]) if values.get("levels") else None
-        return cls(**{**values, "covariances": covariances, "channels": tuple(values["channels"]), "levels": levels})
+        patience = Patience(**values["patience"]) if values.get("patience") else None
+        return cls(
+            **{
+                **values,
+                "covariances": covariances,
+                "channels": tuple(values["channels"]),
+                "levels": levels,
+                "patience": patience,
+            }
+        )
 
 
 def _networks(base: str, sizes: Sequence[int], sources: Sequence[str] = ("z",)) -> tuple[Covariance, ...]:
@@ -166,6 +186,17 @@ _CPU = replace(
     test=1_000,
     batch_size=32,
 )
+_LONG = replace(
+    _CPU,
+    preset="long",
+    base_epochs=200,
+    covariance_epochs=8,
+    bound_images=128,
+    train=None,
+    held_out=0.25,
+    validation=0.05,
+    patience=Patience(),
+)
 _PAPER = replace(
     _QUICK,
     preset="paper",
@@ -190,8 +221,8 @@ def _cifar10(config: Config) -> Config:
 
 
 PRESETS = {
-    "faces": {config.preset: config for config in (_QUICK, _CPU, _PAPER)},
-    "cifar10": {config.preset: _cifar10(config) for config in (_QUICK, _CPU, _PAPER)},
+    "faces": {config.preset: config for config in (_QUICK, _CPU, _LONG, _PAPER)},
+    "cifar10": {config.preset: _cifar10(config) for config in (_QUICK, _CPU, _LONG, _PAPER)},
 }
 
 
@@ -215,7 +246,7 @@ def config_for(
         replaced: fields of `Config`.
 
     Raises:
-        ValueError: models that the preset does not have, sizes that no stencil has, a share outside [0, 1), fewer training
+        ValueError: models that the preset does not have, sizes that no stencil has, shares outside [0, 1), fewer training
             images than a batch has, or a batch that the number of processes does not divide.
     """
     config = PRESETS[experiment][preset]
@@ -234,8 +265,13 @@ def config_for(
     config = replace(config, **{key: value for key, value in replaced.items() if value is not None})
     if config.batch_size % distributed.world_size():
         raise ValueError(f"batch_size is {config.batch_size}, expected a multiple of {distributed.world_size()}, the processes")
-    if not 0 <= config.held_out < 1:
-        raise ValueError(f"held_out is {config.held_out}, expected a share of at least 0 and below 1")
+    for name in ("held_out", "validation"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)}, expected a share of at least 0 and below 1")
+    if config.held_out + config.validation >= 1:
+        raise ValueError(
+            f"held_out and validation are {config.held_out} and {config.validation}, expected less than 1 together"
+        )
     train, test = (
         len(part) if most is None else min(most, len(part))
         for part, most in ((data.train, config.train), (data.test, config.test))
@@ -248,6 +284,8 @@ def config_for(
         # A training example is an image or its mirror image.
         if 2 * count < config.batch_size:
             raise ValueError(f"{count} images to train the {purpose}, expected at least {config.batch_size // 2}, half a batch")
+    if config.patience is not None and config.validation_images < 1:
+        raise ValueError(f"validation is {config.validation}, which leaves no image of {config.train} to end the trainings by")
     return config
 
 

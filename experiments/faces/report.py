@@ -104,11 +104,25 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
         f"learning rate that falls from {config.learning_rate:g} to 0 by a cosine, {config.base_epochs} and "
         f"{config.covariance_epochs} passes over images and mirror images, codes drawn from q(z | x) to train the covariance "
-        "networks of a VAE.\n\n"
+        f"networks of a VAE.{_stopped(config, results)}\n\n"
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
         f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
         f"{where_text(results)}.\n"
+    )
+
+
+def _stopped(config: Config, results: dict[str, Any]) -> str:
+    """How many passes the base models had, where they ended by themselves."""
+    curves, patience = results.get("curves"), config.patience
+    if not curves or patience is None:
+        return ""
+    passes = "; ".join(f"{name} {len(curve['validation'])}, the best {curve['best']}" for name, curve in curves.items())
+    return (
+        f" Base models ended by their own loss of {config.validation_images:,} training images that no network was trained on: "
+        f"{config.base_epochs} passes at most and, in place of the cosine, a rate that falls by {patience.factor:g} after "
+        f"{patience.epochs} passes without a lower loss, {patience.drops} times before the end, never before "
+        f"{patience.least_epochs} passes. Passes: {passes}."
     )
 
 

@@ -52,7 +52,7 @@ def run_faces(
     resumed = any((folder / STATES).iterdir())
     stopwatch, about = Stopwatch(folder), environment(device)
     console.print(data.summary())
-    base_images, covariance_images = images_for_training(config, data, device, workers, console)
+    images = images_for_training(config, data, device, workers, console)
     states = numbered_states(folder)
 
     def options(name: str) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def run_faces(
         on_state = partial(stopwatch.save_time, "training")
         return {"state": next(states), "console": console, "workers": workers, "log": log, "on_state": on_state}
 
-    networks = train_all(config, base_images, covariance_images, device, options)
+    networks = train_all(config, images, device, options)
     bases, likelihoods = networks.bases, networks.likelihoods
     stopwatch.save_time("training")
 
@@ -80,7 +80,7 @@ def run_faces(
         for name, likelihood in likelihoods.items()
     }
     residual_rms = {
-        name: {"base_images": residual_stddev(base, base_images), "test": residual_stddev(base, (test,))}
+        name: {"base_images": residual_stddev(base, images.base), "test": residual_stddev(base, (test,))}
         for name, base in bases.items()
     }
     stopwatch.add_time("scores")
@@ -92,6 +92,7 @@ def run_faces(
         "rows": rows,
         "sources": compare_sources(config, scores, parameters),
         "residual_rms": residual_rms,
+        "curves": {name: learning_curve(networks, name) for name in networks.validation},
         "cost": {name: of_images.cost for name, of_images in scores.items()},
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
@@ -109,10 +110,33 @@ def run_faces(
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)
         draw_losses(folder / "training.png", networks)
+        if results["curves"]:
+            draw_curves(folder / "validation.png", results["curves"])
         save_checkpoint(folder / CHECKPOINT, networks.modules(), {"config": config.as_dict()})
         write_results(folder, results, markdown_report(config, results), console)
     distributed.barrier()
     return results
+
+
+def learning_curve(networks: Networks, name: str) -> dict[str, Any]:
+    """Of a base model: the mean loss of each pass, the score of validation images after it, and which one was the best."""
+    stopping, losses = networks.validation[name], networks.base_losses[name]
+    steps = len(losses) // len(stopping.scores)
+    passes = [losses[first : first + steps] for first in range(0, len(losses), steps)]
+    return {
+        "training": [sum(of_pass) / len(of_pass) for of_pass in passes],
+        "validation": stopping.scores,
+        "best": stopping.best_epoch,
+    }
+
+
+def draw_curves(path: Path, curves: dict[str, dict[str, Any]]) -> None:
+    """Loss of training and of validation images after each pass, a panel for each base model."""
+    panels = []
+    for name, curve in curves.items():
+        unit = "mean squared error" if BETAS[name] is None else "nats per pixel"
+        panels.append((f"{name}, {unit}", {part: curve[part] for part in ("training", "validation")}))
+    loss_figure(path, panels, smooth=1, unit="pass")
 
 
 def draw_losses(path: Path, networks: Networks) -> None:

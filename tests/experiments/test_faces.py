@@ -20,8 +20,9 @@ from experiments.checkpoints import load_checkpoint
 from experiments.faces import figures
 from experiments.faces.images import Mirrored, images_for_training
 from experiments.faces.networks import build_base, build_covariance, train_covariance
-from experiments.faces.presets import PRESETS, config_for
+from experiments.faces.presets import PRESETS, Config, Covariance, config_for
 from experiments.faces.run import CHECKPOINT
+from experiments.stopping import Patience
 from supn_models import StructuredLikelihood
 from tests.experiments.celeba import make_celeba
 from tests.experiments.tiny_faces import PRESET, image_data, train_and_score
@@ -268,7 +269,7 @@ def test_bfloat16_and_compilation_train(monkeypatch):
 def test_training_compiled_by_inductor(keep_torch_defaults):
     def losses(compiled):
         config = config_for("faces", "quick", image_data(), channels=(4,), features=2, compiled=compiled)
-        ((images,), _) = images_for_training(config, image_data(), torch.device("cpu"), workers=0)
+        (images,) = images_for_training(config, image_data(), torch.device("cpu"), workers=0).base
         base = build_base(config, "VAE").double().eval().requires_grad_(False)
         covariance = config.covariances[3]
         likelihood = StructuredLikelihood(base, build_covariance(config, covariance, 0.5).double())
@@ -281,9 +282,37 @@ def test_training_compiled_by_inductor(keep_torch_defaults):
 def test_held_out_images_train_the_covariance_networks_alone():
     config = config_for("faces", "quick", image_data(), held_out=0.25)
     parts = images_for_training(config, image_data(), torch.device("cpu"), workers=0)
-    for_base, for_covariance = ({tuple(image.flatten().tolist()) for image in images} for (images,) in parts)
+    for_base, for_covariance = (
+        {tuple(image.flatten().tolist()) for image in images} for (images,) in (parts.base, parts.covariance)
+    )
     assert (len(for_base), len(for_covariance)) == (24, 8)
     assert not for_base & for_covariance
+
+
+def test_validation_images_train_no_network():
+    config = config_for("faces", "quick", image_data(), held_out=0.25, validation=0.125)
+    parts = images_for_training(config, image_data(), torch.device("cpu"), workers=0)
+    seen = {tuple(image.flatten().tolist()) for (images,) in (parts.base, parts.covariance) for image in images}
+    assert len(seen) == 2 * (config.base_images + config.covariance_images) == 28
+    assert len(parts.validation) == config.validation_images == 2
+    for image in (*parts.validation, *parts.validation.flip(-1)):
+        assert tuple(image.flatten().tolist()) not in seen
+
+
+def test_base_models_end_by_validation_images_and_leave_their_curves(npz, tmp_path, monkeypatch):
+    patience = Patience(epochs=1, least_epochs=2, drops=0)
+    preset = replace(PRESET, base_epochs=40, validation=0.25, patience=patience, covariances=(Covariance("VAE", 1),))
+    monkeypatch.setitem(PRESETS["faces"], "quick", preset)
+    monkeypatch.setattr(figures, "draw", lambda *args: None)
+    outcome = run_faces(npz, tmp_path)
+    assert outcome.exit_code == 0, outcome.output
+    curve = read_results(tmp_path)["curves"]["VAE"]
+    assert 2 <= len(curve["validation"]) == len(curve["training"]) < 40
+    assert curve["validation"][curve["best"] - 1] == min(curve["validation"])
+    assert (tmp_path / "validation.png").is_file()
+    assert f"Passes: VAE {len(curve['validation'])}, the best {curve['best']}." in (tmp_path / "results.md").read_text()
+    config = Config.from_dict(read_results(tmp_path)["config"])
+    assert config.patience == patience
 
 
 def test_mirror_images_follow_the_images():
@@ -299,6 +328,8 @@ def test_mirror_images_follow_the_images():
         (["--train", "3"], "3 images to train the base models"),
         (["--held-out", "1"], "held_out is 1.0"),
         (["--held-out", "0.1"], "2 images to train the covariance networks"),
+        (["--validation", "-0.1"], "validation is -0.1"),
+        (["--held-out", "0.5", "--validation", "0.5"], "held_out and validation are 0.5 and 0.5"),
         (["--models", "VAE,GAN"], "models is VAE,GAN, expected some of"),
         (["--stencils", "4"], "stencils is 4, expected odd sizes"),
         (["--stencils", "seven"], "--stencils"),

@@ -60,7 +60,7 @@ def train_and_score(workers: int = 0, dtype: torch.dtype = torch.float32, **repl
     """
     data, console, cpu = image_data(), Console(quiet=True), torch.device("cpu")
     config = config_for("faces", "quick", data, **replaced)
-    images, _ = images_for_training(config, data, cpu, workers)
+    images = images_for_training(config, data, cpu, workers).base
     if not workers:
         images = (images[0].to(dtype),)
     base, covariance = build_base(config, "VAE").to(dtype), config.covariances[3]
