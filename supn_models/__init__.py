@@ -8,6 +8,7 @@ take tensors only, and say so.
 """
 
 from .autoencoder import ConvAutoencoder, ConvDecoder, ConvEncoder
+from .codes import InferredCode, infer_code
 from .covariance import CovarianceNetwork, LatentCovarianceNetwork
 from .head import StencilCholeskyHead
 from .likelihood import StructuredLikelihood, importance_log_likelihood, importance_log_weights
@@ -24,6 +25,7 @@ __all__ = [
     "ConvVAE",
     "CovarianceMLP",
     "CovarianceNetwork",
+    "InferredCode",
     "LatentCovarianceNetwork",
     "LowRankHead",
     "SegmentationHead",
@@ -33,5 +35,6 @@ __all__ = [
     "from_pretrained",
     "importance_log_likelihood",
     "importance_log_weights",
+    "infer_code",
     "save_pretrained",
 ]

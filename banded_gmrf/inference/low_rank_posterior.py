@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from gmrf_kernels.checks import accumulate_dtype, check_vector
 
@@ -88,6 +89,19 @@ class LowRankPosterior(InferredField):
     def factors(self) -> Tensor:
         """Those of this distribution, (*batch, R, *grid) in float64; 0 where a site is known exactly."""
         return expanded(self._factors, len(self._event_shape) + 1, self._batch_shape)
+
+    @property
+    def weights(self) -> MultivariateNormal:
+        """What the observations say about the weights w: batch ``batch_shape``, events (R,), in float64.
+
+        Raises:
+            ValueError: R = 0.
+        """
+        if self._weights.shape[-1] == 0:
+            raise ValueError("the distribution has no factors, expected at least one for the weights of them")
+        root = expanded(self._weights_root, 2, self._batch_shape)
+        mean = expanded(self._weights, 1, self._batch_shape)
+        return MultivariateNormal(mean, torch.cholesky_inverse(root), validate_args=False)
 
     @property
     def mean(self) -> Tensor:

@@ -6,13 +6,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from supn_models import ConvAutoencoder, StructuredLikelihood
+from supn_models import ConvAutoencoder, StructuredLikelihood, infer_code
 
 from .noise import Sampler
 from .presets import Config
 
 DENOISER, VAE, PROJECTION = "denoising autoencoder", "VAE", "projection"
 DIAGONAL_POSTERIOR, POSTERIOR, SECOND_POSTERIOR = "posterior mean, diagonal", "posterior mean", "posterior mean, encoded again"
+INFERRED_POSTERIOR = "posterior mean, code inferred"
 BM3D = "BM3D"
 
 # Images (count, 1, height, width) to estimates of them.
@@ -26,7 +27,7 @@ def estimator(
     structured: StructuredLikelihood,
     sampler: Sampler,
 ) -> Estimator:
-    """All estimates but BM3D's, by name.
+    """All estimates but those of `inferred_estimates` and `bm3d_estimates`, by name.
 
     Args:
         config: the run's.
@@ -53,6 +54,19 @@ def estimator(
         return {name: image[:, None] for name, image in found.items()}
 
     return estimates
+
+
+def inferred_estimates(noisy: Tensor, likelihood: StructuredLikelihood, sampler: Sampler) -> Tensor:
+    """Posterior means of images (count, 1, height, width) with codes inferred from the noisy images: `supn_models.infer_code`.
+
+    Args:
+        noisy: few images: all are in memory with the decoder's derivatives.
+        likelihood: the VAE, which never saw noise, with its structured covariance network.
+        sampler: the noise.
+    """
+    y = noisy[:, 0]
+    start = likelihood.autoencoder.encode(noisy)
+    return infer_code(likelihood, lambda q: sampler.posterior(q, y), start).image.mean[:, None]
 
 
 def bm3d_estimates(noisy: Tensor, sampler: Sampler) -> Tensor:

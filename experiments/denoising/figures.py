@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..figures import Column, image_grid
-from .estimators import BM3D, DENOISER, DIAGONAL_POSTERIOR, POSTERIOR, PROJECTION, SECOND_POSTERIOR, VAE
-from .inpainting import Inpainted
+from .estimators import BM3D, DENOISER, DIAGONAL_POSTERIOR, INFERRED_POSTERIOR, POSTERIOR, PROJECTION, SECOND_POSTERIOR, VAE
+from .inpainting import DRAWS, FILLED, INFERRED, Inpainted
 
 _GRAY = ("gray value", "gray", -1.0, 1.0)
 _TITLES = {
@@ -20,6 +20,7 @@ _TITLES = {
     DIAGONAL_POSTERIOR: "posterior,\ndiagonal",
     POSTERIOR: "posterior\nmean",
     SECOND_POSTERIOR: "encoded\nagain",
+    INFERRED_POSTERIOR: "code\ninferred",
     BM3D: BM3D,
 }
 
@@ -40,14 +41,16 @@ def draw_estimates(path: Path, rows: Mapping[str, Mapping[str, Tensor]]) -> None
     image_grid(path, columns, {"gray": _GRAY}, labels)
 
 
-def draw_inpainting(path: Path, images: Tensor, known: Mapping[str, Tensor], found: Mapping[str, Inpainted]) -> None:
+def draw_inpainting(
+    path: Path, images: Tensor, known: Mapping[str, Tensor], found: Mapping[str, tuple[Tensor, Mapping[str, Inpainted]]]
+) -> None:
     """Images, what is known of them, and completions; several images for each mask.
 
     Args:
         path: PNG file to write.
         images: (count, 1, height, width).
         known: for each mask bool (count, height, width).
-        found: their completions.
+        found: their completions, of `inpainting.inpaint`.
     """
     image, count = images[:, 0].cpu(), len(images)
 
@@ -57,9 +60,12 @@ def draw_inpainting(path: Path, images: Tensor, known: Mapping[str, Tensor], fou
     columns = [
         Column("image", rows(lambda name: image), "gray"),
         Column("known", rows(lambda name: image.where(known[name].cpu(), torch.nan)), "gray"),
-        Column("VAE", rows(lambda name: found[name].vae), "gray"),
-        Column("conditional\nmean", rows(lambda name: found[name].mean), "gray"),
-        *(Column(f"sample {k + 1}", rows(lambda name, k=k: found[name].samples[k]), "gray") for k in range(3)),
+        Column("VAE", rows(lambda name: found[name][0]), "gray"),
     ]
+    for method, title in ((FILLED, "code known"), (INFERRED, "code inferred")):
+        of = {name: completed[method] for name, (_, completed) in found.items()}
+        columns.append(Column(f"{title}:\nmean", rows(lambda name, of=of: of[name].mean), "gray"))
+        drawn = [rows(lambda name, of=of, k=k: of[name].samples[k]) for k in range(DRAWS)]
+        columns += [Column(f"sample {number}", images, "gray") for number, images in enumerate(drawn, start=1)]
     labels = [name.replace(" missing", "\nmissing") if row == 0 else "" for name in known for row in range(count)]
     image_grid(path, columns, {"gray": _GRAY}, labels)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import banded_gmrf as bg
+from banded_gmrf.inference.inferred_field import InferredField
 
 _STENCIL = bg.Stencil.square(7)
 
@@ -78,7 +79,11 @@ class Sampler:
             return self.noise.stddev * u
         return self.distribution.precision_cholesky.solve(u, transpose=True)
 
-    def posterior_mean(self, prior: bg.GMRF, observation: Tensor) -> Tensor:
-        """The mean of ``prior`` given ``observation`` (*batch, size, size) with this noise."""
+    def posterior(self, prior: bg.GMRF | bg.LowRankGMRF, observation: Tensor) -> InferredField:
+        """``prior`` given ``observation`` (*batch, size, size) with this noise."""
         known = {"noise": self.distribution} if self.noise.correlation_length else {"noise_variance": self.noise.stddev**2}
-        return prior.posterior(observation, **known).mean
+        return prior.posterior(observation, **known)
+
+    def posterior_mean(self, prior: bg.GMRF, observation: Tensor) -> Tensor:
+        """The mean of `posterior`."""
+        return self.posterior(prior, observation).mean

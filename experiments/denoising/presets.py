@@ -27,7 +27,7 @@ class Config:
         images: test images, the first ones.
         eigenvectors: leading ones of Σ that the projection keeps.
         degree: of the polynomial that projects.
-        bm3d_images: test images for BM3D, the first ones: it takes long.
+        slow_images: test images for BM3D and for inferred codes, the first ones: they take long.
         inpainted: test images to be inpainted, the first ones.
         rounds: how often what fills the unknown pixels is encoded.
     """
@@ -38,7 +38,7 @@ class Config:
     images: int = 2_000
     eigenvectors: int = 1_000
     degree: int = 2_000
-    bm3d_images: int = 200
+    slow_images: int = 200
     inpainted: int = 200
     rounds: int = 5
 
@@ -86,6 +86,6 @@ def config_for(data: ImageData, preset: str, folder: Path | None, images: int | 
         config,
         images=count,
         eigenvectors=min(config.eigenvectors, pixels // 4),
-        bm3d_images=min(config.bm3d_images, count),
+        slow_images=min(config.slow_images, count),
         inpainted=min(config.inpainted, count),
     )

@@ -9,8 +9,8 @@ from torch import Tensor
 from programs.tables import markdown_table
 
 from ..results import data_text, where_text
-from .estimators import DENOISER, PROJECTION
-from .inpainting import DRAWS
+from .estimators import BM3D, DENOISER, INFERRED_POSTERIOR, PROJECTION
+from .inpainting import LEVELS
 from .presets import Config
 
 # Table 4 of the paper, mean squared error and its deviation over images.
@@ -77,15 +77,17 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         _inpainting_table(results["inpainting"]),
         f"{faces.data}: {faces.note}. The first {config.images:,} test images, without dequantisation noise; black is 0 and "
         "white 1 in errors; nothing is clipped. MSE is mean ± standard deviation over images; the ratio is that of means to "
-        f"the {DENOISER}'s. BM3D: the first {config.bm3d_images:,} of them; its ratio is to the {DENOISER} on the same ones. "
-        f"PSNR and SSIM are means over images.{data_text(results)}\n",
+        f"the {DENOISER}'s. {BM3D} and {INFERRED_POSTERIOR}: the first {config.slow_images:,} of them; their ratio is to the "
+        f"{DENOISER} on the same ones. PSNR and SSIM are means over images.{data_text(results)}\n",
         f"The VAE and its covariance networks never saw noise; code and Σ come from the noisy image. {PROJECTION}: of the "
         f"residual on the {config.eigenvectors:,} leading eigenvectors of Σ (f = 7, from z), by a polynomial of degree "
         f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the first "
-        f"posterior mean. The {DENOISER} has the VAE's widths and code and was trained on the same images for as many steps, "
-        "with mean squared error and with the noise of each table.\n",
-        f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds; "
-        f"coverage is the share of unknown pixels within 90 % intervals from {DRAWS} samples, 0.9 for a perfect model.\n",
+        "posterior mean; code inferred: with the code's posterior given the noisy image, by Laplace, of which the decoder's "
+        f"derivatives make a low-rank term. The {DENOISER} has the VAE's widths and code and was trained on the same images "
+        "for as many steps, with mean squared error and with the noise of each table.\n",
+        f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds, and "
+        "taken for known; or inferred from there, given the known pixels. Coverage is the share of unknown pixels within "
+        "intervals of 50, 90 and 99 %.\n",
         f"Training images {faces.base_images:,} and their mirror images, {'at most ' if faces.patience else ''}"
         f"{faces.base_epochs} passes; networks "
         f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
@@ -109,10 +111,16 @@ def _table(rows: dict[str, dict[str, Any]]) -> str:
     return markdown_table(["", "MSE x 1000", "ratio", "PSNR", "SSIM"], table)
 
 
-def _inpainting_table(rows: dict[str, dict[str, float]]) -> str:
-    columns = list(next(iter(rows.values())))
+def _inpainting_table(masks: dict[str, dict[str, dict[str, float]]]) -> str:
     table = [
-        [name, *(f"{1e3 * row[column]:.2f}" if column != "coverage" else f"{row[column]:.3f}" for column in columns)]
-        for name, row in rows.items()
+        [
+            mask if number == 0 else "",
+            name,
+            *(f"{1e3 * row[key]:.2f}" if key in row else "" for key in ("mse", "mse_of_a_sample")),
+            *(f"{row[f'coverage_{level:g}']:.3f}" if len(row) > 1 else "" for level in LEVELS),
+        ]
+        for mask, rows in masks.items()
+        for number, (name, row) in enumerate(rows.items())
     ]
-    return markdown_table(["", *columns], table)
+    header = ["missing", "completed by", "mean", "one sample", *(f"in {level:.0%}" for level in LEVELS)]
+    return markdown_table(header, table, text_columns=2)

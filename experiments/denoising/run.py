@@ -22,7 +22,7 @@ from ..figures import loss_figure
 from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
 from ..training import seeded_generator
 from . import figures, inpainting
-from .estimators import BM3D, Estimator, bm3d_estimates, estimator
+from .estimators import BM3D, INFERRED_POSTERIOR, Estimator, bm3d_estimates, estimator, inferred_estimates
 from .noise import Noise, Sampler
 from .presets import BASE, DIAGONAL, STRUCTURED, Config
 from .report import markdown_report, table_rows
@@ -85,11 +85,12 @@ def run_denoising(
         noisy = test + sampler(_standard_normal(config, sampler.noise, device))
         kept = folder / STATES / f"noise {number}.json"
         if not kept.exists():
-            write_json(kept, _rows(config, test, noisy, sampler, estimates, console))
+            write_json(kept, _rows(config, test, noisy, structured, sampler, estimates, console))
             stopwatch.save_time("evaluation")
         rows[name] = json.loads(kept.read_text(encoding="utf-8"))
         few = slice(0, _SHOWN)
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
+        shown[name][INFERRED_POSTERIOR] = inferred_estimates(noisy[few], structured, sampler)
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
     inpainted = _inpaint(config, structured, images.base[0], test[: config.inpainted], folder, console)
@@ -149,23 +150,31 @@ def _standard_normal(config: Config, noise: Noise, device: torch.device) -> Tens
 
 
 def _rows(
-    config: Config, test: Tensor, noisy: Tensor, sampler: Sampler, estimates: Estimator, console: Console
+    config: Config,
+    test: Tensor,
+    noisy: Tensor,
+    structured: StructuredLikelihood,
+    sampler: Sampler,
+    estimates: Estimator,
+    console: Console,
 ) -> dict[str, dict[str, float]]:
-    classical = {}
+    slow, few = {}, noisy[: config.slow_images].split(_BATCH)
+    inferring = track(few, f"codes, {sampler.noise.name}", console=console)
+    slow[INFERRED_POSTERIOR] = torch.cat([inferred_estimates(batch, structured, sampler) for batch in inferring])
     try:
-        few = track(noisy[: config.bm3d_images].split(_BATCH), f"{BM3D}, {sampler.noise.name}", console=console)
-        classical[BM3D] = torch.cat([bm3d_estimates(batch, sampler) for batch in few])
+        filtering = track(few, f"{BM3D}, {sampler.noise.name}", console=console)
+        slow[BM3D] = torch.cat([bm3d_estimates(batch, sampler) for batch in filtering])
     except ImportError:
         console.print(f"{BM3D} is left out: it needs the package bm3d (pip install bm3d)")
     parts = [estimates(batch) for batch in track(noisy.split(_BATCH), sampler.noise.name, console=console)]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return table_rows(test, found | classical)
+    return table_rows(test, found | slow)
 
 
 def _inpaint(
     config: Config, structured: StructuredLikelihood, train: Tensor, images: Tensor, folder: Path, console: Console
-) -> dict[str, dict[str, float]]:
-    """Inpaint and draw; the scores of each mask."""
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Inpaint and draw; the scores of each completion of each mask."""
     average = train.mean(0)[0]
     known = {name: mask.to(images.device).expand(len(images), -1, -1) for name, mask in inpainting.masks(config).items()}
     found = {}
@@ -177,9 +186,9 @@ def _inpaint(
         folder / "inpainting.png",
         images[few],
         {name: mask[few] for name, mask in known.items()},
-        {name: inpainting.Inpainted(one.vae[few], one.mean[few], one.samples[:, few]) for name, one in found.items()},
+        {name: (vae[few], {method: of[few] for method, of in completed.items()}) for name, (vae, completed) in found.items()},
     )
-    return {name: inpainting.scores(images, known[name], average, one) for name, one in found.items()}
+    return {name: inpainting.scores(images, known[name], average, *completed) for name, completed in found.items()}
 
 
 def _draw(folder: Path, shown: dict[str, dict[str, Tensor]]) -> None:

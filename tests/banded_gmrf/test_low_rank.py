@@ -191,6 +191,24 @@ def test_conditioning_equals_the_dense_one(batches):
     assert wider.prior.batch_shape == wider.batch_shape
 
 
+@pytest.mark.parametrize("batches", BATCHES, ids=str)
+def test_weights_of_a_posterior_equal_the_dense_ones(batches):
+    q = random_field("3x3", (3, 4), 2, *batches)
+    p, y = multivariate_normal(q), q.sample()
+    posterior = q.posterior(y, 0.3)
+    factors = q.factors.flatten(-2)  # the covariance of w and x
+    gain = torch.linalg.solve(p.covariance_matrix + 0.3 * torch.eye(12).double(), factors.mT).mT
+    mean = (gain @ (y - q.loc).flatten(-2).unsqueeze(-1)).squeeze(-1)
+    for weights in (posterior.weights, posterior.expand((3, *posterior.batch_shape)).weights):
+        shape = weights.batch_shape
+        torch.testing.assert_close(weights.mean, mean.expand(*shape, 2), **CLOSE)
+        covariance = torch.eye(2).double() - gain @ factors.mT
+        torch.testing.assert_close(weights.covariance_matrix, covariance.expand(*shape, 2, 2), **CLOSE)
+    plain = bg.LowRankGMRF(q.loc, q.precision_cholesky, q.factors[..., :0, :, :]).posterior(y, 0.3)
+    with pytest.raises(ValueError, match="the distribution has no factors"):
+        plain.weights  # noqa: B018
+
+
 def test_a_large_factor_in_a_posterior_leaves_its_direction_to_the_observations():
     """As the factor's scale grows, the posterior tends to that under a flat prior of its weight: here, of brightness."""
     q = random_field("3x3", (3, 4), 1)

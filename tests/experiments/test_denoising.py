@@ -12,7 +12,7 @@ import banded_gmrf as bg
 from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.denoising import inpainting, run
-from experiments.denoising.estimators import BM3D, DENOISER, POSTERIOR, PROJECTION, bm3d_estimates
+from experiments.denoising.estimators import BM3D, DENOISER, INFERRED_POSTERIOR, POSTERIOR, PROJECTION, bm3d_estimates
 from experiments.denoising.noise import Noise, Sampler
 from experiments.denoising.presets import DIAGONAL, STRUCTURED, Config
 from experiments.denoising.report import table_rows
@@ -20,6 +20,9 @@ from experiments.faces import figures
 from experiments.faces.presets import PRESETS
 from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood
 from tests.experiments.tiny_faces import PRESET
+
+# Of torch's own, when its rules of forward mode are first imported.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")
 
 TINY = replace(PRESET, covariances=(DIAGONAL, STRUCTURED), train=16)
 
@@ -61,7 +64,7 @@ def test_results_are_complete_and_an_interrupted_run_resumes_to_them(image_folde
     assert len(results["denoising"]) == len(Config(TINY, checkpoint=None).noises)
     for rows in results["denoising"].values():
         assert rows[DENOISER]["ratio"] == 1
-        assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == 3
+        assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == rows[INFERRED_POSTERIOR]["images"] == 3
     assert len(results["inpainting"]) == 3
     assert len(results["left_out"]) == 1
     assert "Left out 1 file" in (finished / "results.md").read_text(encoding="utf-8")
@@ -193,9 +196,12 @@ def test_inpainting_conditions_on_the_known_pixels():
     images, average = torch.randn(5, 1, 8, 8), torch.randn(8, 8)
     for known in inpainting.masks(config).values():
         known = known.expand(5, 8, 8)
-        found = inpainting.inpaint(config, likelihood, average, images, known)
-        for completed in (found.vae, found.mean, *found.samples):
-            assert torch.equal(completed[known], images[:, 0][known])
+        plain, completions = inpainting.inpaint(config, likelihood, average, images, known)
+        found = completions[inpainting.FILLED]
+        for one in completions.values():
+            assert (one.stddev[known] == 0).all()
+            for completed in (plain, one.mean, *one.samples):
+                assert torch.equal(completed[known], images[:, 0][known])
         filled = images[:, 0].where(known, average)
         q = likelihood(vae.encode(filled[:, None]))
         precision, site = q.precision_matrix[0].double(), known[0].flatten()
@@ -203,4 +209,16 @@ def test_inpainting_conditions_on_the_known_pixels():
         shift = torch.linalg.solve(precision[~site][:, ~site], -precision[~site][:, site] @ residual[site])
         expected = q.loc[0].double().flatten()[~site] + shift
         torch.testing.assert_close(found.mean[0].double().flatten()[~site], expected, rtol=1e-4, atol=1e-4)
-        assert set(inpainting.scores(images, known, average, found)) > {"VAE", "conditional mean", "coverage"}
+        rows = inpainting.scores(images, known, average, plain, completions)
+        assert list(rows) == ["average face", "VAE", inpainting.FILLED, inpainting.INFERRED]
+        assert set(rows[inpainting.INFERRED]) == {"mse", "mse_of_a_sample", *(f"coverage_{p}" for p in (0.5, 0.9, 0.99))}
+
+
+def test_coverage_of_known_deviations():
+    image, known = torch.zeros(1, 1, 1, 4), torch.tensor([[[True, False, False, False]]])
+    mean, stddev = torch.tensor([[[0.0, 0.5, 1.0, 2.0]]]), torch.tensor([[[0.0, 1.0, 1.0, 1.0]]])
+    completed = {inpainting.FILLED: inpainting.Inpainted(mean, stddev, mean[None])}
+    row = inpainting.scores(image, known, mean[0], mean, completed)[inpainting.FILLED]
+    # Normal quantiles of deviations of 0.5, 1 and 2: 0.67 holds one of them, 1.64 two, 2.58 all.
+    assert [row[f"coverage_{p}"] for p in (0.5, 0.9, 0.99)] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert row["mse"] == pytest.approx((0.25 + 1 + 4) / 3 / 4)
