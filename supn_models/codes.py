@@ -15,8 +15,6 @@ from .layers import check_positive_int
 from .likelihood import StructuredLikelihood
 from .vae import ConvVAE
 
-_SMALLEST_STEP = 2.0**-6
-
 
 class InferredCode(NamedTuple):
     """What an observation says about a code, and about the image.
@@ -38,8 +36,8 @@ def infer_code(
     observe: Callable[[bg.LowRankGMRF], LowRankPosterior],
     start: Tensor,
     *,
-    max_iterations: int = 20,
-    tolerance: float = 0.05,
+    max_iterations: int = 10,
+    tolerance: float = 0.5,
 ) -> InferredCode:
     """Codes and images given observations of the images, by Laplace's approximation in the code.
 
@@ -49,8 +47,10 @@ def infer_code(
         x = μ(z₀) + J (z - z₀) + L(z₀)⁻ᵀu,   z ~ N(0, I),   u ~ N(0, I)
 
     which is a `banded_gmrf.LowRankGMRF` with the factors J. Given the observation, the mean of its weights z is a step of Gauss
-    and Newton towards the mode of p(z | y), and at the mode their covariance is Laplace's. How L moves with the code is left
-    out of a step, but not of the density that tells whether the step was a good one: one that lowers it is halved.
+    and Newton, and at the last code their covariance is Laplace's. L is held fixed within a step and taken anew at the next, as
+    in iteratively reweighted least squares: the codes are those whose mean fits, not those of which L makes the observation
+    likely. A step is halved if the one after it is larger in standard deviations of the code (the natural monotonicity test:
+    Deuflhard, Newton Methods for Nonlinear Problems, 2004).
 
     Args:
         likelihood: of a `ConvVAE`, in evaluation mode. Where its covariance network has factors, these are taken along.
@@ -63,8 +63,8 @@ def infer_code(
     Raises:
         TypeError: the likelihood is not that of a `ConvVAE`: the codes of an autoencoder have no prior; or ``observe`` does not
             give a posterior of what it was given.
-        ValueError: codes of another shape, a batch of posteriors that is not that of the codes, a ``tolerance`` that is not
-            positive, or a grid that is too large for a log evidence.
+        ValueError: codes of another shape, a batch of posteriors that is not that of the codes, or a ``tolerance`` that is not
+            positive.
     """
     vae = likelihood.autoencoder
     if not isinstance(vae, ConvVAE):
@@ -76,27 +76,28 @@ def infer_code(
     if start.ndim != 2 or start.shape[1] != latent_size:
         raise ValueError(f"start has shape {tuple(start.shape)}, expected (batch, {latent_size})")
 
-    code = kept = target = start
-    best = start.new_full(start.shape[:1], -torch.inf, dtype=torch.float64)
-    step, converged = torch.ones_like(best), torch.zeros_like(best, dtype=torch.bool)
+    code = kept = start
+    move = torch.zeros_like(start, dtype=torch.float64)
+    promised = torch.full_like(move[:, 0], torch.inf)
+    step = torch.ones_like(promised)
     for _ in range(max_iterations):
         found, image = _step(likelihood, observe, code)
-        density = image.log_evidence + found.log_prob(code.double())  # log p(y, z) at the code
-        better = (density > best) | best.isneginf()
-        kept, best = torch.where(better[:, None], code, kept), torch.where(better, density, best)
-        target = torch.where(better[:, None], found.mean.to(code.dtype), target)
+        here = found.mean - code.double()
+        nats = 0.5 * (here[:, None] @ found.precision_matrix @ here[:, :, None]).flatten()
+        better = (nats < promised) & (promised > tolerance)
+        kept = torch.where(better[:, None], code, kept)
+        move = torch.where(better[:, None], here, move)
         step = torch.where(better, (2 * step).clamp(max=1), step / 2)
-        move = (target - kept).double()
-        promised = 0.5 * (move[:, None] @ found.precision_matrix @ move[:, :, None]).flatten()
-        # Steps so short that are still too long: the linear decoder and the density do not agree on where to go.
-        converged = (better & (promised <= tolerance)) | (step < _SMALLEST_STEP)
+        promised = torch.where(better, nats, promised)
+        converged = promised <= tolerance
         if converged.all():
             break
-        code = torch.where(converged[:, None], kept, kept + step[:, None].to(code.dtype) * move.to(code.dtype))
+        onwards = kept + (step[:, None] * move).to(kept.dtype)
+        code = torch.where(converged[:, None], kept, onwards)
     else:
         warnings.warn(
             f"infer_code has not converged for {int((~converged).sum())} of {len(start)} images in {max_iterations} "
-            f"iterations: the next step of one of them promises {promised[~converged].max().item():.3g} nats",
+            f"iterations: the next step of one of them promises {promised.max().item():.3g} nats",
             RuntimeWarning,
             stacklevel=2,
         )
