@@ -4,7 +4,7 @@ import typer
 
 from programs.commands import interruptible
 
-from .commands.images import denoising, factors, image_experiment
+from .commands.images import denoising, factors, image_experiment, reach
 from .commands.showcases import demo, gallery
 from .commands.synthetic import calibrate, known_covariance, report
 
@@ -32,6 +32,7 @@ app.command(
 )(interruptible(image_experiment("faces")))
 app.command("cifar10", help="The same as faces for gray images of 32 x 32 pixels.")(interruptible(image_experiment("cifar10")))
 app.command("denoising")(interruptible(denoising))
+app.command("reach")(interruptible(reach))
 app.command("factors")(interruptible(factors))
 app.command("report")(interruptible(report))
 app.command("calibrate")(interruptible(calibrate))

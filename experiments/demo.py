@@ -31,7 +31,7 @@ from .figures import Column, correlation_figure, image_grid, loss_figure
 from .page import write_page
 from .results import environment, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
-from .whiteness import lag_one_autocorrelation
+from .whiteness import lag_autocorrelation
 
 CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
 
@@ -207,7 +207,7 @@ def evaluate(model: CovarianceModel, means: Tensor, residuals: Tensor, names: li
         "by_photograph": {
             photograph: nats[[name == photograph for name in names]].mean().item() for photograph in photographs.TEST
         },
-        "whitened_autocorrelation": lag_one_autocorrelation(white),
+        "whitened_autocorrelation": lag_autocorrelation(white),
         "whitened_variance": white.var().item(),
     }
 

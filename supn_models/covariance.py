@@ -14,6 +14,7 @@ from gmrf_kernels.checks import check_tensor
 from .autoencoder import ConvDecoder
 from .head import StencilCholeskyHead
 from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv
+from .low_rank import LowRankHead
 from .upsampling import upsample
 
 
@@ -34,6 +35,7 @@ class CovarianceNetwork(nn.Module):
         channels: channels at full resolution.
         num_levels: number of resolutions; 1 for a plain residual network.
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+        num_factors: R, of a low-rank part that the network then predicts as well, by a `LowRankHead`.
 
     Raises:
         ValueError: an argument out of range, or an image of another shape.
@@ -46,12 +48,15 @@ class CovarianceNetwork(nn.Module):
         channels: int = 16,
         num_levels: int = 3,
         initial_stddev: float = 1.0,
+        num_factors: int = 0,
     ):
         super().__init__()
         check_positive_int("in_channels", in_channels)
         check_positive_int("channels", channels)
         check_positive_int("num_levels", num_levels)
         check_stencil(stencil)
+        if num_factors != 0:
+            check_positive_int("num_factors", num_factors)
         ndim = stencil.ndim
         widths = [channels * 2**level for level in range(num_levels)]
         finer_and_coarser = list(itertools.pairwise(widths))
@@ -63,6 +68,7 @@ class CovarianceNetwork(nn.Module):
         self.up_blocks = nn.ModuleList(ResidualBlock(ndim, fine) for fine, _ in finer_and_coarser)
         # Last, so that one seed starts all other layers alike whatever the stencil.
         self.head = StencilCholeskyHead(channels, stencil, initial_stddev)
+        self.low_rank = LowRankHead(channels, num_factors, ndim, initial_stddev) if num_factors else None
 
     @property
     def stencil(self) -> bg.Stencil:
@@ -78,6 +84,7 @@ class CovarianceNetwork(nn.Module):
             "channels": self.channels,
             "num_levels": self.num_levels,
             "initial_stddev": self.head.initial_stddev,
+            "num_factors": 0 if self.low_rank is None else self.low_rank.num_factors,
         }
 
     @classmethod
@@ -85,8 +92,8 @@ class CovarianceNetwork(nn.Module):
         """A new network with the arguments of another one's `config`."""
         return cls(**_with_stencil(config))
 
-    def forward(self, image: Tensor) -> bg.StencilCholesky:
-        """The factors, batch (B,), of images (B, in_channels, *grid)."""
+    def forward(self, image: Tensor) -> bg.StencilCholesky | tuple[bg.StencilCholesky, Tensor]:
+        """L, batch (B,), of images (B, in_channels, *grid); with ``num_factors`` also the factors (B, R, *grid)."""
         check_features("image", image, self.in_channels, self.stencil.ndim)
         x = self.down_blocks[0](self.stem(image))
         skips = []
@@ -95,7 +102,7 @@ class CovarianceNetwork(nn.Module):
             x = block(down(x))
         for up, block, skip in reversed(list(zip(self.up, self.up_blocks, skips, strict=True))):
             x = block(skip + upsample(up(x), skip.shape[2:]))
-        return self.head(x)
+        return self.head(x) if self.low_rank is None else (self.head(x), self.low_rank(x))
 
 
 class LatentCovarianceNetwork(nn.Module):
@@ -119,6 +126,7 @@ class LatentCovarianceNetwork(nn.Module):
         channels: channels of the decoder's features, and at full resolution after them.
         num_levels: resolutions of the `CovarianceNetwork`.
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
+        num_factors: as for `CovarianceNetwork`.
 
     Raises:
         ValueError: an argument out of range, codes or images of another shape, or no image where one is expected.
@@ -136,6 +144,7 @@ class LatentCovarianceNetwork(nn.Module):
         channels: int = 32,
         num_levels: int = 1,
         initial_stddev: float = 1.0,
+        num_factors: int = 0,
     ):
         super().__init__()
         check_stencil(stencil)
@@ -154,7 +163,9 @@ class LatentCovarianceNetwork(nn.Module):
             "norm": norm,
         }
         self.decoder = ConvDecoder(channels, grid, latent_size, decoder_channels, kernel_size, norm)
-        self.covariance = CovarianceNetwork(channels + image_channels, stencil, channels, num_levels, initial_stddev)
+        self.covariance = CovarianceNetwork(
+            channels + image_channels, stencil, channels, num_levels, initial_stddev, num_factors
+        )
 
     @property
     def stencil(self) -> bg.Stencil:
@@ -173,8 +184,13 @@ class LatentCovarianceNetwork(nn.Module):
         """A new network with the arguments of another one's `config`."""
         return cls(**_with_stencil(config))
 
-    def forward(self, code: Tensor, image: Tensor | None = None) -> bg.StencilCholesky:
-        """The factors of codes (B, latent_size) and, where ``image_channels`` is not 0, images (B, image_channels, *grid)."""
+    def forward(self, code: Tensor, image: Tensor | None = None) -> bg.StencilCholesky | tuple[bg.StencilCholesky, Tensor]:
+        """What a `CovarianceNetwork` gives, batch (B,).
+
+        Args:
+            code: (B, latent_size).
+            image: (B, image_channels, *grid), where ``image_channels`` is not 0.
+        """
         features = self.decoder(code)
         if self.image_channels:
             expected = (code.shape[0], self.image_channels, *features.shape[2:])

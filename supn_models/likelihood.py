@@ -17,6 +17,8 @@ from .layers import check_positive_int
 class StructuredLikelihood(nn.Module):
     """p(x | z) = N(μ(z), (L Lᵀ)⁻¹): the mean of an autoencoder with the covariance that a network predicts.
 
+    A network with ``num_factors`` adds its low-rank part to the covariance.
+
     Args:
         autoencoder: gives μ(z) for images of one channel; a `ConvVAE`, too.
         covariance: gives L from the mean, from the code, or from both.
@@ -31,14 +33,27 @@ class StructuredLikelihood(nn.Module):
             raise ValueError(f"autoencoder has {autoencoder.config['in_channels']} image channels, expected 1")
         self.autoencoder, self.covariance = autoencoder, covariance
 
-    def forward(self, code: Tensor) -> bg.GMRF:
-        """Codes (B, latent_size) to a `banded_gmrf.GMRF` with batch (B,) and events (*grid): images without their channel."""
-        mean = self.autoencoder.decode(code)
+    def forward(self, code: Tensor) -> bg.GMRF | bg.LowRankGMRF:
+        """Codes (B, latent_size) to a `banded_gmrf.GMRF`, or a `banded_gmrf.LowRankGMRF` if the network has factors.
+
+        Its batch is (B,), its events (*grid): images without their channel.
+        """
+        return self.around(code, self.autoencoder.decode(code))
+
+    def around(self, code: Tensor, mean: Tensor) -> bg.GMRF | bg.LowRankGMRF:
+        """The distribution for codes (B, latent_size) and the means (B, 1, *grid) that the autoencoder decodes them to."""
+        predicted = self._predicted(code, mean)
         # Not validated: a check of every coefficient would make a GPU wait, and one that is not finite shows in the densities.
-        return bg.GMRF(mean[:, 0], self.factor(code, mean), validate_args=False)
+        if isinstance(predicted, tuple):
+            return bg.LowRankGMRF(mean[:, 0], *predicted, validate_args=False)
+        return bg.GMRF(mean[:, 0], predicted, validate_args=False)
 
     def factor(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky:
         """L for codes (B, latent_size) and the means (B, 1, *grid) that the autoencoder decodes them to."""
+        predicted = self._predicted(code, mean)
+        return predicted[0] if isinstance(predicted, tuple) else predicted
+
+    def _predicted(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky | tuple[bg.StencilCholesky, Tensor]:
         return self.covariance(mean) if isinstance(self.covariance, CovarianceNetwork) else self.covariance(code, mean)
 
 

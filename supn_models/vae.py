@@ -61,6 +61,12 @@ class ConvVAE(ConvAutoencoder):
         """Codes (B, latent_size) to the means of p(x | z), (B, in_channels, *grid), in the units of the images."""
         return self.likelihood(code).mean
 
+    @staticmethod
+    def divergence(q: Independent) -> Tensor:
+        """KL(q(z | x) | p(z)) in nats of a `posterior` q: (B,)."""
+        # Written out: torch's kl_divergence looks up a formula by types, which torch.compile does not follow.
+        return (0.5 * (q.mean.square() + q.variance - 1) - q.stddev.log()).sum(1)
+
     def loss(self, images: Tensor, beta: float = 1.0, noise: Tensor | None = None) -> Tensor:
         """-log p(x | z) + β KL(q(z | x) | p(z)) in nats, all constants included, with one z drawn from q(z | x) for each image.
 
@@ -82,9 +88,7 @@ class ConvVAE(ConvAutoencoder):
             noise = torch.randn_like(q.mean)
         elif noise.shape != q.mean.shape:
             raise ValueError(f"noise has shape {tuple(noise.shape)}, expected {tuple(q.mean.shape)}")
-        # Written out: torch's kl_divergence looks up a formula by types, which torch.compile does not follow.
-        divergence = (0.5 * (q.mean.square() + q.variance - 1) - q.stddev.log()).sum(1)
-        return beta * divergence - self.likelihood(q.mean + q.stddev * noise).log_prob(images)
+        return beta * self.divergence(q) - self.likelihood(q.mean + q.stddev * noise).log_prob(images)
 
 
 def _diagonal_gaussian(mean_and_log_variance: Tensor) -> Independent:

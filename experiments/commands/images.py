@@ -175,6 +175,51 @@ def denoising(
     finish(folder)
 
 
+def reach(
+    faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, for its VAE.")],
+    data: _Data = None,
+    levels: _Range = None,
+    note: _Note = None,
+    out: options.Out = None,
+    resume: options.Resume = False,
+    device: options.Device = None,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Of dense,r8,r32,dilated,greedy,fine-tuned,scratch; all are compared with the first.", show_default="all"
+        ),
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Networks of each row.", show_default="3")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes of every network.", show_default="8, and 30 from scratch")
+    ] = None,
+    measured: Annotated[
+        int | None, typer.Option(min=2, help="Test images for coverage and the like.", show_default="128")
+    ] = None,
+) -> None:
+    """What reaches further than a dense stencil: factors, offsets apart, a mean trained with its covariance.
+
+    The images must be those that the run of faces had.
+    """
+    from rich.console import Console
+
+    from ..faces.presets import finished_run
+    from ..reach.presets import config_for
+    from ..reach.run import run_reach
+
+    console = Console()
+    with errors_of("FACES"):
+        size = finished_run(faces).size
+    where = options.device_option(device)
+    found = _load_images(data, size, levels, note, console)
+    with errors_of():
+        config = config_for(found, faces, None if rows is None else rows.split(","), seeds, epochs, measured)
+    folder = options.run_folder(config, out, resume, where)
+    with options.resumable(folder):
+        run_reach(config, found, faces, folder, where, console)
+    finish(folder)
+
+
 def factors(
     faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, with its checkpoint.")],
     out: Annotated[Path, typer.Argument(help="The .npz file to write.")],

@@ -177,7 +177,12 @@ def build_covariance(
 
 
 def train_covariance(
-    config: Config, covariance: Covariance, likelihood: StructuredLikelihood, images: Images, **options: Any
+    config: Config,
+    covariance: Covariance,
+    likelihood: StructuredLikelihood,
+    images: Images,
+    title: str | None = None,
+    **options: Any,
 ) -> list[float]:
     """Maximise log p(x | z), the base model frozen; return the loss of every step in nats per pixel.
 
@@ -189,6 +194,7 @@ def train_covariance(
         covariance: which network it is.
         likelihood: the base model with the network, which is trained in place.
         images: for training.
+        title: sets it apart from trainings of other networks of this name; None for its name.
         options: state, console, workers, log: of `training.fit`.
     """
     base = likelihood.autoencoder
@@ -196,13 +202,15 @@ def train_covariance(
     def prepare(x: Tensor) -> tuple[Tensor, ...]:
         if isinstance(base, ConvVAE):
             posterior = base.posterior(x)
-            code = posterior.mean + posterior.stddev * _own_noise(config).to(x)
+            code = posterior.mean + posterior.stddev * own_noise(config).to(x)
         else:
             code = base.encode(x)
         mean = base.decode(code)
         return code, mean, (x - mean)[:, 0]
 
     def nats_per_pixel(code: Tensor, mean: Tensor, residual: Tensor) -> Tensor:
+        if likelihood.covariance.config["num_factors"]:
+            return -likelihood.around(code, mean).log_prob(mean[:, 0] + residual).mean() / residual[0].numel()
         factor = likelihood.factor(code, mean)
         nats = bg.negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil)
         return nats.mean() / factor.grid.numel()
@@ -212,7 +220,7 @@ def train_covariance(
         likelihood.covariance,
         nats_per_pixel,
         images,
-        covariance.name,
+        title or covariance.name,
         config.covariance_epochs,
         prepare=prepare,
         **options,
@@ -261,9 +269,9 @@ def _order(config: Config, images: Images, name: str) -> ShuffledEpochs:
 
 
 def _with_noise(config: Config, images: Tensor) -> tuple[Tensor, Tensor]:
-    return images, _own_noise(config).to(images)
+    return images, own_noise(config).to(images)
 
 
-def _own_noise(config: Config) -> Tensor:
-    """This process's part of the noise of a batch, drawn on the CPU: alike in all processes and on all devices."""
+def own_noise(config: Config) -> Tensor:
+    """This process's part (B, latent_size) of a batch's noise, drawn on the CPU: alike in all processes, on all devices."""
     return distributed.own_part(torch.randn(config.batch_size, config.latent_size))

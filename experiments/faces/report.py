@@ -8,7 +8,7 @@ from torch import Tensor
 from programs.tables import markdown_table
 
 from ..results import data_text, where_text
-from ..whiteness import lag_one_autocorrelation
+from ..whiteness import lag_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
 from .scores import Scores
@@ -28,7 +28,7 @@ def summarise(config: Config, scores: dict[str, Scores]) -> dict[str, dict[str, 
         rows[name] = {
             **{metric: _over_images(getattr(of_images, metric)) for metric in _METRICS},
             "whitened_variance": of_images.whitened.var().item(),
-            "whitened_autocorrelation": lag_one_autocorrelation(of_images.whitened),
+            "whitened_autocorrelation": lag_autocorrelation(of_images.whitened),
         }
     for covariance in config.covariances:
         row, diagonal = rows[covariance.name], rows[reference(covariance.base)]

@@ -66,10 +66,12 @@ def score(
     for _, rows in _own_batches(len(images), title, console):
         x = images[rows]
         q = likelihood(base.encode(x))
-        # A `banded_gmrf.GMRF` is one of images without their channel.
+        # A `banded_gmrf.GMRF`, with factors or without, is one of images without their channel.
         x = x.reshape(len(x), *q.event_shape)
         nats[rows] = -q.log_prob(x)
-        whitened[rows] = (q.whiten(x) if isinstance(q, bg.GMRF) else (x - q.mean) / q.stddev).reshape(whitened[rows].shape)
+        whitened[rows] = (q.whiten(x) if isinstance(q, bg.GMRF | bg.LowRankGMRF) else (x - q.mean) / q.stddev).reshape(
+            whitened[rows].shape
+        )
     nats, whitened = (distributed.sum_over_processes(part) for part in (nats, whitened))
     scored = _now(images)
     cost = {"nats": {"images": len(images), "samples": 1, "seconds": round(scored - begin, 3)}}

@@ -9,7 +9,7 @@ from banded_gmrf import diagnostics
 from programs.tables import markdown_table
 
 from ..results import where_text
-from ..whiteness import lag_one_autocorrelation
+from ..whiteness import lag_autocorrelation
 from .paper import PAPER
 from .presets import Config
 from .scores import Scores
@@ -38,7 +38,7 @@ def summarise(config: Config, scores: dict[str, list[Scores]]) -> dict[str, dict
             }
         whitened = [one.whitened for one in of_seeds]
         row["whitened_variance"] = sum(one.var().item() for one in whitened) / len(whitened)
-        row["whitened_autocorrelation"] = sum(lag_one_autocorrelation(one) for one in whitened) / len(whitened)
+        row["whitened_autocorrelation"] = sum(lag_autocorrelation(one) for one in whitened) / len(whitened)
         row["coverage"] = diagnostics.chi_squared_coverage(
             torch.cat(whitened), COVERAGE_LEVELS, ndim=whitened[0].ndim - 1
         ).tolist()

@@ -8,7 +8,16 @@ import torch
 from torch import nn
 
 import banded_gmrf as bg
-from supn_models import LowRankHead, SegmentationHead, StencilCholeskyHead, categorical_log_likelihood
+from supn_models import (
+    ConvVAE,
+    CovarianceNetwork,
+    LatentCovarianceNetwork,
+    LowRankHead,
+    SegmentationHead,
+    StencilCholeskyHead,
+    StructuredLikelihood,
+    categorical_log_likelihood,
+)
 
 STENCIL, GRID = bg.Stencil.square(3), (7, 5)
 
@@ -149,3 +158,33 @@ def test_bad_arguments():
         categorical_log_likelihood(q, labels + 3)
     with pytest.raises(ValueError, match="num_samples is 0"):
         categorical_log_likelihood(q, labels, num_samples=0)
+
+
+@pytest.mark.parametrize("from_image", [True, False])
+def test_networks_predict_factors_beside_the_local_part(from_image):
+    torch.manual_seed(0)
+    grid, stencil = (9, 6), bg.Stencil.square(3)
+    if from_image:
+        network = CovarianceNetwork(1, stencil, channels=4, num_factors=3)
+    else:
+        network = LatentCovarianceNetwork(grid, 2, stencil, decoder_channels=(4,), channels=4, num_factors=3)
+    base = ConvVAE(grid, latent_size=2, channels=(4,))
+    likelihood = StructuredLikelihood(base, network).eval()
+    code, x = torch.randn(5, 2), torch.randn(5, *grid)
+    q = likelihood(code)
+    assert isinstance(q, bg.LowRankGMRF)
+    assert (q.batch_shape, q.event_shape, q.rank) == ((5,), grid, 3)
+    assert torch.equal(q.log_diag, likelihood.factor(code, base.decode(code)).log_diag)
+    assert torch.equal(likelihood.around(code, base.decode(code)).log_prob(x), q.log_prob(x))
+    q.log_prob(x).sum().backward()
+    slopes = [parameter.grad for name, parameter in network.named_parameters() if "low_rank" in name]
+    assert len(slopes) == 2
+    assert all(slope.abs().sum() > 0 for slope in slopes)
+    again = type(network).from_config(network.config)
+    again.load_state_dict(network.state_dict())
+    assert again.config == network.config
+    # A network without them has the parameters that it had before there were any.
+    plain = type(network).from_config({**network.config, "num_factors": 0})
+    assert not any("low_rank" in name for name in plain.state_dict())
+    with pytest.raises(ValueError, match="num_factors is -1, expected"):
+        type(network).from_config({**network.config, "num_factors": -1})

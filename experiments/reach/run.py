@@ -1,0 +1,91 @@
+"""Train the networks of all rows, measure them on test images, and write the tables."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from programs.files import write_json
+
+from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
+from ..datasets import ImageData
+from ..faces.images import images_for_testing, images_for_training
+from ..faces.networks import MEMORY_FORMAT
+from ..figures import loss_figure
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
+from .measures import measure
+from .networks import stencils, train_row
+from .presets import BASE, Config
+from .report import markdown_report, summarise
+
+
+def run_reach(
+    config: Config, data: ImageData, trained: Path, folder: Path, device: torch.device, console: Console
+) -> dict[str, Any]:
+    """Train, measure and write everything into ``folder``; return what results.json holds.
+
+    The run starts from the beginning after `results.begin_run`, and from a recent state after an interruption: both are in
+    ``folder``.
+
+    Args:
+        config: from `presets.config_for` for ``data``.
+        data: the images.
+        trained: the folder of the finished run of faces that ``config`` is of.
+        folder: where to.
+        device: where to compute.
+        console: where progress is shown.
+    """
+    (folder / STATES).mkdir(exist_ok=True)
+    resumed = any((folder / STATES).iterdir())
+    stopwatch, about = Stopwatch(folder), environment(device)
+    faces = config.faces
+    console.print(data.summary())
+    images = images_for_training(faces, data, device, workers=0, console=console)
+    test = images_for_testing(faces, data, device, workers=0, console=console)
+    vae = load_checkpoint(trained / CHECKPOINT)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
+    stencil, states = stencils(config, vae, images), numbered_states(folder)
+    measured: dict[str, list[dict[str, Any]]] = {row.name: [] for row in config.rows}
+    losses, networks = {}, {}
+    for seed in range(config.seeds):
+        dense = None
+        for row in config.rows:
+            state, name = next(states), f"{row.name}, seed {seed}"
+            options = {"state": state, "console": console, "on_state": partial(stopwatch.save_time, "training")}
+            likelihood, curve = train_row(config, row, seed, stencil[row.offsets], vae, images, dense, **options)
+            stopwatch.save_time("training")
+            if row.name == "dense":
+                dense = likelihood
+            if seed == 0:
+                losses[row.name], networks[row.name] = curve, likelihood.covariance
+                if row.training != "frozen":
+                    networks[f"{row.name}: VAE"] = likelihood.autoencoder
+            kept = state.with_suffix(".json")
+            if not kept.exists():
+                write_json(kept, measure(faces, likelihood, test, config.measured, name, console))
+                stopwatch.save_time("measures")
+            measured[row.name].append(json.loads(kept.read_text(encoding="utf-8")))
+    results = {
+        "definition": "nats per image, ½ and constant included, pixels in [-1, 1]; means over seeds, and over test images; "
+        "differences from the first row, image by image",
+        "rows": summarise(measured),
+        "stencils": {name: of.offsets for name, of in stencil.items()},
+        "left_out": list(data.left_out),
+        "warnings": list(data.warnings),
+        "config": config.as_dict(),
+        "networks": str(trained),
+        **about,
+        "device": device_name(device),
+        "resumed": resumed,
+        "seconds": stopwatch.seconds(),
+    }
+    loss_figure(
+        folder / "training.png",
+        [("nats per pixel", losses)],
+        smooth=max(1, min(len(curve) for curve in losses.values()) // 100),
+    )
+    save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
+    write_results(folder, results, markdown_report(config, results), console)
+    return results

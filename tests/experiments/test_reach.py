@@ -1,0 +1,198 @@
+"""What reaches further than a stencil, end to end on tiny images; the choice of offsets and the measures on known fields."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import banded_gmrf as bg
+from experiments.__main__ import app
+from experiments.checkpoints import CHECKPOINT, load_checkpoint
+from experiments.faces import figures
+from experiments.faces.presets import PRESETS, Covariance
+from experiments.reach import measures, offsets
+from experiments.reach.measures import measure
+from experiments.reach.presets import ROWS
+from experiments.reach.report import paired_difference
+from supn_models import ConvVAE, StructuredLikelihood
+from tests.experiments.tiny_faces import PRESET
+
+TINY = replace(PRESET, covariances=(Covariance("VAE", 1),), train=16)
+
+
+@pytest.fixture(scope="module")
+def faces(npz, tmp_path_factory):
+    """A finished run of faces."""
+    folder = tmp_path_factory.mktemp("reach") / "faces"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(PRESETS["faces"], "quick", TINY)
+        patch.setattr(figures, "draw", lambda *args: None)
+        outcome = CliRunner().invoke(app, ["faces", "--data", str(npz), "--test", "12", "--out", str(folder)])
+    assert outcome.exit_code == 0, outcome.output
+    return folder
+
+
+def run_reach(faces, data, folder, *more):
+    command = ["reach", str(faces), "--data", str(data), "--out", str(folder), "--epochs", "1", *more]
+    return CliRunner().invoke(app, command)
+
+
+def read(folder):
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(faces, npz, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reach") / "finished"
+    outcome = run_reach(faces, npz, folder, "--seeds", "2")
+    assert outcome.exit_code == 0, outcome.output
+    return folder
+
+
+def test_results_are_complete(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.json",
+        "results.json",
+        "results.md",
+        "training.png",
+        CHECKPOINT,
+    }
+    results = read(finished)
+    assert list(results["rows"]) == [row.name for row in ROWS.values()]
+    assert {len(stencil) for stencil in results["stencils"].values()} == {24}
+    for name, row in results["rows"].items():
+        assert set(row["pixels"]) == set(row["blocks"]) == {"0.5", "0.9", "0.99"}
+        assert all(math.isfinite(row[key]) for key in ("nats", "bound", "variance", "lag_1", "lag_16", "kurtosis", "eyes"))
+        assert row["conformal_scale"] > 0
+        assert ("nats_difference" in row) == (name != "dense")
+    one = results["rows"]["dilated"]
+    assert one["nats_difference"]["mean"] == pytest.approx(one["nats"] - results["rows"]["dense"]["nats"])
+    networks, _ = load_checkpoint(finished / CHECKPOINT)
+    assert networks["dense + 32 factors"].config["num_factors"] == 32
+    assert networks["greedy"].stencil.offsets == tuple(map(tuple, results["stencils"]["greedy"]))
+    assert "dense, from scratch with the mean: VAE" in networks
+
+
+def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        step, count = torch.optim.Adam.step, 0
+
+        def interrupted_step(self, *args, **kwargs):
+            nonlocal count
+            count += 1
+            if count == 30:  # of the eighth training of four steps each
+                raise KeyboardInterrupt
+            return step(self, *args, **kwargs)
+
+        patch.setattr(torch.optim.Adam, "step", interrupted_step)
+        assert run_reach(faces, npz, tmp_path, "--seeds", "2").exit_code == 130
+    outcome = run_reach(faces, npz, tmp_path, "--seeds", "2", "--resume")
+    assert outcome.exit_code == 0, outcome.output
+    assert read(tmp_path)["rows"] == read(finished)["rows"]
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--rows", "dense,r16"], "rows is dense,r16, expected some of dense, r8"),
+        (["--rows", "dense,dense"], "each once"),
+        (["--rows", "fine-tuned,dense"], "rows has fine-tuned without dense before it"),
+    ],
+)
+def test_bad_rows_are_named(faces, npz, tmp_path, more, words):
+    outcome = run_reach(faces, npz, tmp_path / "new", *more)
+    assert outcome.exit_code == 2
+    assert words in " ".join(outcome.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_without_a_run_is_refused(npz, tmp_path):
+    outcome = run_reach(tmp_path, npz, tmp_path / "new")
+    assert outcome.exit_code == 2
+    assert "holds no finished run" in " ".join(outcome.output.replace("│", " ").split())
+
+
+def test_greedy_offsets_are_those_that_predict():
+    """Of a field in which each pixel depends on two others, known by construction."""
+    stencil = bg.Stencil([(0, 5), (3, -2)], ndim=2)
+    coefficients = torch.zeros(2, 40, 40)
+    coefficients[0], coefficients[1] = -0.5, -0.4
+    q = bg.GMRF(torch.zeros(40, 40), bg.StencilCholesky(torch.zeros(40, 40), coefficients, stencil))
+    torch.manual_seed(0)
+    found = offsets.greedy(q.sample((60,)), 2, reach=6)
+    assert set(found.offsets) == {(0, 5), (3, -2)}
+
+
+def test_greedy_choice_equals_regression_by_least_squares():
+    torch.manual_seed(0)
+    fields = torch.randn(4, 9, 9)
+    around = offsets._autocovariance(fields.double() / fields.double().square().mean(0).sqrt(), 4)
+    candidates = [(y, x) for y in range(3) for x in range(-2, 3) if (y, x) > (0, 0)]
+    chosen = []
+    for _ in range(3):
+
+        def left(sites):
+            lags = [[around[a[0] - b[0] + 4, a[1] - b[1] + 4] for b in [(0, 0), *sites]] for a in [(0, 0), *sites]]
+            covariance = torch.tensor(lags)
+            return covariance[0, 0] - covariance[0, 1:] @ torch.linalg.solve(covariance[1:, 1:], covariance[1:, 0])
+
+        chosen.append(min((one for one in candidates if one not in chosen), key=lambda one: left([*chosen, one])))
+    assert set(offsets.greedy(fields, 3, reach=2).offsets) == set(chosen)
+
+
+def test_dilated_offsets():
+    patch = [(0, 1), (1, -1), (1, 0), (1, 1)]
+    assert set(offsets.dilated(8).offsets) == {*patch, *((2 * y, 2 * x) for y, x in patch)}
+    assert len(offsets.dilated(24)) == 24
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: offsets.dilated(10), "count is 10, expected a multiple of 4"),
+        (lambda x: offsets.greedy(x, 24, 2), "count is 24, expected 1 to 12"),
+        (lambda x: offsets.greedy(x, 4, 5), "reach is 5, expected at least 1 and less than half of 9"),
+    ],
+)
+def test_impossible_offsets(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.randn(2, 9, 9))
+
+
+def test_paired_differences():
+    found = paired_difference([[1.0, 2.0, 6.0], [1.0, 2.0, 6.0]], [[0.0, 0.0, 0.0], [2.0, 2.0, 2.0]])
+    assert found["mean"] == pytest.approx(2)
+    assert found["over_images"] == pytest.approx(torch.tensor([0.0, 1.0, 5.0]).std().item() / 3**0.5)
+    assert found["over_seeds"] == pytest.approx(1)
+    assert math.isnan(paired_difference([[1.0, 2.0]], [[0.0, 0.0]])["over_seeds"])
+
+
+def test_measures_of_a_likelihood_that_is_right():
+    """About its own samples; the correlation of both regions is that of the dense covariance."""
+    size, weights = 8, measures.regions(8)
+    torch.manual_seed(0)
+    factors = 0.5 * torch.ones(1, size, size)
+    local = bg.StencilCholesky(torch.zeros(size, size), 0.1 * torch.randn(4, size, size), bg.Stencil.square(3))
+    q = bg.LowRankGMRF(torch.zeros(size, size), local, factors)
+
+    class Right(StructuredLikelihood):
+        def forward(self, code):
+            return q.expand((len(code),))
+
+    likelihood = Right(ConvVAE((size, size), latent_size=3, channels=(4, 8)).eval(), torch.nn.Identity())
+    images = q.sample((400,))[:, None]
+    found = measure(replace(PRESET, bound_images=2), likelihood, images, 400, "right", None)
+    vectors = weights.flatten(1)
+    covariance = vectors @ q.covariance_matrix.double() @ vectors.T
+    expected = covariance[0, 1] / (covariance[0, 0] * covariance[1, 1]).sqrt()
+    assert found["eyes"] == pytest.approx(expected.item(), rel=1e-4)
+    # Standard errors of a correlation and of shares of 400 fields, four times.
+    assert found["eyes_of_the_data"] == pytest.approx(expected.item(), abs=4 * 400**-0.5)
+    assert found["pixels"]["0.9"] == pytest.approx(0.9, abs=0.05)
+    assert found["blocks"]["0.5"] == pytest.approx(0.5, abs=4 * 0.5 * 400**-0.5)
+    assert found["conformal_scale"] == pytest.approx(1, abs=0.1)
+    assert found["variance"] == pytest.approx(1, abs=0.05)
+    assert found["kurtosis"] == pytest.approx(0, abs=0.15)
