@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
@@ -118,6 +119,27 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
             ax.spines[["top", "right"]].set_visible(False)
             # Beside the axes: within them it would lie over one curve or another.
             ax.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+        fig.savefig(path)
+
+
+def normal_plot(path: Path, curves: dict[str, dict[str, float]]) -> None:
+    """Quantiles against those of a standard normal distribution.
+
+    Args:
+        path: PNG file to write.
+        curves: for each model the quantile of each level, which is a text.
+    """
+    with mpl.rc_context(_STYLE):
+        fig = Figure(figsize=(6.4, 4.0), layout="constrained")
+        ax = fig.subplots()
+        ax.axline((0, 0), slope=1, color="black", linewidth=0.8, linestyle=":", label="normal")
+        for name, quantiles in curves.items():
+            expected = [NormalDist().inv_cdf(float(level)) for level in quantiles]
+            ax.plot(expected, list(quantiles.values()), marker=".", label=name)
+        ax.set_xlabel("quantile of a standard normal distribution")
+        ax.set_ylabel("of whitened residuals")
+        ax.spines[["top", "right"]].set_visible(False)
+        fig.legend(loc="outside right center", frameon=False)
         fig.savefig(path)
 
 

@@ -98,15 +98,27 @@ def train_base(config: Config, name: str, network: ConvAutoencoder, images: Imag
 def base_loss(name: str, network: ConvAutoencoder, images: Tensor, noise: Tensor | None = None) -> Tensor:
     """What training minimises, a mean over images.
 
+    The gradient error is that of Mathieu, Couprie and LeCun, Deep multi-scale video prediction beyond mean square error, ICLR
+    2016, here at three resolutions: absolute errors, and those of the differences of neighbours.
+
     Args:
         name: of `BETAS`.
         network: the base model.
         images: (B, 1, H, W).
         noise: (B, latent_size), standard normal, for a variational one.
     """
-    if BETAS[name] is None:
-        return (images - network(images)).square().mean()
-    return network.loss(images, BETAS[name], noise).mean() / images[0].numel()
+    if BETAS[name] is not None:
+        return network.loss(images, BETAS[name], noise).mean() / images[0].numel()
+    residual = images - network(images)
+    if name == "AE-L1":
+        return residual.abs().mean()
+    if name == "AE-gradient":
+        return sum(_absolute_and_gradient(nn.functional.avg_pool2d(residual, 2**level)) for level in range(3)) / 3
+    return residual.square().mean()
+
+
+def _absolute_and_gradient(residual: Tensor) -> Tensor:
+    return residual.abs().mean() + sum(residual.diff(dim=axis).abs().mean() for axis in (-2, -1))
 
 
 def base_stopping(config: Config, name: str, network: ConvAutoencoder, images: TrainingImages) -> EarlyStopping | None:

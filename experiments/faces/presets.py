@@ -11,8 +11,9 @@ from ..datasets import ImageData, Levels
 from ..results import finished_results
 from ..stopping import Patience
 
-# The weight β of the divergence in the loss; None for an autoencoder, trained by mean squared error.
-BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0}
+# The weight β of the divergence in the loss; None for an autoencoder, trained by one of `ERRORS`.
+BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0, "AE-L1": None, "AE-gradient": None}
+ERRORS = {"AE": "mean squared error", "AE-L1": "mean absolute error", "AE-gradient": "absolute and gradient error"}
 SOURCES = ("z", "μ", "both")
 
 
@@ -241,20 +242,23 @@ def config_for(
         experiment, preset: names of `PRESETS`.
         data: the images.
         epochs: of all networks; None for the preset's, as below.
-        models: the only base models, of the preset's.
+        models: the only base models, of `BETAS`. Those that the preset does not have get a diagonal network and one with its
+            largest stencil.
         stencils: sizes f of f x f patches, for covariance networks from z beside the diagonal ones, in place of the preset's.
         replaced: fields of `Config`.
 
     Raises:
-        ValueError: models that the preset does not have, sizes that no stencil has, shares outside [0, 1), fewer training
+        ValueError: models that there are not, sizes that no stencil has, shares outside [0, 1), fewer training
             images than a batch has, or a batch that the number of processes does not divide.
     """
     config = PRESETS[experiment][preset]
     if models is not None:
-        unknown = [name for name in models if name not in config.bases]
+        unknown = [name for name in models if name not in BETAS]
         if unknown or not models:
-            raise ValueError(f"models is {','.join(models)}, expected some of {', '.join(config.bases)}")
-        replaced |= {"covariances": tuple(c for c in config.covariances if c.base in models)}
+            raise ValueError(f"models is {','.join(models)}, expected some of {', '.join(BETAS)}")
+        largest = max(covariance.stencil_size for covariance in config.covariances)
+        others = [c for name in models if name not in config.bases for c in _networks(name, (1, largest))]
+        replaced |= {"covariances": (*(c for c in config.covariances if c.base in models), *others)}
     if stencils is not None:
         if not stencils or any(size < 3 or size % 2 == 0 for size in stencils):
             raise ValueError(f"stencils is {','.join(map(str, stencils))}, expected odd sizes of at least 3")

@@ -8,12 +8,13 @@ from torch import Tensor
 from programs.tables import markdown_table
 
 from ..results import data_text, where_text
-from ..whiteness import lag_autocorrelation
+from ..whiteness import excess_kurtosis, lag_autocorrelation
 from .paper import PAPER, paper_gain
 from .presets import BETAS, SOURCES, Config, Covariance
 from .scores import Scores
 
 _METRICS = ("bound", "nats")
+LEVELS = (1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999)
 
 
 def reference(base: str) -> str:
@@ -29,6 +30,8 @@ def summarise(config: Config, scores: dict[str, Scores]) -> dict[str, dict[str, 
             **{metric: _over_images(getattr(of_images, metric)) for metric in _METRICS},
             "whitened_variance": of_images.whitened.var().item(),
             "whitened_autocorrelation": lag_autocorrelation(of_images.whitened),
+            "whitened_kurtosis": excess_kurtosis(of_images.whitened),
+            "whitened_quantiles": _quantiles(of_images.whitened),
         }
     for covariance in config.covariances:
         row, diagonal = rows[covariance.name], rows[reference(covariance.base)]
@@ -67,7 +70,7 @@ def compare_sources(config: Config, scores: dict[str, Scores], parameters: dict[
 
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
     """The table of results, the paper's, and what is needed to read them."""
-    header = ["", "-log p(x), bound", "-log p(x given z)", "gain, bound", "gain", "variance", "lag-1"]
+    header = ["", "-log p(x), bound", "-log p(x given z)", "gain, bound", "gain", "variance", "lag-1", "kurtosis"]
     rows = results["rows"]
     table = [
         [
@@ -76,6 +79,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
             *(f"{row[key]:.3f}" if key in row else "" for key in ("bound_gain_per_pixel", "nats_gain_per_pixel")),
             f"{row['whitened_variance']:.3f}",
             f"{row['whitened_autocorrelation']:.3f}",
+            f"{row['whitened_kurtosis']:.2f}",
         ]
         for name, row in rows.items()
     ]
@@ -96,9 +100,10 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{data_text(results)}\n\n"
         "Nats per image, mean ± standard deviation over test images; lower is better. z is the mean of the encoder. Gains are "
         "nats per pixel over the diagonal likelihood that the VAE was trained with, for AE over its diagonal network; in the "
-        f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance and lag-1 are the "
-        "variance and the correlation of neighbouring pixels of the whitened residuals of test images (1 and 0 for a perfect "
-        f"model). Root mean square of residuals, of images that trained the base model and of test images: {rms}.\n\n"
+        f"paper {paper_gain('bound'):.2f} for the bound and {paper_gain('nats'):.2f} given z. Variance, lag-1 and kurtosis are "
+        "the variance, the correlation of neighbouring pixels and the excess kurtosis of the whitened residuals of test images "
+        "(1, 0 and 0 for a perfect model). Root mean square of residuals, of images that trained the base model and of test "
+        f"images: {rms}.\n\n"
         + _best_source(results["sources"])
         + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
@@ -143,6 +148,12 @@ def _best_source(compared: dict[str, dict[str, Any]]) -> str:
             "seed).\n\n"
         )
     return lines
+
+
+def _quantiles(whitened: Tensor) -> dict[str, float]:
+    """The values below which each share of `LEVELS` of the whitened residuals lies."""
+    ordered = whitened.double().flatten().sort().values
+    return {f"{level:g}": ordered[round(level * (len(ordered) - 1))].item() for level in LEVELS}
 
 
 def _over_images(values: Tensor | None) -> dict[str, float] | None:

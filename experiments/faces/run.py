@@ -12,12 +12,12 @@ from supn_models import ConvVAE
 from .. import distributed
 from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
-from ..figures import loss_figure
+from ..figures import loss_figure, normal_plot
 from ..results import STATES, Stopwatch, device_name, environment, numbered_states, peak_memory, write_results
 from . import figures
 from .images import images_for_testing, images_for_training
 from .networks import Networks, residual_stddev, train_all
-from .presets import BETAS, Config
+from .presets import BETAS, ERRORS, Config
 from .report import compare_sources, markdown_report, summarise
 from .scores import score
 
@@ -110,6 +110,7 @@ def run_faces(
         console.print("figures ...")
         figures.draw(config, folder, bases, likelihoods, test)
         draw_losses(folder / "training.png", networks)
+        normal_plot(folder / "whitened.png", {name: row["whitened_quantiles"] for name, row in rows.items()})
         if results["curves"]:
             draw_curves(folder / "validation.png", results["curves"])
         save_checkpoint(folder / CHECKPOINT, networks.modules(), {"config": config.as_dict()})
@@ -134,7 +135,7 @@ def draw_curves(path: Path, curves: dict[str, dict[str, Any]]) -> None:
     """Loss of training and of validation images after each pass, a panel for each base model."""
     panels = []
     for name, curve in curves.items():
-        unit = "mean squared error" if BETAS[name] is None else "nats per pixel"
+        unit = ERRORS.get(name, "nats per pixel")
         panels.append((f"{name}, {unit}", {part: curve[part] for part in ("training", "validation")}))
     loss_figure(path, panels, smooth=1, unit="pass")
 
@@ -143,7 +144,7 @@ def draw_losses(path: Path, networks: Networks) -> None:
     """Training curves of autoencoders, of variational ones, and of the covariance networks of each base model."""
     base = networks.base_losses
     panels = {
-        "mean squared error": {name: curve for name, curve in base.items() if BETAS[name] is None},
+        **{error: {name: base[name]} for name, error in ERRORS.items() if name in base},
         "nats per pixel with β KL": {name: curve for name, curve in base.items() if BETAS[name] is not None},
     }
     for owner in base:

@@ -19,7 +19,7 @@ from experiments.__main__ import app
 from experiments.checkpoints import load_checkpoint
 from experiments.faces import figures
 from experiments.faces.images import Mirrored, images_for_training
-from experiments.faces.networks import build_base, build_covariance, train_covariance
+from experiments.faces.networks import base_loss, build_base, build_covariance, train_covariance
 from experiments.faces.presets import PRESETS, Config, Covariance, config_for
 from experiments.faces.run import CHECKPOINT
 from experiments.stopping import Patience
@@ -92,6 +92,7 @@ def test_results_are_complete(finished):
         "results.json",
         "results.md",
         "training.png",
+        "whitened.png",
         *(f"figure{number}.png" for number in (1, 7, 8, 9, 10)),
         CHECKPOINT,
     }
@@ -138,6 +139,31 @@ def test_one_model_with_another_stencil(npz, tmp_path):
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert list(results["rows"]) == ["VAE", "VAE, diagonal from z", "VAE, f = 5 from z"]
     assert {path.stem for path in tmp_path.glob("figure*.png")} == {f"figure{number}" for number in (1, 7, 9, 10)}
+
+
+def test_autoencoders_of_other_errors(npz, tmp_path):
+    outcome = run_faces(npz, tmp_path, "--models", "AE,AE-L1,AE-gradient")
+    assert outcome.exit_code == 0, outcome.output
+    rows = read_results(tmp_path)["rows"]
+    bases = ("AE", "AE-L1", "AE-gradient")
+    assert list(rows) == [f"{base}, {kind} from z" for base in bases for kind in ("diagonal", "f = 3")]
+    assert len({row["nats"]["mean"] for row in rows.values()}) == 6
+    for row in rows.values():
+        assert row["whitened_kurtosis"] > -2
+        quantiles = list(row["whitened_quantiles"].values())
+        assert quantiles == sorted(quantiles)
+
+
+def test_errors_of_known_residuals():
+    class Zero(torch.nn.Module):
+        def forward(self, images):
+            return torch.zeros_like(images)
+
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    assert base_loss("AE", Zero(), ramp).item() == pytest.approx(17.5)
+    assert base_loss("AE-L1", Zero(), ramp).item() == pytest.approx(3.5)
+    # The mean is 3.5 at each resolution; neighbours differ by 1, 2 and 4 along one axis.
+    assert base_loss("AE-gradient", Zero(), ramp).item() == pytest.approx(3.5 + (1 + 2 + 4) / 3)
 
 
 def test_checkpoint_holds_all_networks(finished):
