@@ -136,7 +136,7 @@ def draw_curves(path: Path, curves: dict[str, dict[str, Any]]) -> None:
     panels = []
     for name, curve in curves.items():
         unit = ERRORS.get(name, "nats per pixel")
-        panels.append((f"{name}, {unit}", {part: curve[part] for part in ("training", "validation")}))
+        panels.append((f"{name},\n{unit}", {part: curve[part] for part in ("training", "validation")}))
     loss_figure(path, panels, smooth=1, unit="pass")
 
 
