@@ -5,8 +5,9 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import banded_gmrf as bg
-from banded_gmrf import gmrf, inference
+from banded_gmrf import inference
 from banded_gmrf.inference.conjugate_gradients import conjugate_gradients
+from gmrf_kernels import ops
 from tests.cases import FACTORS, STENCILS, dense, random_cholesky, smooth_cholesky
 from tests.dense import random_factor
 
@@ -102,7 +103,7 @@ def test_iterative_samples_given_correlated_noise_have_the_dense_mean_and_covari
     # which give the columns of A in mean + A u.
     units = torch.cat([torch.zeros(1, 2 * n), torch.eye(2 * n)]).double().reshape(2 * n + 1, 2, 1, *grid)
     numbers = iter(units.expand(2 * n + 1, 2, 2, *grid).unbind(1))
-    for module in (gmrf, inference.posterior):
+    for module in (ops, inference.posterior):
         monkeypatch.setattr(module, "standard_normal", lambda shape, dtype, device: next(numbers).expand(shape))
     mean, *columns = posterior.rsample((2 * n + 1,)).flatten(2)
     monkeypatch.undo()
