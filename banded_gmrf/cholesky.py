@@ -329,8 +329,9 @@ class StencilCholesky(Batched):
 def white_sample(factor: StencilCholesky, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """``factor.solve(u, transpose=True)`` of ``u = standard_normal(shape, dtype)``, which a solve may draw by itself."""
     log_diag, off_diag, stencil = factor.coefficients
-    options = {"factor_name": "the factor", "batch": factor.batch_shape}
-    return solve_normal(log_diag, off_diag, shape, dtype, stencil.offsets, stencil.ndim, **options)
+    batch = factor.batch_shape
+    stored = batch if log_diag.shape[: -stencil.ndim] == batch else factor.unexpanded().batch_shape
+    return solve_normal(log_diag, off_diag, shape, dtype, stencil.offsets, stencil.ndim, stored, batch)
 
 
 def squares_matvec(factor: StencilCholesky, x: Tensor) -> Tensor:

@@ -141,12 +141,19 @@ def solve_normal(
     dtype: torch.dtype,
     offsets: Offsets,
     ndim: int,
-    factor_name: str = "off_diag",
-    batch: torch.Size | None = None,
+    stored: torch.Size,
+    batch: torch.Size,
 ) -> Tensor:
-    """L⁻ᵀu of ``u = standard_normal(shape, dtype)``, on the factor's device; the rest as for `apply`.
+    """L⁻ᵀu of ``u = standard_normal(shape, dtype)``, on the device of the factor, which was checked.
 
     The CPU backend draws u inside of its solve where nothing else is to see it. The result has the same bits either way.
+
+    Args:
+        log_diag, off_diag, offsets, ndim: as for `solve`.
+        shape: (*sample, *batch, *grid).
+        dtype: of the result.
+        stored: the batch that the factor's tensors broadcast to.
+        batch: the factor's, where some of it repeats what is stored.
     """
     inside = None
     if dtype == log_diag.dtype and dtype in (torch.float32, torch.float64) and 0 not in shape:
@@ -154,14 +161,13 @@ def solve_normal(
         if nothing_intervenes(tensors) and not requires_grad(tensors):
             inside = getattr(backend_of(log_diag), "solve_normal", None)
     if inside is not None:
-        stored = check_factor(log_diag, off_diag, len(offsets), ndim, "log_diag")
         split = len(shape) - ndim
-        layout = layout_of("b", shape[:split], stored, stored if batch is None else batch, shape[split:])
+        layout = layout_of("b", shape[:split], stored, batch, shape[split:])
         if layout.sorted and layout.batch == tuple(shape[:split]):
             factor = layout.factor(log_diag, ndim), layout.factor(off_diag, ndim + 1)
             return layout.batched(inside(*factor, layout.canonical_vector, stream_key(), offsets, True, True))
     u = standard_normal(shape, dtype, log_diag.device)
-    return apply(operators.solve, "b", log_diag, off_diag, u, offsets, ndim, True, True, factor_name, batch)
+    return apply(operators.solve, "b", log_diag, off_diag, u, offsets, ndim, True, True, "the factor", batch)
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, ndim: int, sample_ndim: int = 0) -> tuple[Tensor, Tensor]:
