@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 import supn_models
 from programs.files import written_whole
@@ -16,16 +16,17 @@ CHECKPOINT = "checkpoint.safetensors"
 _SEPARATOR = "/"
 
 
-def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str, Any]) -> None:
+def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str, Any], half: bool = False) -> None:
     """Write the parameters of ``networks`` with what is needed to build them again, replacing ``path`` in one step.
 
     Args:
         path: the file.
         networks: networks of `supn_models` that have a ``config``, by name.
         about: anything that JSON can hold, kept beside them.
+        half: round weights, of which most of a file is, to float16.
     """
     tensors = {
-        f"{name}{_SEPARATOR}{key}": tensor.detach().cpu().contiguous()
+        f"{name}{_SEPARATOR}{key}": _rounded(tensor.detach().cpu().contiguous(), half)
         for name, network in networks.items()
         for key, tensor in network.state_dict().items()
     }
@@ -33,6 +34,11 @@ def save_checkpoint(path: Path, networks: dict[str, nn.Module], about: dict[str,
     metadata = {"networks": json.dumps(specs), "about": json.dumps(about)}
     with written_whole(path) as partial:
         safetensors.torch.save_file(tensors, partial, metadata)
+
+
+def _rounded(tensor: Tensor, half: bool) -> Tensor:
+    """``tensor``, in float16 if ``half`` and it is a matrix or a kernel; biases and statistics stay as they are."""
+    return tensor.half() if half and tensor.ndim > 1 else tensor
 
 
 def checkpoint_of_run(folder: Path, results: dict[str, Any]) -> Path:

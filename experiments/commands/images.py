@@ -68,6 +68,15 @@ _Stencils = Annotated[
     str | None,
     typer.Option(help="Sizes f of f x f stencils, as in 3,9, predicted from z beside a diagonal.", show_default="the preset's"),
 ]
+_Bases = Annotated[
+    Path | None,
+    typer.Option(
+        exists=True,
+        dir_okay=False,
+        help="bases.safetensors of an earlier run with the same images: its base models, for new covariance networks.",
+        show_default="train them",
+    ),
+]
 _DryRun = Annotated[
     bool,
     typer.Option(
@@ -103,6 +112,7 @@ def image_experiment(experiment: str) -> Callable[..., None]:
         validation: _Validation = None,
         models: _Models = None,
         stencils: _Stencils = None,
+        bases: _Bases = None,
         dry_run: _DryRun = False,
     ) -> None:
         if dry_run:
@@ -115,6 +125,7 @@ def image_experiment(experiment: str) -> Callable[..., None]:
         from rich.console import Console
 
         from .. import distributed
+        from ..faces.bases import with_bases
         from ..faces.presets import PRESETS, config_for
         from ..faces.run import run_faces
         from ..training import summary_writer
@@ -128,9 +139,12 @@ def image_experiment(experiment: str) -> Callable[..., None]:
             images = _load_images(data, PRESETS[experiment][preset.value].size, levels, note, console)
             with errors_of():
                 config = config_for(experiment, preset.value, images, **replaced)
+            if bases is not None:
+                with errors_of("--bases"):
+                    config = with_bases(config, bases)
             folder = distributed.from_first(options.run_folder(config, out, resume, where) if first else None)
             with options.resumable(folder):
-                run_faces(config, images, folder, where, console, workers, tensorboard)
+                run_faces(config, images, folder, where, console, workers, tensorboard, bases)
             if first:
                 finish(folder)
 
@@ -176,7 +190,9 @@ def denoising(
 
 
 def reach(
-    faces: Annotated[Path, typer.Argument(help="Results of a finished run of faces or cifar10, for its VAE.")],
+    faces: Annotated[
+        Path, typer.Argument(help="Results of a run of faces or cifar10, or its bases.safetensors alone, for its VAE.")
+    ],
     data: _Data = None,
     levels: _Range = None,
     note: _Note = None,
@@ -203,20 +219,21 @@ def reach(
     """
     from rich.console import Console
 
-    from ..faces.presets import finished_run
+    from ..faces.bases import bases_file, load_bases
     from ..reach.presets import config_for
     from ..reach.run import run_reach
 
     console = Console()
     with errors_of("FACES"):
-        size = finished_run(faces).size
+        file = bases_file(faces)
+        size = load_bases(file)[1]["config"]["size"]
     where = options.device_option(device)
     found = _load_images(data, size, levels, note, console)
     with errors_of():
-        config = config_for(found, faces, None if rows is None else rows.split(","), seeds, epochs, measured)
+        config = config_for(found, file, None if rows is None else rows.split(","), seeds, epochs, measured)
     folder = options.run_folder(config, out, resume, where)
     with options.resumable(folder):
-        run_reach(config, found, faces, folder, where, console)
+        run_reach(config, found, file, folder, where, console)
     finish(folder)
 
 

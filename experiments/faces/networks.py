@@ -29,13 +29,17 @@ Options = Callable[[str], dict[str, Any]]
 
 @dataclass
 class Networks:
-    """The networks of a run, the losses of every step, and what scored the base models after each pass, if so; by name."""
+    """The networks of a run, the losses of every step, and the learning curves of base models that were scored; by name.
+
+    A curve is the mean loss of each pass ("training"), the score of validation images after it ("validation"), and the number
+    of the pass with the best one ("best").
+    """
 
     bases: dict[str, ConvAutoencoder] = field(default_factory=dict)
     likelihoods: dict[str, StructuredLikelihood] = field(default_factory=dict)
     base_losses: dict[str, list[float]] = field(default_factory=dict)
     covariance_losses: dict[str, list[float]] = field(default_factory=dict)
-    validation: dict[str, EarlyStopping] = field(default_factory=dict)
+    curves: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def modules(self) -> dict[str, nn.Module]:
         """Base models and covariance networks, for a checkpoint."""
@@ -43,7 +47,14 @@ class Networks:
 
 
 def train_all(config: Config, images: TrainingImages, device: torch.device, options: Options) -> Networks:
-    """Train all base models of a run, then freeze them and train the covariance networks.
+    """`train_bases`, then `train_covariances`."""
+    networks = train_bases(config, images, device, options)
+    train_covariances(config, networks, images, device, options)
+    return networks
+
+
+def train_bases(config: Config, images: TrainingImages, device: torch.device, options: Options) -> Networks:
+    """Train all base models of a run, and freeze them.
 
     Args:
         config: the run's.
@@ -55,10 +66,33 @@ def train_all(config: Config, images: TrainingImages, device: torch.device, opti
     for name in config.bases:
         base = networks.bases[name] = build_base(config, name).to(device, memory_format=MEMORY_FORMAT)
         stopping = base_stopping(config, name, base, images)
+        losses = train_base(config, name, base, images.base, stopping=stopping, **options(name))
+        networks.base_losses[name] = losses
         if stopping is not None:
-            networks.validation[name] = stopping
-        networks.base_losses[name] = train_base(config, name, base, images.base, stopping=stopping, **options(name))
+            networks.curves[name] = _learning_curve(losses, stopping)
         base.requires_grad_(False)
+    return networks
+
+
+def given_bases(
+    config: Config, bases: dict[str, ConvAutoencoder], curves: dict[str, dict[str, Any]], device: torch.device
+) -> Networks:
+    """The base models of a run, frozen, where an earlier one has trained them: those that ``config`` needs of a file's."""
+    return Networks(
+        {name: bases[name].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT) for name in config.bases},
+        curves={name: curve for name, curve in curves.items() if name in config.bases},
+    )
+
+
+def train_covariances(
+    config: Config, networks: Networks, images: TrainingImages, device: torch.device, options: Options
+) -> None:
+    """Train the covariance networks of a run behind the base models in ``networks``, and put them there.
+
+    Args:
+        config, images, device, options: as of `train_bases`.
+        networks: with base models.
+    """
     for covariance in config.covariances:
         base, name = networks.bases[covariance.base], covariance.name
         network = build_covariance(config, covariance, residual_stddev(base, images.covariance))
@@ -66,7 +100,16 @@ def train_all(config: Config, images: TrainingImages, device: torch.device, opti
         networks.likelihoods[name] = likelihood
         networks.covariance_losses[name] = train_covariance(config, covariance, likelihood, images.covariance, **options(name))
         network.requires_grad_(False)
-    return networks
+
+
+def _learning_curve(losses: list[float], stopping: EarlyStopping) -> dict[str, Any]:
+    steps = len(losses) // len(stopping.scores)
+    passes = [losses[first : first + steps] for first in range(0, len(losses), steps)]
+    return {
+        "training": [sum(of_pass) / len(of_pass) for of_pass in passes],
+        "validation": stopping.scores,
+        "best": stopping.best_epoch,
+    }
 
 
 def build_base(config: Config, name: str) -> ConvAutoencoder:

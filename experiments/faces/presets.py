@@ -16,6 +16,9 @@ BETAS = {"AE": None, "VAE": 1.0, "β-VAE": 5.0, "AE-L1": None, "AE-gradient": No
 ERRORS = {"AE": "mean squared error", "AE-L1": "mean absolute error", "AE-gradient": "absolute and gradient error"}
 SOURCES = ("z", "μ", "both")
 
+# Fields of `Config` that finished runs may lack.
+_LATER = ("levels", "given_bases")
+
 
 @dataclass(frozen=True)
 class Covariance:
@@ -65,6 +68,7 @@ class Config:
         bfloat16, compiled: how the networks are trained.
         data, note: name and origin of the images.
         levels: the values of files that became black and white; None for all that 8 or 16 bits can hold.
+        given_bases: SHA-256 of the file that the base models are from; None if the run trains them.
     """
 
     experiment: str
@@ -92,6 +96,7 @@ class Config:
     data: str = ""
     note: str = ""
     levels: Levels | None = None
+    given_bases: str | None = None
 
     @property
     def bases(self) -> tuple[str, ...]:
@@ -120,8 +125,8 @@ class Config:
         return by_size[0], by_size[-1]
 
     def as_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold; without ``levels`` if none were given, as before there was such a choice."""
-        return {name: value for name, value in asdict(self).items() if name != "levels" or value is not None}
+        """As values that JSON can hold; without what was not given of `_LATER`, as before there was such a choice."""
+        return {name: value for name, value in asdict(self).items() if name not in _LATER or value is not None}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Config":

@@ -109,7 +109,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
         f"learning rate that falls from {config.learning_rate:g} to 0 by a cosine, {config.base_epochs} and "
         f"{config.covariance_epochs} passes over images and mirror images, codes drawn from q(z | x) to train the covariance "
-        f"networks of a VAE.{_stopped(config, results)}\n\n"
+        f"networks of a VAE.{_stopped(config, results)}{_given(config)}\n\n"
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
         f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
@@ -128,6 +128,15 @@ def _stopped(config: Config, results: dict[str, Any]) -> str:
         f"{config.base_epochs} passes at most and, in place of the cosine, a rate that falls by {patience.factor:g} after "
         f"{patience.epochs} passes without a lower loss, {patience.drops} times before the end, never before "
         f"{patience.least_epochs} passes. Passes: {passes}."
+    )
+
+
+def _given(config: Config) -> str:
+    """Where the base models are from, if they were not trained in the run."""
+    return (
+        ""
+        if config.given_bases is None
+        else (" The base models are those of an earlier run, which `--bases` names, with weights rounded to half precision.")
     )
 
 

@@ -15,8 +15,9 @@ from ..datasets import ImageData
 from ..figures import loss_figure, normal_plot
 from ..results import STATES, Stopwatch, device_name, environment, numbered_states, peak_memory, write_results
 from . import figures
+from .bases import BASES, load_bases, save_bases
 from .images import images_for_testing, images_for_training
-from .networks import Networks, residual_stddev, train_all
+from .networks import Networks, given_bases, residual_stddev, train_bases, train_covariances
 from .presets import BETAS, ERRORS, Config
 from .report import compare_sources, markdown_report, summarise
 from .scores import score
@@ -32,6 +33,7 @@ def run_faces(
     console: Console,
     workers: int = 0,
     tensorboard: bool = False,
+    given: Path | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate and write everything into ``folder``; return what results.json holds.
 
@@ -46,6 +48,7 @@ def run_faces(
         console: where progress is shown.
         workers: processes that read training images during training; 0 reads all of them into memory before.
         tensorboard: write logs into a folder of that name.
+        given: the file of `bases.with_bases`, if ``config`` is of one.
     """
     (folder / STATES).mkdir(exist_ok=True)
     distributed.barrier()
@@ -60,7 +63,14 @@ def run_faces(
         on_state = partial(stopwatch.save_time, "training")
         return {"state": next(states), "console": console, "workers": workers, "log": log, "on_state": on_state}
 
-    networks = train_all(config, images, device, options)
+    if given is None:
+        networks = train_bases(config, images, device, options)
+        if distributed.rank() == 0:
+            save_bases(folder / BASES, config, networks.bases, networks.curves)
+    else:
+        found, of_bases = load_bases(given)
+        networks = given_bases(config, found, of_bases["curves"], device)
+    train_covariances(config, networks, images, device, options)
     bases, likelihoods = networks.bases, networks.likelihoods
     stopwatch.save_time("training")
 
@@ -92,7 +102,7 @@ def run_faces(
         "rows": rows,
         "sources": compare_sources(config, scores, parameters),
         "residual_rms": residual_rms,
-        "curves": {name: learning_curve(networks, name) for name in networks.validation},
+        "curves": networks.curves,
         "cost": {name: of_images.cost for name, of_images in scores.items()},
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
@@ -119,18 +129,6 @@ def run_faces(
     return results
 
 
-def learning_curve(networks: Networks, name: str) -> dict[str, Any]:
-    """Of a base model: the mean loss of each pass, the score of validation images after it, and which one was the best."""
-    stopping, losses = networks.validation[name], networks.base_losses[name]
-    steps = len(losses) // len(stopping.scores)
-    passes = [losses[first : first + steps] for first in range(0, len(losses), steps)]
-    return {
-        "training": [sum(of_pass) / len(of_pass) for of_pass in passes],
-        "validation": stopping.scores,
-        "best": stopping.best_epoch,
-    }
-
-
 def draw_curves(path: Path, curves: dict[str, dict[str, Any]]) -> None:
     """Loss of training and of validation images after each pass, a panel for each base model."""
     panels = []
@@ -147,7 +145,7 @@ def draw_losses(path: Path, networks: Networks) -> None:
         **{error: {name: base[name]} for name, error in ERRORS.items() if name in base},
         "nats per pixel with β KL": {name: curve for name, curve in base.items() if BETAS[name] is not None},
     }
-    for owner in base:
+    for owner in networks.bases:
         of_owner = {name: curve for name, curve in networks.covariance_losses.items() if name.startswith(f"{owner}, ")}
         panels[f"nats per pixel given z, {owner}"] = {
             name.removeprefix(f"{owner}, "): curve for name, curve in of_owner.items()

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import CHECKPOINT
 from ..datasets import ImageData
+from ..faces.bases import load_bases
 from ..faces.presets import Config as Faces
-from ..faces.presets import check_same_data, finished_run
+from ..faces.presets import check_same_data
 
 BASE = "VAE"
 OFFSETS = ("dense", "dilated", "greedy")
@@ -55,7 +55,7 @@ class Config:
 
     Args:
         faces: how the VAE was trained.
-        checkpoint: SHA-256 of the finished run's networks.
+        checkpoint: SHA-256 of the file that holds it.
         rows: the first one is what all others are compared with.
         seeds: networks of each row.
         stencil_size: f of the f x f patch, the number of whose offsets all stencils have.
@@ -88,37 +88,38 @@ class Config:
 
 def config_for(
     data: ImageData,
-    folder: Path,
+    file: Path,
     rows: Sequence[str] | None = None,
     seeds: int | None = None,
     epochs: int | None = None,
     measured: int | None = None,
 ) -> Config:
-    """The configuration for a finished run of faces.
+    """The configuration for the VAE of a run of faces.
 
     Args:
         data: its images.
-        folder: of the run.
+        file: of its base models.
         rows: names of `ROWS`, of which the first is compared with all others; None for all.
         seeds: networks of each row; None for 3.
         epochs: of all networks; None for 8, and 30 from scratch.
         measured: test images for what takes long; None for 128.
 
     Raises:
-        ValueError: no such run, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
+        ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
             without the row that it begins with.
     """
-    faces = finished_run(folder)
+    bases, about = load_bases(file)
+    faces = Faces.from_dict(about["config"])
     check_same_data(faces, data)
-    if BASE not in faces.bases:
-        raise ValueError(f"the run in {folder} has no {BASE}")
+    if BASE not in bases:
+        raise ValueError(f"{file} has no {BASE}, only {', '.join(bases)}")
     names = list(ROWS) if rows is None else list(rows)
     unknown = [name for name in names if name not in ROWS]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(f"rows is {','.join(names)}, expected some of {', '.join(ROWS)}, each once")
     if "fine-tuned" in names and "dense" not in names[: names.index("fine-tuned")]:
         raise ValueError("rows has fine-tuned without dense before it, with whose network it begins")
-    config = Config(faces, hashlib.sha256((folder / CHECKPOINT).read_bytes()).hexdigest(), tuple(ROWS[name] for name in names))
+    config = Config(faces, hashlib.sha256(file.read_bytes()).hexdigest(), tuple(ROWS[name] for name in names))
     given = {"seeds": seeds, "epochs": epochs, "scratch_epochs": epochs, "measured": measured}
     config = replace(config, **{key: value for key, value in given.items() if value is not None})
     return replace(config, measured=min(config.measured, faces.test), reach=min(config.reach, faces.size // 2 - 1))

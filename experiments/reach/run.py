@@ -10,8 +10,9 @@ from rich.console import Console
 
 from programs.files import write_json
 
-from ..checkpoints import CHECKPOINT, load_checkpoint, save_checkpoint
+from ..checkpoints import CHECKPOINT, save_checkpoint
 from ..datasets import ImageData
+from ..faces.bases import load_bases
 from ..faces.images import images_for_testing, images_for_training
 from ..faces.networks import MEMORY_FORMAT
 from ..figures import loss_figure
@@ -33,7 +34,7 @@ def run_reach(
     Args:
         config: from `presets.config_for` for ``data``.
         data: the images.
-        trained: the folder of the finished run of faces that ``config`` is of.
+        trained: the file of base models that ``config`` is of.
         folder: where to.
         device: where to compute.
         console: where progress is shown.
@@ -45,7 +46,7 @@ def run_reach(
     console.print(data.summary())
     images = images_for_training(faces, data, device, workers=0, console=console)
     test = images_for_testing(faces, data, device, workers=0, console=console)
-    vae = load_checkpoint(trained / CHECKPOINT)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
+    vae = load_bases(trained)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
     stencil, states = stencils(config, vae, images), numbered_states(folder)
     measured: dict[str, list[dict[str, Any]]] = {row.name: [] for row in config.rows}
     losses, networks = {}, {}

@@ -18,6 +18,7 @@ from bench.fields import load_fields
 from experiments.__main__ import app
 from experiments.checkpoints import load_checkpoint
 from experiments.faces import figures
+from experiments.faces.bases import BASES
 from experiments.faces.images import Mirrored, images_for_training
 from experiments.faces.networks import base_loss, build_base, build_covariance, train_covariance
 from experiments.faces.presets import PRESETS, Config, Covariance, config_for
@@ -93,6 +94,7 @@ def test_results_are_complete(finished):
         "results.md",
         "training.png",
         "whitened.png",
+        BASES,
         *(f"figure{number}.png" for number in (1, 7, 8, 9, 10)),
         CHECKPOINT,
     }
@@ -172,6 +174,48 @@ def test_checkpoint_holds_all_networks(finished):
     assert about["config"]["note"] == "went through JPEG"
     code = networks["VAE"].encode(torch.zeros(2, 1, 8, 8))
     assert networks["VAE, f = 3 from z"](code).off_diag.shape == (2, 4, 8, 8)
+
+
+def test_base_models_of_another_run(npz, finished, tmp_path):
+    """Weights in half precision differ by 2⁻¹² of themselves at most; the covariance networks are new ones of the same seed."""
+    given = finished / BASES
+    options = ("--note", "went through JPEG", "--models", "AE,VAE")
+    outcome = run_faces(npz, tmp_path / "new", *options, "--bases", str(given))
+    assert outcome.exit_code == 0, outcome.output
+    assert not (tmp_path / "new" / BASES).exists()
+    there, here = load_checkpoint(finished / CHECKPOINT)[0], load_checkpoint(tmp_path / "new" / CHECKPOINT)[0]
+    for name in ("AE", "VAE"):
+        for key, value in there[name].state_dict().items():
+            torch.testing.assert_close(here[name].state_dict()[key], value, rtol=2**-11, atol=2**-24)
+    rows, results = read_results(finished)["rows"], read_results(tmp_path / "new")
+    assert list(results["rows"]) == [name for name in rows if not name.startswith("β-VAE")]
+    for name, row in results["rows"].items():
+        # Rounding moves codes by some 10⁻³, and with them what four steps teach; another seed moves the nats by 1 in 10.
+        assert row["nats"]["mean"] == pytest.approx(rows[name]["nats"]["mean"], rel=1e-2)
+    assert results["config"]["given_bases"]
+    assert "of an earlier run, which `--bases` names" in (tmp_path / "new" / "results.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "1"], "have seed 0, the run has 1"),
+        (["--train", "12"], "have train 16, the run has 12"),
+        (["--held-out", "0.25"], "have held_out 0.0, the run has 0.25"),
+        (["--models", "AE-L1"], "has no AE-L1, expected some of AE, VAE, β-VAE"),
+    ],
+)
+def test_base_models_that_do_not_fit_are_named(npz, finished, tmp_path, options, words):
+    outcome = run_faces(npz, tmp_path / "new", "--bases", str(finished / BASES), *options)
+    assert outcome.exit_code == 2
+    assert words in " ".join(outcome.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_file_without_base_models_is_refused(npz, finished, tmp_path):
+    outcome = run_faces(npz, tmp_path / "new", "--bases", str(finished / CHECKPOINT))
+    assert outcome.exit_code == 2
+    assert "holds no base models" in " ".join(outcome.output.replace("│", " ").split())
 
 
 def test_factors_are_what_the_networks_predict(npz, finished, tmp_path):
@@ -336,6 +380,9 @@ def test_base_models_end_by_validation_images_and_leave_their_curves(npz, tmp_pa
     assert 2 <= len(curve["validation"]) == len(curve["training"]) < 40
     assert curve["validation"][curve["best"] - 1] == min(curve["validation"])
     assert (tmp_path / "validation.png").is_file()
+    again = run_faces(npz, tmp_path / "again", "--bases", str(tmp_path / BASES))
+    assert again.exit_code == 0, again.output
+    assert read_results(tmp_path / "again")["curves"]["VAE"] == curve
     assert f"Passes: VAE {len(curve['validation'])}, the best {curve['best']}." in (tmp_path / "results.md").read_text()
     config = Config.from_dict(read_results(tmp_path)["config"])
     assert config.patience == patience
