@@ -16,6 +16,8 @@ from .stencil import Stencil
 from .transformations import require
 
 _MOST_CHANNELS = 4
+# Along each side. What is smaller may well be many samples of a small grid.
+_SMALLEST_IMAGE = 16
 
 
 class Finite(constraints.Constraint):
@@ -119,12 +121,16 @@ def warn_of_pairs(name: str, batch: Sequence[int], other_name: str, other: Seque
 
 
 def warn_of_channels(name: str, shape: Sequence[int], ndim: int) -> None:
-    """Warn where images with their channels last are taken for more fields on a grid of which the channels are an axis."""
-    if ndim < 3 and len(shape) >= ndim + 2 and shape[-1] <= _MOST_CHANNELS < min(shape[-ndim - 1 : -1]):
-        grid = tuple(shape[-ndim:])
+    """Warn where images with their channels last, or one, are taken for fields on a grid of which the channels are an axis."""
+    if ndim > 2 or len(shape) < ndim + 1 or shape[-1] > _MOST_CHANNELS:
+        return
+    shortest, is_one = min(shape[-ndim - 1 : -1]), len(shape) == ndim + 1
+    if (ndim == 2 and shortest >= _SMALLEST_IMAGE) if is_one else shortest > _MOST_CHANNELS:
+        grid, image = tuple(shape[-ndim:]), tuple(shape[-ndim - 1 :])
         _warn(
-            f"{name} has shape {tuple(shape)}, of which {grid} is taken for the grid. If its last axis is one of channels, the "
-            f"grid is {tuple(shape[-ndim - 1 :])}, of {ndim + 1} axes, and so is the stencil's"
+            f"{name} has shape {tuple(shape)}, of which {grid} is taken for the grid. If its last axis is one of channels, "
+            f"either move it in front of the grid, as in {name}.movedim(-1, {-ndim - 1}): independent fields. "
+            f"Or take the grid {image}, with a stencil of {ndim + 1} axes: channels that belong together"
         )
 
 

@@ -1,6 +1,7 @@
 """Each error names the argument, what was expected and what came."""
 
 import functools
+import re
 
 import pytest
 import torch
@@ -238,20 +239,28 @@ def test_a_channel_left_in_a_batch_warns():
 
 def test_channels_taken_for_a_grid_warn():
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(3, 8, 9, 3, generator=generator)
+    images, image = (torch.rand(*shape, 3, generator=generator) for shape in ((3, 8, 9), (16, 17)))
     fit = functools.partial(bg.StencilCholesky.from_samples, stationary=True)
     square = bg.Stencil.square(3)
-    expected = r"of which \(9, 3\) is taken for the grid. .* the grid is \(8, 9, 3\), of 3 axes, and so is the stencil's"
-    for name, call in {
-        "samples": lambda: fit(images, square),
-        "fields": lambda: bg.diagnostics.autocorrelation(images, 1),
-    }.items():
-        with pytest.warns(UserWarning, match=rf"^{name} has shape \(3, 8, 9, 3\), {expected}"):
-            call()
+    for colour in (images, image):
+        *_, height, width, _ = colour.shape
+        expected = (
+            rf"has shape {re.escape(str(tuple(colour.shape)))}, of which \({width}, 3\) is taken for the grid. "
+            rf".* take the grid \({height}, {width}, 3\), with a stencil of 3 axes"
+        )
+        with pytest.warns(UserWarning, match=rf"^samples {expected}") as caught:
+            fit(colour, square)
+        assert "as in samples.movedim(-1, -3): independent fields" in str(caught[0].message)
+        with pytest.warns(UserWarning, match=rf"^fields {expected}"):
+            bg.diagnostics.autocorrelation(colour, 1)
     with pytest.warns(UserWarning, match=r"of which \(3,\) is taken for the grid"):
         fit(images[0], bg.Stencil([1]))
-    # A grid of three axes, channels first, and fields with one axis of samples: nothing to warn of.
+    # The two ways out: channels first, and a grid of three axes.
+    fit(images.movedim(-1, -3), square)
+    fit(image.movedim(-1, -3), square)
     fit(images, bg.Stencil.box((1, 1, 2)))
-    fit(images.movedim(-1, 1), square)
-    fit(images[0], square)
+    fit(image[None], bg.Stencil.box((1, 1, 2)))
     bg.diagnostics.autocorrelation(images, 1, ndim=3)
+    # As likely many samples of a small grid.
+    fit(images[0], square)
+    fit(image[0], bg.Stencil([1]))
