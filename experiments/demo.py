@@ -6,6 +6,9 @@ and compared on photographs that no stage of training has seen: isotropic (one v
 variance per pixel), and structured (the same network predicts the Cholesky factor of a precision matrix, with a 5 x 5
 stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
 
+How rough a photograph is, none of them can know: they see a reconstruction that has lost its texture. Each is therefore judged
+twice on the same patches, as trained and with its covariance times one number for each photograph, from other patches of it.
+
 The photographs ship inside scikit-image: `photographs.TRAIN` and `photographs.TEST`.
 """
 
@@ -37,13 +40,32 @@ CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
 
 # Of the figures, in the order in which the page shows them.
 CAPTIONS = {
-    "samples.png": "Held-out patches, what the autoencoder makes of them, its residual, and a sample and the standard "
-    "deviation of the structured and of the diagonal model, both drawn from the same white noise.",
-    "correlations.png": "Held-out patches, and the correlations of three marked pixels with all others under the "
+    "samples.png": "Judged patches, what the autoencoder makes of them, its residual, and a sample and the standard "
+    "deviation of the structured and of the diagonal model, both scaled to the photograph and drawn from the same white noise.",
+    "correlations.png": "Judged patches, and the correlations of three marked pixels with all others under the "
     "structured model.",
     "training.png": "Training losses, lower is better: mean squared error of the autoencoder, then nats per pixel of the "
     "models of its residual.",
 }
+
+
+# What the row of a model is called whose covariance is scaled to each photograph.
+SCALED = "{}, scaled"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Patches of photographs that no training saw, each photograph tiled as a chessboard.
+
+    Attributes:
+        patches: (count, 1, size, size).
+        names: the photograph of each.
+        sets_scale: bool (count,), the black squares, from which each photograph's scale is taken. The white ones are judged.
+    """
+
+    patches: Tensor
+    names: list[str]
+    sets_scale: Tensor
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,8 @@ def run_demo(config: DemoConfig, folder: Path, console: Console) -> dict[str, An
 
 def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, networks: dict[str, nn.Module]) -> dict[str, Any]:
     start = time.perf_counter()
-    train, test, test_names = load_patches(config)
+    train, held_out = load_patches(config)
+    test = held_out.patches
     console.print(f"train on {', '.join(photographs.TRAIN)}: {len(train)} patches of {config.patch_size} x {config.patch_size}")
     console.print(f"test on  {', '.join(photographs.TEST)}: {len(test)} patches")
 
@@ -130,7 +153,7 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     with torch.no_grad():
         test_means = autoencoder(test)
         test_residuals = (test - test_means)[:, 0]
-        scores = {name: evaluate(model, test_means, test_residuals, test_names) for name, model in models.items()}
+        scores, scales = score_models(models, test_means, test_residuals, held_out)
         console.print("figures ...")
         loss_figure(
             folder / "training.png",
@@ -140,19 +163,27 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
             ],
             smooth=min(20, config.autoencoder_steps, config.covariance_steps),
         )
-        draw_samples(folder / "samples.png", config, models, test, test_means, test_names)
-        draw_correlations(folder / "correlations.png", models["structured"], test, test_means, test_names)
+        rows = pick_patches(held_out, per_photograph=2)
+        shown, shown_means, names = test[rows], test_means[rows], [held_out.names[row] for row in rows]
+        factors = {name: scaled(model(shown_means), scales[name], names) for name, model in models.items()}
+        draw_samples(folder / "samples.png", config, factors, shown, shown_means, names)
+        draw_correlations(folder / "correlations.png", factors["structured"], shown, shown_means)
 
     results = {
-        "definition": "nats_per_pixel is -log p / n, ½ and constant included: mean and standard error over held-out patches",
+        "definition": "nats_per_pixel is -log p / n, ½ and constant included: mean and standard error over judged patches; "
+        "a scaled model's covariance is multiplied, for each photograph, by the mean square of whitened residuals of patches "
+        "of it that are not judged",
         "scores": scores,
-        "structured_gain_over_diagonal": scores["diagonal"]["nats_per_pixel"] - scores["structured"]["nats_per_pixel"],
+        "variance_scales": scales,
+        "structured_gain_over_diagonal": _gain(scores, "{}"),
+        "structured_gain_over_diagonal_scaled": _gain(scores, SCALED),
         "residual_rms": {"train": stddev, "test": test_residuals.square().mean().sqrt().item()},
         "config": asdict(config),
         "photographs": {
             "source": "skimage.data",
             "train": photographs.TRAIN,
-            "test": {name: test_names.count(name) for name in photographs.TEST},
+            "test": {name: held_out.names.count(name) for name in photographs.TEST},
+            "judged": int((~held_out.sets_scale).sum()),
         },
         **environment("cpu"),
         "seconds": round(time.perf_counter() - start, 1),
@@ -163,8 +194,8 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     return results
 
 
-def load_patches(config: DemoConfig) -> tuple[Tensor, Tensor, list[str]]:
-    """Training patches, test patches, both (count, 1, size, size), and the photograph of each test patch.
+def load_patches(config: DemoConfig) -> tuple[Tensor, HeldOut]:
+    """Training patches (count, 1, size, size), and those held out.
 
     Training patches come from several resolutions: only then is there more than one sharpness and noise level to learn from.
     """
@@ -172,11 +203,15 @@ def load_patches(config: DemoConfig) -> tuple[Tensor, Tensor, list[str]]:
     sources = [photographs.load_photograph(name, s) for s in config.train_shrinks for name in photographs.TRAIN]
     count = -(-config.patches // len(sources))
     train = torch.cat([photographs.random_patches(source, config.patch_size, count, generator) for source in sources])
-    test, names = [], []
+    test, names, black = [], [], []
     for name in photographs.TEST:
-        test.append(photographs.tile_patches(photographs.load_photograph(name, config.test_shrink), config.patch_size))
+        photograph = photographs.load_photograph(name, config.test_shrink)
+        test.append(photographs.tile_patches(photograph, config.patch_size))
         names += [name] * len(test[-1])
-    return photographs.dequantise(train, generator), photographs.dequantise(torch.cat(test), generator), names
+        rows, columns = (torch.arange(pixels // config.patch_size) for pixels in photograph.shape)
+        black.append(((rows[:, None] + columns) % 2 == 0).flatten())
+    train, patches = photographs.dequantise(train, generator), photographs.dequantise(torch.cat(test), generator)
+    return train, HeldOut(patches, names, torch.cat(black))
 
 
 def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
@@ -196,25 +231,55 @@ def isotropic_model(stddev: float) -> CovarianceModel:
     return predict
 
 
-def evaluate(model: CovarianceModel, means: Tensor, residuals: Tensor, names: list[str]) -> dict[str, Any]:
+def variance_scales(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) -> dict[str, float]:
+    """By what each photograph's covariance is multiplied so that its residuals (B, H, W) are most likely."""
+    squares = factor.matvec(residuals, transpose=True).square().flatten(1).mean(1)
+    return {name: squares[[other == name for other in names]].mean().item() for name in photographs.TEST}
+
+
+def scaled(factor: bg.StencilCholesky, scales: dict[str, float], names: list[str]) -> bg.StencilCholesky:
+    """Factors (B,) of the same covariances, times their photographs' scales."""
+    scale = factor.log_diag.new_tensor([scales[name] for name in names])[:, None, None]
+    return bg.StencilCholesky(factor.log_diag - 0.5 * scale.log(), factor.off_diag / scale.sqrt()[:, None], factor.stencil)
+
+
+def score_models(
+    models: dict[str, CovarianceModel], means: Tensor, residuals: Tensor, held_out: HeldOut
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
+    """The `evaluate` of each model on the judged patches, as trained and scaled; the scales of each photograph."""
+    black, white = ([i for i, b in enumerate(held_out.sets_scale.tolist()) if b == value] for value in (True, False))
+    names = [held_out.names[i] for i in white]
+    scores, scales = {}, {}
+    for name, model in models.items():
+        scales[name] = variance_scales(model(means[black]), residuals[black], [held_out.names[i] for i in black])
+        scores[name] = evaluate(model(means[white]), residuals[white], names)
+        scores[SCALED.format(name)] = evaluate(scaled(model(means[white]), scales[name], names), residuals[white], names)
+    return {name.format(model): scores[name.format(model)] for name in ("{}", SCALED) for model in models}, scales
+
+
+def evaluate(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) -> dict[str, Any]:
     """Likelihood of held-out residuals (B, H, W), and how white they are after whitening."""
-    factor = model(means)
     nats = nats_per_pixel(factor, residuals)
     white = factor.matvec(residuals, transpose=True)
+    own = {photograph: [name == photograph for name in names] for photograph in photographs.TEST}
     return {
         "nats_per_pixel": nats.mean().item(),
         "standard_error": (nats.std() / math.sqrt(len(nats))).item(),
-        "by_photograph": {
-            photograph: nats[[name == photograph for name in names]].mean().item() for photograph in photographs.TEST
-        },
+        "by_photograph": {photograph: nats[rows].mean().item() for photograph, rows in own.items()},
         "whitened_autocorrelation": lag_autocorrelation(white),
         "whitened_variance": white.var().item(),
+        "whitened_variance_by_photograph": {photograph: white[rows].var().item() for photograph, rows in own.items()},
     }
+
+
+def _gain(scores: dict[str, dict[str, Any]], row: str) -> float:
+    return scores[row.format("diagonal")]["nats_per_pixel"] - scores[row.format("structured")]["nats_per_pixel"]
 
 
 def markdown_report(results: dict[str, Any]) -> str:
     """The table of results, with what is needed to read it."""
-    header = ["residual model", "nats per pixel", "± s.e.", *photographs.TEST, "lag-1", "variance"]
+    header = ["residual model", "nats per pixel", "± s.e.", *photographs.TEST, "lag-1"]
+    header += ["variance", *(f"of {photograph}" for photograph in photographs.TEST)]
     rows = [
         [
             name,
@@ -222,19 +287,27 @@ def markdown_report(results: dict[str, Any]) -> str:
             f"{score['standard_error']:.3f}",
             *(f"{value:.3f}" for value in score["by_photograph"].values()),
             f"{score['whitened_autocorrelation']:.3f}",
-            f"{score['whitened_variance']:.3f}",
+            f"{score['whitened_variance']:.2f}",
+            *(f"{value:.2f}" for value in score["whitened_variance_by_photograph"].values()),
         ]
         for name, score in results["scores"].items()
     ]
     shown = results["photographs"]
+    scales = ", ".join(f"{name} {value:.2f}" for name, value in results["variance_scales"]["structured"].items())
     return (
         "# Residuals of an autoencoder on held-out photographs\n\n"
         + markdown_table(header, rows)
-        + f"\nNats per pixel are -log p / n (lower is better), the mean over {sum(shown['test'].values())} patches of "
-        f"{results['config']['patch_size']} x {results['config']['patch_size']} pixels, with its standard error. "
-        "Lag-1 is the correlation of neighbouring pixels of the whitened residual (0 for a perfect model), variance is that "
-        "of the whitened residual (1 for a perfect model). "
-        f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal. "
+        + f"\nNats per pixel are -log p / n (lower is better), the mean over {shown['judged']} patches of "
+        f"{results['config']['patch_size']} x {results['config']['patch_size']} pixels, with its standard error, and over each "
+        "photograph's. Lag-1 is the correlation of neighbouring pixels of the whitened residual (0 for a perfect model), "
+        "variance is that of the whitened residual, over all patches and over each photograph's (1 for a perfect model; below, "
+        "the model is too unsure, above, too sure). "
+        f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal, "
+        f"{results['structured_gain_over_diagonal_scaled']:.3f} where both are scaled.\n\n"
+        "*Scaled:* photographs differ in how rough they are, and a model that sees a smooth reconstruction cannot know it. "
+        "Each photograph is tiled as a chessboard. From its black squares comes one number by which the covariance is "
+        f"multiplied, the mean square of their whitened residuals ({scales} for structured). All rows are judged on the white "
+        "squares.\n\n"
         f"RMS residual: {results['residual_rms']['train']:.4f} on training patches, "
         f"{results['residual_rms']['test']:.4f} on test patches (gray values in [0, 1]).\n\n"
         f"Photographs of scikit-image: trained on {', '.join(shown['train'])}; tested on {', '.join(shown['test'])}. "
@@ -242,29 +315,27 @@ def markdown_report(results: dict[str, Any]) -> str:
     )
 
 
-def pick_patches(test: Tensor, names: list[str], per_photograph: int) -> list[int]:
-    """The patches with most contrast of each test photograph, in the order of the tiling."""
+def pick_patches(held_out: HeldOut, per_photograph: int) -> list[int]:
+    """The judged patches with most contrast of each test photograph, in the order of the tiling."""
     picked = []
+    judged = (~held_out.sets_scale).tolist()
     for photograph in photographs.TEST:
-        own = [i for i, name in enumerate(names) if name == photograph]
-        contrast = test[own].flatten(1).std(1)
+        own = [i for i, name in enumerate(held_out.names) if name == photograph and judged[i]]
+        contrast = held_out.patches[own].flatten(1).std(1)
         best = contrast.topk(min(per_photograph, len(own))).indices.sort().values
         picked += [own[i] for i in best.tolist()]
     return picked
 
 
 def draw_samples(
-    path: Path, config: DemoConfig, models: dict[str, CovarianceModel], test: Tensor, means: Tensor, names: list[str]
+    path: Path, config: DemoConfig, factors: dict[str, bg.StencilCholesky], images: Tensor, means: Tensor, names: list[str]
 ) -> None:
     """Held-out patches beside samples of both predicted residuals, drawn from the same white noise."""
-    rows = pick_patches(test, names, per_photograph=2)
-    images, means = test[rows], means[rows]
     noise = torch.randn(images[:, 0].shape, generator=seeded_generator(config.seed, "figure"))
     samples, stddevs = {}, {}
     for name in ("structured", "diagonal"):
-        factor = models[name](means)
-        samples[name] = factor.solve(noise, transpose=True)
-        stddevs[name] = bg.GMRF(means[:, 0], factor).stddev
+        samples[name] = factors[name].solve(noise, transpose=True)
+        stddevs[name] = bg.GMRF(means[:, 0], factors[name]).stddev
     residuals, means = (images - means)[:, 0], means[:, 0]
     reach = residuals.abs().quantile(0.99).item()
     columns = [
@@ -283,17 +354,16 @@ def draw_samples(
         "residual": ("residual", "RdBu_r", -reach, reach),
         "stddev": ("standard deviation", "magma", 0.0, reach),
     }
-    image_grid(path, columns, scales, [names[i] for i in rows])
+    image_grid(path, columns, scales, names)
 
 
-def draw_correlations(path: Path, model: CovarianceModel, test: Tensor, means: Tensor, names: list[str]) -> None:
+def draw_correlations(path: Path, factor: bg.StencilCholesky, images: Tensor, means: Tensor) -> None:
     """Correlations of three pixels with all others."""
-    rows = pick_patches(test, names, per_photograph=2)
-    q = bg.GMRF(means[rows, 0], model(means[rows]))
+    q = bg.GMRF(means[:, 0], factor)
     height, width = q.event_shape
     sites = [(height // 4, width // 4), (height // 2, width // 2), (3 * height // 4, 3 * width // 4)]
     correlations = q.correlation_with(sites)  # (sites, patches, H, W)
-    correlation_figure(path, test[rows, 0], correlations.transpose(0, 1), [sites] * len(rows))
+    correlation_figure(path, images[:, 0], correlations.transpose(0, 1), [sites] * len(images))
 
 
 def _for_cpu(network: nn.Module) -> nn.Module:

@@ -37,7 +37,8 @@ def finished(tmp_path_factory):
 
 def test_results_are_complete(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
-    assert set(results["scores"]) == {"isotropic", "diagonal", "structured"}
+    models = ["isotropic", "diagonal", "structured"]
+    assert list(results["scores"]) == [*models, *(f"{model}, scaled" for model in models)]
     for score in results["scores"].values():
         assert score["standard_error"] > 0
         assert -1 <= score["whitened_autocorrelation"] <= 1
@@ -101,12 +102,37 @@ def test_checkpoint_gives_the_reported_numbers(finished):
     networks, about = load_checkpoint(finished / demo.CHECKPOINT)
     assert about["interrupted"] is False
     config = demo.DemoConfig(**about["config"])
-    _, test, names = demo.load_patches(config)
+    _, held_out = demo.load_patches(config)
     with torch.no_grad():
-        means = networks["autoencoder"](test)
-        score = demo.evaluate(networks["structured"], means, (test - means)[:, 0], names)
-    reported = json.loads((finished / "results.json").read_text(encoding="utf-8"))["scores"]["structured"]
-    assert score["nats_per_pixel"] == pytest.approx(reported["nats_per_pixel"], rel=1e-4)
+        means = networks["autoencoder"](held_out.patches)
+        residuals = (held_out.patches - means)[:, 0]
+        scores, scales = demo.score_models({"structured": networks["structured"]}, means, residuals, held_out)
+    reported = json.loads((finished / "results.json").read_text(encoding="utf-8"))
+    assert scales["structured"] == pytest.approx(reported["variance_scales"]["structured"], rel=1e-4)
+    for row, score in scores.items():
+        assert score["nats_per_pixel"] == pytest.approx(reported["scores"][row]["nats_per_pixel"], rel=1e-4)
+
+
+def test_scales_come_from_patches_that_are_not_judged(finished):
+    networks, about = load_checkpoint(finished / demo.CHECKPOINT)
+    _, held_out = demo.load_patches(demo.DemoConfig(**about["config"]))
+    assert held_out.sets_scale.reshape(-1)[:64].reshape(8, 8).tolist() == [
+        [(r + c) % 2 == 0 for c in range(8)] for r in range(8)
+    ]
+    model, means = {"structured": networks["structured"]}, held_out.patches
+    rough = torch.tensor([3.0 if name == "camera" else 0.5 for name in held_out.names])[:, None, None]
+    with torch.no_grad():
+        white = torch.randn(means[:, 0].shape, generator=torch.Generator().manual_seed(0))
+        residuals = networks["structured"](means).solve(rough.sqrt() * white, transpose=True)
+        scores, scales = demo.score_models(model, means, residuals, held_out)
+        # What is judged cannot change a scale.
+        other = residuals.where(held_out.sets_scale[:, None, None], 7.0)
+        assert demo.score_models(model, means, other, held_out)[1] == scales
+    assert scales["structured"] == pytest.approx({"camera": 3.0, "chelsea": 0.5}, rel=0.05)
+    assert scores["structured"]["whitened_variance_by_photograph"] == pytest.approx({"camera": 3.0, "chelsea": 0.5}, rel=0.05)
+    calibrated = scores["structured, scaled"]
+    assert calibrated["whitened_variance_by_photograph"] == pytest.approx({"camera": 1.0, "chelsea": 1.0}, rel=0.05)
+    assert calibrated["nats_per_pixel"] < scores["structured"]["nats_per_pixel"]
 
 
 def test_same_seed_same_numbers(finished, tmp_path):
