@@ -14,11 +14,14 @@ from .results import where_text
 
 PAGE = "index.html"
 
+# Of a figure's own width: below it, its letters are too small to read, and a narrow window scrolls.
+_LEAST_WIDTH = 0.38
+
 _STYLE = """
 body { max-width: 60rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.55 system-ui, sans-serif; }
 body { color: #222; background: #fff; }
 h1 { font-size: 1.6rem; line-height: 1.25; }
-.table { overflow-x: auto; }
+.table, .picture { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
 figure { margin: 2rem 0; }
@@ -63,6 +66,7 @@ def write_page(folder: Path, results: dict[str, Any], report: str, captions: Map
 
 
 def _figure(path: Path, caption: str) -> str:
-    data = base64.b64encode(path.read_bytes()).decode()
-    text = escape(caption)
-    return f'<figure><img src="data:image/png;base64,{data}" alt="{text}"><figcaption>{text}</figcaption></figure>\n'
+    data, text = path.read_bytes(), escape(caption)
+    least = round(_LEAST_WIDTH * int.from_bytes(data[16:20]))  # where a PNG file has its width
+    image = f'<img src="data:image/png;base64,{base64.b64encode(data).decode()}" alt="{text}" style="min-width: {least}px">'
+    return f'<figure><div class="picture">{image}</div><figcaption>{text}</figcaption></figure>\n'

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 
+import matplotlib.image
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -56,11 +57,12 @@ class PageReader(HTMLParser):
 
     def __init__(self):
         super().__init__()
-        self.open, self.cells, self.images = [], [], []
+        self.open, self.cells, self.images, self.styles = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
         if tag == "img":
             self.images.append(dict(attrs)["src"])
+            self.styles.append(dict(attrs)["style"])
         elif tag != "meta":
             self.open.append(tag)
 
@@ -85,6 +87,9 @@ def test_page_holds_the_table_and_the_figures(finished):
     assert all(image.startswith(prefix) for image in reader.images)
     shown = [base64.b64decode(image.removeprefix(prefix)) for image in reader.images]
     assert shown == [(finished / name).read_bytes() for name in demo.CAPTIONS]
+    # Letters stay readable in a narrow window.
+    widths = [matplotlib.image.imread(finished / name).shape[1] for name in demo.CAPTIONS]
+    assert reader.styles == [f"min-width: {round(0.38 * width)}px" for width in widths]
 
 
 def test_page_shows_markup_as_text_and_needs_its_figures(finished, tmp_path):
