@@ -10,7 +10,7 @@ from .batched import register_pytree
 class GMRF(gmrf.GMRF, TorchDistributionMixin):
     """`banded_gmrf.GMRF` with what `pyro.sample` asks of a distribution: ``mask``, ``to_event``, ``expand_by``, and so on.
 
-    Arguments, shapes and errors are those of `banded_gmrf.GMRF`; event shape = grid, batch axes are independent in plates.
+    Arguments, shapes and errors are those of `banded_gmrf.GMRF`; event shape = grid, batch axes are independent in plates::
 
         with pyro.plate("images", len(images)):
             pyro.sample("x", GMRF(mean, cholesky), obs=images)

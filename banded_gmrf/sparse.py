@@ -30,7 +30,7 @@ _CHUNK_ELEMENTS = 2**22
 @register_pytree("banded_gmrf.SparseGMRF")
 @dataclasses.dataclass(init=False, eq=False, repr=False)  # of the fields alone: see `Batched`
 class SparseGMRF(Distribution, Batched, Conditionable):
-    """Gaussian Markov random field x ~ N(loc, Λ⁻¹) of a sparse precision Λ, on a grid of 1 to 3 axes.
+    """Gaussian Markov random field x ~ N(loc, Λ⁻¹) of a sparse precision Λ, on a grid of 1 to 3 axes::
 
         q = bg.SparseGMRF(torch.zeros(grid, dtype=torch.float64), bg.matern_precision(grid, 39.0, 1))
 

@@ -31,6 +31,7 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_gallery.gen_gallery",
     "generated_pages",
+    "guide_links",
     "plain_docstrings",
 ]
 exclude_patterns = ["_build", "description.md", "gallery"]
@@ -72,6 +73,7 @@ sphinx_gallery_conf = {
     "show_memory": False,
     "image_srcset": ["2x"],
     "min_reported_time": 1,
+    "write_computation_times": False,  # its pages would load a script from the network
     "abort_on_example_error": False,
 }
 

@@ -28,7 +28,7 @@ class StencilCholeskyHead(nn.Module):
     per pixel without the scaling of the off-diagonals.
 
     Args:
-        in_channels: C.
+        in_channels: the number of channels, C.
         stencil: stencil of 1, 2 or 3 axes; as many grid axes are expected, with ``out_channels`` one less.
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
         out_channels: channels of the field; None for a field without an axis of channels.

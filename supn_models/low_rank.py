@@ -22,7 +22,7 @@ class LowRankHead(nn.Module):
     local field.
 
     Args:
-        in_channels: C.
+        in_channels: the number of channels, C.
         num_factors: R.
         ndim: grid axes, 1 to 3; with ``out_channels`` 1 or 2.
         initial_stddev: as for `StencilCholeskyHead`, in the units of the data.

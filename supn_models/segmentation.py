@@ -24,7 +24,7 @@ class SegmentationHead(nn.Module):
     Source: Monteiro et al., Stochastic Segmentation Networks, NeurIPS 2020, whose covariance is diagonal plus low-rank.
 
     Args:
-        in_channels: C.
+        in_channels: the number of channels, C.
         num_classes: at least 2.
         stencil: of the local fields, with as many axes as the grid, 1 or 2.
         num_factors: R.

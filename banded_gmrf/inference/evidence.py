@@ -53,7 +53,7 @@ def maximum_evidence(
     tolerance: float = 1e-3,
     progress: Callable[[Parameters, float], None] | None = None,
 ) -> EvidenceFit:
-    """Positive parameters that maximise the log evidence, by L-BFGS-B on their logarithms.
+    """Positive parameters that maximise the log evidence, by L-BFGS-B on their logarithms::
 
         def model(p):
             precision = bg.matern_precision(grid, p["range"], 1, p["variance"])

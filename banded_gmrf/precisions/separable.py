@@ -7,7 +7,7 @@ from .stencil_matrix import StencilMatrix
 
 
 def separable_precision(first: StencilPrecision, second: StencilPrecision) -> StencilPrecision:
-    """Λ₁ ⊗ Λ₂, the field whose covariance is Σ₁ ⊗ Σ₂: for space and time, or channels and space.
+    """Λ₁ ⊗ Λ₂, the field whose covariance is Σ₁ ⊗ Σ₂: for space and time, or channels and space::
 
         prior = separable_precision(ar1_precision(T, 0.9), matern_precision((H, W), 8.0, 1))    # on the grid (T, H, W)
 

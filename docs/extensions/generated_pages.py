@@ -18,6 +18,23 @@ GENERATED = DOCS / "generated"
 EXAMPLES = DOCS / "auto_examples"
 PROGRAMS = ("experiments", "bench")
 HELP_WIDTH = 100
+# Of the pictures that experiments write beside their reports. Numbers are those of the paper's figures.
+CAPTIONS = {
+    "correlations": "The correlation of three marked pixels with all others, under the structured model.",
+    "covariances": "Covariances of test signals: the truth, and what the networks predict.",
+    "coverage": "How often test signals lie within the ellipsoids of each level: the dotted line is right.",
+    "figure1": "Test images, the base model's mean, the mean with a sample of each residual, and the residuals.",
+    "figure7": "The same of more images and base models.",
+    "figure8": "Images from codes that are drawn from the prior.",
+    "figure9": "From an image to its mirror image in seven steps of the code, with one sample of the residual.",
+    "figure10": "Standard deviations of both models of the residual, and a sample of each.",
+    "figure11": "Noisy images, and what each method makes of them.",
+    "inpainting": "Half a face, a block, and 90 % of the pixels missing: the VAE's, the conditional mean, samples.",
+    "noises": "The same for one image under each noise.",
+    "reconstructions": "Test signals, and samples around their means from the true covariance and from the networks.",
+    "samples": "Samples beside what they are compared with, by row and column.",
+    "training": "Training losses, lower is better.",
+}
 
 
 def outside_pages() -> dict[Path, Path]:
@@ -55,6 +72,14 @@ def with_links_of_pages(text: str, source: Path, page: Path) -> str:
     return re.sub(r"\]\(([^)\s]+)\)", moved, text)
 
 
+def figures_of(source: Path) -> str:
+    """The Markdown of the pictures beside a report that the report itself does not show."""
+    report = source.read_text(encoding="utf-8")
+    pictures = [picture for picture in sorted(source.parent.glob("*.png")) if f"({picture.name})" not in report]
+    shown = "\n\n".join("![{0}]({1})\n\n*{0}*".format(CAPTIONS[picture.stem], picture.name) for picture in pictures)
+    return f"\n## Figures\n\n{shown}\n" if pictures else ""
+
+
 def helps(program: str) -> dict[str, str]:
     """What a program and each of its commands print with ``--help``, by what is typed."""
     app = importlib.import_module(f"{program}.__main__").app
@@ -79,7 +104,8 @@ def write_pages(app) -> None:
     """Write what has changed, so that Sphinx reads no page again for nothing."""
     texts = {GENERATED / f"command_{program}.md": command_line_page(program) for program in PROGRAMS}
     for source, page in outside_pages().items():
-        texts[page] = with_links_of_pages(source.read_text(encoding="utf-8"), source, page)
+        report = source.read_text(encoding="utf-8") + (figures_of(source) if source.parent.parent.name == "results" else "")
+        texts[page] = with_links_of_pages(report, source, page)
     GENERATED.mkdir(exist_ok=True)
     for page, text in texts.items():
         if not page.exists() or page.read_text(encoding="utf-8") != text:
