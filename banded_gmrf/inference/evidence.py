@@ -163,8 +163,14 @@ class _Problem:
     def check_start(self) -> None:
         """Raise for what the model cannot do at the start."""
         value, gradient = self._evaluate(self.start)
-        if not (math.isfinite(value) and np.isfinite(gradient).all()):
-            raise ValueError(f"log_evidence is {-value} at the start, with the derivatives {(-gradient).tolist()}: not finite")
+        if not math.isfinite(value):
+            raise ValueError(f"log_evidence is {-value} at the start, expected a finite number")
+        if not np.isfinite(gradient).all():
+            slopes = ", ".join(f"{name!r}: {slope.tolist()}" for name, slope in self._by_name(-gradient).items())
+            raise ValueError(
+                f"log_evidence has at the start the derivatives {slopes} in the parameters' logarithms, expected finite ones; "
+                "torch.where, for one, passes gradients through what it leaves out: a division by zero there makes NaN"
+            )
         self._last, self._best = (self.start.copy(), value, gradient), (self.start.copy(), value)
 
     def __call__(self, logs: np.ndarray) -> tuple[float, np.ndarray]:

@@ -159,6 +159,13 @@ GOOD = {"variance": 1.0}
             "log_evidence does not depend on 'variance'",
         ),
         (lambda p: SimpleNamespace(log_evidence=p["variance"] / 0), GOOD, {}, ValueError, "log_evidence is inf at the start"),
+        (
+            lambda p: SimpleNamespace(log_evidence=torch.where(torch.tensor(True), p["variance"], p["variance"] / 0).sum()),
+            GOOD,
+            {},
+            ValueError,
+            "'variance': nan .*torch.where",
+        ),
     ],
 )
 def test_bad_input(model, start, options, error, message):
