@@ -38,7 +38,7 @@ results = {
     "taken for independent": prior.posterior(observation, noise_variance=variance).mean,
     "as it is": prior.posterior(observation, noise=noise).mean,
 }
-figure, axes = plt.subplots(1, 4, figsize=(11, 4.8), layout="constrained")
+figure, axes = plt.subplots(1, 4, figsize=(11, 3.9), layout="constrained")
 for axis, (title, image) in zip(axes, {"the truth": photograph, **results}.items(), strict=True):
     error = (image - photograph).square().mean().sqrt()
     axis.imshow(image, cmap="gray", vmin=0, vmax=1)

@@ -54,12 +54,14 @@ panels = [
     ("raw rates", raw.clamp(min=0.05).log(), risk, "log risk, 0 is the average"),
     ("the truth", effect, risk, "log risk, 0 is the average"),
     ("posterior mean", mean, risk, "log risk, 0 is the average"),
+    ("standard deviation", stddev, {"cmap": "viridis", "vmin": 0}, "of the log risk"),
     ("risk is above the average", higher, {"cmap": "PuOr_r", "vmin": 0, "vmax": 1}, "probability"),
 ]
-figure, axes = plt.subplots(1, 5, figsize=(13, 3.2), layout="constrained")
-for axis, (title, image, scale, label) in zip(axes, panels, strict=True):
+figure, axes = plt.subplots(2, 3, figsize=(9.5, 7), layout="constrained")
+for axis, (title, image, scale, label) in zip(axes.flat, panels, strict=True):
     picture = axis.imshow(image, **scale)
     axis.set_title(title)
     axis.set_axis_off()
-    figure.colorbar(picture, ax=axis, label=label, orientation="horizontal", shrink=0.9)
+    extend = "both" if scale is risk and image is not mean else "neither"
+    figure.colorbar(picture, ax=axis, label=label, orientation="horizontal", shrink=0.9, extend=extend)
 plt.show()

@@ -96,6 +96,6 @@ def place(row, column):
 
 
 for axis in axes[:2]:
-    axis.plot(*place(*site), "r+", ms=10, mew=2)
+    axis.plot(*place(*site), "k+", ms=10, mew=2)
 axes[3].plot(*place(*sounded.nonzero().T), "w.", ms=2)
 plt.show()

@@ -55,18 +55,19 @@ ranges = fit.parameters["range"] * torch.logspace(-0.25, 0.25, 13, dtype=torch.f
 with torch.no_grad():
     evidence = [float(model(fit.parameters | {"range": r}).log_evidence) - fit.log_evidence for r in ranges]
 
-figure, axes = plt.subplots(1, 4, figsize=(13, 3.2), layout="constrained")
+figure, axes = plt.subplots(2, 2, figsize=(8.6, 7.4), layout="constrained")
 meters = {"cmap": "cividis", "vmin": float(terrain.min()), "vmax": float(terrain.max())}
-for axis, title, image, scale in (
-    (axes[0], "measured", (level + spread * measured).where(seen, torch.nan), meters),
-    (axes[1], "posterior mean", level + spread * mean, meters),
-    (axes[2], "standard deviation", spread * stddev, {"cmap": "viridis", "vmin": 0}),
-):
+panels = (
+    ("measured", (level + spread * measured).where(seen, torch.nan), meters),
+    ("posterior mean", level + spread * mean, meters),
+    ("standard deviation", spread * stddev, {"cmap": "viridis", "vmin": 0}),
+)
+for axis, (title, image, scale) in zip(axes.flat, panels, strict=False):
     picture = axis.imshow(image, **scale)
     axis.set_title(title)
     axis.set_axis_off()
-    figure.colorbar(picture, ax=axis, label="m", orientation="horizontal", shrink=0.9)
-axes[3].plot(ranges, evidence, "o-")
-axes[3].axvspan(*(float(fit.parameters["range"] + sign * fit.standard_errors["range"]) for sign in (-1, 1)), alpha=0.2)
-axes[3].set(xlabel="range in pixels", ylabel="log evidence from the top, nats", title="how well the range is known")
+    figure.colorbar(picture, ax=axis, label="m", shrink=0.9)
+axes[1, 1].plot(ranges, evidence, "o-")
+axes[1, 1].axvspan(*(float(fit.parameters["range"] + sign * fit.standard_errors["range"]) for sign in (-1, 1)), alpha=0.2)
+axes[1, 1].set(xlabel="range in pixels", ylabel="log evidence from the top, nats", title="how well the range is known")
 plt.show()

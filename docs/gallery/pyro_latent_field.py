@@ -53,17 +53,18 @@ mode, stddev = approximation.mode.detach(), approximation.stddev.detach()
 
 signed = {"cmap": "RdBu_r", "vmin": -2.5, "vmax": 2.5}
 spread = {"cmap": "viridis", "vmin": 0, "vmax": float(stddev.max())}
+about, of = "log rate, from its mean", "of the log rate"
 panels = [
-    ("counts", counts, {"cmap": "magma", "vmin": 0}),
-    ("mean, NUTS", drawn.mean(0) - 0.5, signed),
-    ("mode, Laplace", mode - 0.5, signed),
-    ("the truth", truth, signed),
-    ("standard deviation, NUTS", drawn.std(0), spread),
-    ("standard deviation, Laplace", stddev, spread),
+    ("counts", counts, {"cmap": "magma", "vmin": 0}, "in a pixel"),
+    ("mean, NUTS", drawn.mean(0) - 0.5, signed, about),
+    ("mode, Laplace", mode - 0.5, signed, about),
+    ("the truth", truth, signed, about),
+    ("standard deviation, NUTS", drawn.std(0), spread, of),
+    ("standard deviation, Laplace", stddev, spread, of),
 ]
 figure, axes = plt.subplots(2, 3, figsize=(10, 6), layout="constrained")
-for axis, (title, image, scale) in zip(axes.flat, panels, strict=True):
-    figure.colorbar(axis.imshow(image, **scale), ax=axis)
+for axis, (title, image, scale, label) in zip(axes.flat, panels, strict=True):
+    figure.colorbar(axis.imshow(image, **scale), ax=axis, label=label, shrink=0.8)
     axis.set_title(title)
     axis.set_axis_off()
 plt.show()

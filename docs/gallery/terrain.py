@@ -121,7 +121,7 @@ print(
     f"{spread * (predicted - truth).square().mean().sqrt():.1f} m by scikit-learn from {len(places)}"
 )
 
-figure, axes = plt.subplots(2, 3, figsize=(12, 7.4), layout="constrained")
+figure, axes = plt.subplots(2, 3, figsize=(10.5, 5.8), layout="constrained")
 meters = {"cmap": "cividis", "vmin": float(terrain.min()), "vmax": float(terrain.max())}
 for axis, (title, image, scale) in zip(
     axes.flat,
