@@ -57,14 +57,14 @@ def quality(path: Path, results: Results) -> bool:
     operations = [name for name in ("log_prob_grad", "sample") if any(row["operation"] == name for row in rows)]
     if not operations or len({row["stencil"] for row in rows}) == 1:
         return False
-    colors = _stencil_colors(rows)
+    styles = _stencil_styles(rows)
     fig = Figure(figsize=(3.4 * len(operations) + 1.2, 3.2), layout="constrained")
     for ax, operation in zip(fig.subplots(1, len(operations), sharey=True, squeeze=False)[0], operations, strict=True):
-        for row in sorted(measured(rows, operation=operation), key=lambda row: list(colors).index(row["stencil"])):
+        for row in sorted(measured(rows, operation=operation), key=lambda row: list(styles).index(row["stencil"])):
             label = f"{row['stencil']} (K = {row['num_coefficients']})"
             score = scores[row["stencil"]]
             nats, error = score["nats_per_pixel"], score["gain_over_smallest_standard_error"]
-            ax.errorbar(row["seconds"] * 1e3, nats, error, fmt="o", color=colors[row["stencil"]], capsize=3, label=label)
+            ax.errorbar(row["seconds"] * 1e3, nats, error, **styles[row["stencil"]], linestyle="", capsize=3, label=label)
         ax.set_title(OPERATIONS[operation].title)
         ax.set_xlim(0, 1.1 * ax.get_xlim()[1])
         ax.margins(y=0.1)
@@ -122,16 +122,21 @@ def _against_resolution(path: Path, results: Results, figure: str, unit: float, 
     operations = [name for name in OPERATIONS if any(row["operation"] == name for row in rows)]
     if not operations:
         return False
-    colors = _stencil_colors(rows)
-    fig = Figure(figsize=(2.6 * len(operations) + 0.6, 3.2), layout="constrained")
-    for ax, operation in zip(fig.subplots(1, len(operations), sharey=True, squeeze=False)[0], operations, strict=True):
-        for stencil, color in colors.items():
+    styles = _stencil_styles(rows)
+    across = len(operations) if len(operations) <= 4 else 3  # more in a row cannot be read on a page
+    down = -(-len(operations) // across)
+    fig = Figure(figsize=(2.6 * across + 0.6, 3.0 * down + 0.2), layout="constrained")
+    axes = fig.subplots(down, across, sharey=True, squeeze=False).ravel()
+    for ax in axes[len(operations) :]:
+        ax.set_axis_off()
+    for ax, operation in zip(axes, operations, strict=False):
+        for stencil, style in styles.items():
             line = sorted(measured(rows, operation=operation, stencil=stencil), key=lambda row: row["grid"])
             sides = [row["grid"][0] for row in line]
-            ax.plot(sides, [row[figure] * unit for row in line], "o-", color=color, markersize=4, label=stencil)
+            ax.plot(sides, [row[figure] * unit for row in line], **style, markersize=4, label=stencil)
             if figure == "seconds_per_pixel":
                 copies = [row["seconds_per_pixel"] / row["times_copy"] * unit for row in line]
-                ax.plot(sides, copies, ":", color=color, linewidth=1)
+                ax.plot(sides, copies, ":", color=style["color"], linewidth=1)
         ax.set_title(OPERATIONS[operation].title)
         sides = sorted({row["grid"][0] for row in rows})
         ax.set_xscale("log", base=2)
@@ -146,10 +151,11 @@ def _against_resolution(path: Path, results: Results, figure: str, unit: float, 
             ax.axhline(1, color="black", linewidth=0.8)
             ax.set_ylim(bottom=0)
         ax.grid(alpha=0.3)
-    fig.axes[0].set_ylabel(label)
+    fig.supylabel(label, fontsize=9)
     handles, labels = fig.axes[0].get_legend_handles_labels()
     fig.legend(handles, labels, title="stencil", loc="outside right upper")
-    fig.supxlabel(f"pixels along each side, {rows[0]['batch']} images", fontsize=9)
+    images = rows[0]["batch"]
+    fig.supxlabel(f"pixels along each side, {images} image{'s' * (images > 1)}", fontsize=9)
     _save(fig, path, results)
     return True
 
@@ -165,10 +171,10 @@ def _square_images(results: Results) -> list[Row]:
     return measured(rows, batch=batch) if batch is not None and max(sides[batch].values()) > 1 else []
 
 
-def _stencil_colors(rows: Iterable[Row]) -> dict[str, str]:
-    """A colour for each stencil, from the smallest to the largest."""
+def _stencil_styles(rows: Iterable[Row]) -> dict[str, dict[str, str]]:
+    """A colour and a marker for each stencil, from the smallest to the largest: colours alone do not tell everyone."""
     stencils = sorted({(row["num_coefficients"], row["stencil"]) for row in rows})
-    return {name: f"C{number}" for number, (_, name) in enumerate(stencils)}
+    return {name: {"color": f"C{i}", "marker": "os^DvP*X"[i % 8]} for i, (_, name) in enumerate(stencils)}
 
 
 def _plain(value: float, _: int) -> str:

@@ -11,6 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from torch import Tensor
 
+# Of curves that a legend names: colours alone do not tell everyone which is which.
+_CURVES = mpl.cycler(color=mpl.color_sequences["tab10"]) + mpl.cycler(
+    linestyle=["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))] * 2
+)
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 150, "lines.linewidth": 1.2}
 
 
@@ -109,8 +113,14 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
         unit: what the horizontal axis counts.
     """
     with mpl.rc_context(_STYLE):
-        fig = Figure(figsize=(5.2 * len(panels), 2.6), layout="constrained")
-        for ax, (label, curves) in zip(fig.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        across = min(2, len(panels))  # more in a row cannot be read on a page
+        down = -(-len(panels) // across)
+        fig = Figure(figsize=(5.2 * across, 2.6 * down), layout="constrained")
+        axes = fig.subplots(down, across, squeeze=False).ravel()
+        for ax in axes[len(panels) :]:
+            ax.set_axis_off()
+        for ax, (label, curves) in zip(axes, panels, strict=False):
+            ax.set_prop_cycle(_CURVES)
             for name, losses in curves.items():
                 ends = range(smooth, len(losses) + 1, smooth)
                 ax.plot(list(ends), [sum(losses[end - smooth : end]) / smooth for end in ends], label=name)
@@ -179,7 +189,8 @@ def coverage_figure(path: Path, levels: Sequence[float], curves: dict[str, Seque
     with mpl.rc_context(_STYLE):
         fig = Figure(figsize=(6.0, 3.4), layout="constrained")
         ax = fig.subplots()
-        ax.plot([0, 1], [0, 1], color="black", linewidth=0.8, linestyle=":", label="ideal")
+        ax.plot([0, 1], [0, 1], color="black", linewidth=0.6, label="ideal")
+        ax.set_prop_cycle(_CURVES)
         for name, shares in curves.items():
             ax.plot(levels, shares, label=name)
         ax.set_xlabel("level of the χ² quantile")

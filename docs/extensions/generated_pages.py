@@ -22,7 +22,7 @@ HELP_WIDTH = 100
 CAPTIONS = {
     "correlations": "The correlation of three marked pixels with all others, under the structured model.",
     "covariances": "Covariances of test signals: the truth, and what the networks predict.",
-    "coverage": "How often test signals lie within the ellipsoids of each level: the dotted line is right.",
+    "coverage": "How often test signals lie within the ellipsoids of each level: the thin line is right.",
     "figure1": "Test images, the base model's mean, the mean with a sample of each residual, and the residuals.",
     "figure7": "The same of more images and base models.",
     "figure8": "Images from codes that are drawn from the prior.",
@@ -76,8 +76,8 @@ def figures_of(source: Path) -> str:
     """The Markdown of the pictures beside a report that the report itself does not show."""
     report = source.read_text(encoding="utf-8")
     pictures = [picture for picture in sorted(source.parent.glob("*.png")) if f"({picture.name})" not in report]
-    shown = "\n\n".join("![{0}]({1})\n\n*{0}*".format(CAPTIONS[picture.stem], picture.name) for picture in pictures)
-    return f"\n## Figures\n\n{shown}\n" if pictures else ""
+    shown = "\n\n".join("[![{0}]({1})]({1})\n\n*{0}*".format(CAPTIONS[picture.stem], picture.name) for picture in pictures)
+    return f"\n## Figures\n\nEach leads to the file, at its full size.\n\n{shown}\n" if pictures else ""
 
 
 def helps(program: str) -> dict[str, str]:

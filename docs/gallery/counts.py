@@ -62,6 +62,6 @@ for axis, (title, image, scale, label) in zip(axes.flat, panels, strict=True):
     picture = axis.imshow(image, **scale)
     axis.set_title(title)
     axis.set_axis_off()
-    extend = "both" if scale is risk and image is not mean else "neither"
+    extend = "both" if scale is risk else "neither"
     figure.colorbar(picture, ax=axis, label=label, orientation="horizontal", shrink=0.9, extend=extend)
 plt.show()
