@@ -36,8 +36,8 @@ def link_names(app, doctree, docname: str) -> None:
         if isinstance(literal.parent, nodes.reference | nodes.title):
             continue
         for name in candidates(literal.astext()):
-            if name in objects:
-                page = objects[name]
+            page = objects.get(name)
+            if page and page.objtype != "module":  # `deepinv` is another library, or an extra
                 literal.replace_self(make_refnode(app.builder, docname, page.docname, page.node_id, literal.deepcopy(), name))
                 break
 
