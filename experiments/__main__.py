@@ -8,7 +8,9 @@ from .commands.images import denoising, factors, image_experiment, reach
 from .commands.showcases import demo, gallery
 from .commands.synthetic import calibrate, known_covariance, report
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    help="One command for each experiment.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+)
 
 
 @app.callback()
