@@ -23,7 +23,8 @@ body { color: #222; background: #fff; }
 h1 { font-size: 1.6rem; line-height: 1.25; }
 .table, .picture { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.8rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
+th { text-align: left; }
+th, td { padding: 0.3rem 0.55rem; border-bottom: 1px solid #ddd; white-space: nowrap; }
 figure { margin: 2rem 0; }
 img { max-width: 100%; height: auto; }
 figcaption, dl { color: #555; font-size: 0.9rem; }
