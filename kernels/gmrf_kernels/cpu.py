@@ -12,7 +12,6 @@ import functools
 import hashlib
 import math
 import os
-import re
 import sys
 import tempfile
 import threading
@@ -310,9 +309,8 @@ def _compiled(write: Callable[..., str], dtype: str, options: tuple) -> Callable
             "use_backend('reference')"
         )
     source = write(dtype=dtype, cache=True, **dict(options))
-    # Numba checks the source file, not the intrinsics that it calls.
-    modules = [sys.modules[name] for name in re.findall(r"^from (gmrf_kernels\.\w+) import", source, re.MULTILINE)]
-    intrinsics = "".join(Path(module.__file__).read_text() for module in modules)
+    # Numba checks the source file, not the intrinsics that it calls, which are those of `simd` and what is made of them.
+    intrinsics = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("simd*.py")))
     digest = hashlib.sha256((source + intrinsics + numba.__version__).encode()).hexdigest()[:24]
     name = f"{write.__name__}_{digest}.py"
     try:

@@ -140,7 +140,8 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
         sums = "sums = no_sums()\n" + row_blocks(lanes(dtype), "0", "width", add_to_sums) + total
         body += band_rows(d_row + each_sample(sums))
     arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
-    return band_kernel(dtype, cache, _STENCIL + arguments, "", body, SUM_OF_ROWS if likelihood else "")
+    finish = SUM_OF_ROWS if likelihood else ""
+    return band_kernel(dtype, cache, _STENCIL + arguments, "", body, finish=finish)
 
 
 def solve(dtype: str, transpose: bool, cache: bool, log: bool) -> str:
@@ -248,7 +249,7 @@ def outer(dtype: str, cache: bool, streaming: bool) -> str:
         for i in range(_GROUP):
             neighbour = load("load", "a_row", f"w + shift{i}", masked, f"mask{i}")
             products += f"entry{i} = add_product(entry{i}, {neighbour}, product)\n"
-        code += weighted_samples(dtype, products)
+        code += weighted_samples(products)
         for i in range(_GROUP):
             value = f"keep(entry{i}, mask{i})" if masked else f"entry{i}"
             code += f"if t + {i} < terms:\n    " + store_off_diagonal(f"{i} * n + w", value, masked, streaming)

@@ -71,6 +71,7 @@ class _Solve:
         self.terms = Terms(offsets, dtype, transpose)
         # Terms of the own row: group, number, column.
         self.own = [(g, k, column) for g in self.terms.own_row for k, column in self.terms.groups[g][2]]
+        self.others = [g for g in range(len(self.terms.groups)) if g not in self.terms.own_row]
         self.margin = max((abs(column) for _, _, column in self.own), default=0)
         self.registers = range(1, min(self.margin, _REGISTERS) + 1)
         self.planes = len(self.own) + _SCRATCH_PLANES
@@ -101,7 +102,8 @@ class _Solve:
         body = f"for {items}:\n" + inside("".join(self.image(c) for c in self.chains) + "for j in range(rows):\n" + inside(row))
         arguments = "diag, diag_b, off, off_b, off_k, rhs, rhs_s, rhs_b, x"
         operations = "simd_normals" if self.normal else "simd"
-        return kernel_source(self.dtype, cache, arguments, setup, body, operations=operations)
+        definitions = self.terms.folds("subtract_product", self.others, len(self.chains) if self.shared else 1)
+        return kernel_source(self.dtype, cache, arguments, setup, body, operations=operations, definitions=definitions)
 
     def image(self, c: int) -> str:
         """Addresses of an image; one too many in step solves the last image once more."""
@@ -156,13 +158,13 @@ class _Solve:
             code += self.draw(c, v) if self.normal else f"b_row{v} = b{c} + r * width * {self.vector}\n"
             code += f"x_row{v} = x{c} + r * width * {self.vector}\nrow{c} = x_row{v}\nunsafe{c} = no_lanes()\n"
         code += "unsafe = no_lanes()\n" if len(members) > 1 else ""
-        passes = self.terms.passes([g for g in range(len(self.terms.groups)) if g not in self.terms.own_row])
+        passes = self.terms.passes(self.others)
         for number, groups in enumerate(passes):
             last = number == len(passes) - 1
             code += f"# Gather, pass {number + 1} of {len(passes)}: subtract what other rows contribute"
             code += ", and divide by the diagonal.\n" if last else ".\n"
             finish, own_row = divide if last else keep, self.terms.own_row
-            code += self.terms.fold(groups, "subtract_product", begin(number), finish, own_row, list(names.values()))
+            code += self.terms.fold(groups, begin(number), finish, own_row, list(names.values()))
         if len(members) > 1:
             code += "".join(f"unsafe{c} = either(unsafe{c}, unsafe)\n" for c in members)
         return code
@@ -214,7 +216,9 @@ class _Solve:
             return code
 
         code = f"d_row = d{c} + r * width * {self.vector}\nc_row = c{c} + r * width * {self.coefficient}\n"
-        code += self.terms.blocks(self.terms.own_row, undivided) + self.recursion(range(c, c + 1), careful=True)
+        code += self.terms.blocks(self.terms.own_row, undivided, self.terms.own_row) + self.recursion(
+            range(c, c + 1), careful=True
+        )
         return f"# Again, with a division a site, where a quotient left the normal range.\nif any_lane(unsafe{c}):\n" + inside(
             code
         )

@@ -21,7 +21,6 @@ from .cpu_source import (
     outer_source,
     row_blocks,
     store,
-    store_off_diagonal,
     weighted_samples,
 )
 from .simd import lanes
@@ -41,7 +40,7 @@ class Terms:
         sign = 1 if transpose else -1
         padded = [(0,) * (3 - len(offset)) + tuple(offset) for offset in offsets]
         terms = [(k, *(sign * o for o in offset)) for k, offset in enumerate(padded)]
-        self.step = lanes(dtype)
+        self.dtype, self.step = dtype, lanes(dtype)
         self.transpose = transpose
         self.groups = [
             (plane, line, [(k, column) for k, _, _, column in group])
@@ -66,24 +65,28 @@ class Terms:
         return "".join(f"shift{g} = ({plane} * height + {line}) * width\n" for g, (plane, line, _) in enumerate(self.groups))
 
     def ends(self, groups: list[int]) -> str:
-        """Per row r: the number of sites in each group's row, 0 where it lies off the grid."""
-        code = PLACE
+        """Per row r: the number of sites in each group's row, 0 where it lies off the grid, and the least of these numbers."""
+        code = PLACE + "least_end = width\n"
         for g in groups:
             plane, line, _ = self.groups[g]
-            code += f"end{g} = width if 0 <= p + {plane} < depth and 0 <= h + {line} < height else 0\n"
+            code += f"end{g} = sites_of_row(p + {plane}, depth, h + {line}, height, width)\n"
+            code += f"least_end = least(least_end, end{g})\n"
         return code
 
     def coefficient(self, g: int, k: int, column: int, masked: bool) -> str:
         source = "w" if self.transpose else f"w + shift{g} + {column}"
         return load("load_c", "c_row", f"{k} * off_k + {source}", masked, _mask(g, column))
 
-    def neighbour(self, g: int, column: int, row: str, masked: bool) -> str:
-        return load("load", row, f"w + shift{g} + {column}", masked, _mask(g, column))
+    def folds(self, operation: str, groups: Sequence[int], vectors: int = 1) -> str:
+        """Definitions for `fold` of these groups."""
+        options = f"{operation!r}, {not self.transpose}, {vectors}"
+        return "from gmrf_kernels.simd_terms import folds\n\n" + "".join(
+            f"globals().update(folds({self.dtype!r}, {g}, {self.groups[g][2]}, {options}))\n" for g in groups
+        )
 
     def fold(
         self,
         groups: list[int],
-        operation: str,
         begin: Callable,
         finish: Callable,
         masks: Sequence[int] = (),
@@ -91,35 +94,29 @@ class Terms:
     ) -> str:
         """One pass over the blocks of a row.
 
-        ``begin(masked)`` sets ``a``, ``operation`` adds each term of the groups to it, times values of ``x_row``, or subtracts
-        it, and ``finish(masked)`` stores it; that may use the masks of the groups ``masks``, too. Several ``vectors`` share
-        each coefficient: their variables have these endings.
+        ``begin(masked)`` sets ``a``, the operation of `folds` adds each term of the groups to it, times values of ``x_row``, or
+        subtracts it, and ``finish(masked)`` stores it; that may use the masks of the groups ``masks``. Several ``vectors``
+        share each coefficient: their variables have these endings.
         """
-        masks = [*groups, *masks]
+        sums, rows = (", ".join(f"{name}{v}" for v in vectors) for name in ("a", "x_row"))
 
         def block(masked):
-            code = begin(masked)
-            for g in groups:
-                for k, column in self.groups[g][2]:
-                    coefficient = self.coefficient(g, k, column, masked)
-                    if len(vectors) > 1:
-                        code += f"coefficient = {coefficient}\n"
-                        coefficient = "coefficient"
-                    for v in vectors:
-                        neighbour = self.neighbour(g, column, f"x_row{v}", masked)
-                        code += f"a{v} = {operation}(a{v}, {coefficient}, {neighbour})\n"
-            return code + finish(masked)
+            suffix, more = ("_masked", ", end{g}") if masked else ("", "")
+            call = f"{sums} = fold{{g}}{suffix}({sums}, c_row, {rows}, w, off_k, shift{{g}}{more})\n"
+            return begin(masked) + "".join(call.format(g=g) for g in groups) + finish(masked)
 
-        return self.ends(masks) + self.blocks(masks, block)
+        return self.ends([*groups, *masks]) + self.blocks([*groups, *masks], block, masks)
 
-    def blocks(self, groups: list[int], body: Callable) -> str:
-        """A loop over the blocks of a row; ``body(masked)`` is the code of a block that meets the groups' terms."""
+    def blocks(self, groups: list[int], body: Callable, named: Sequence[int] = ()) -> str:
+        """A loop over the blocks of a row; ``body(masked)`` is the code of a block that meets the groups' terms.
+
+        It may use the masks of the groups ``named``.
+        """
         columns = [0, *(column for g in groups for _, column in self.groups[g][2])]
-        exists = "".join(f" and end{g} != 0" for g in groups if g not in self.own_row)
-        interior = f"{-min(columns)} <= w and w + {self.step} + {max(columns)} <= width{exists}"
+        interior = f"{-min(columns)} <= w and w + {self.step} + {max(columns)} <= least_end"
         masks = "".join(
             f"{_mask(g, column)} = between(w, {max(0, -column)}, end{g} - {max(0, column)})\n"
-            for g in groups
+            for g in named
             for _, column in self.groups[g][2]
         )
         return row_blocks(self.step, "0", "width", body, interior, masks)
@@ -159,14 +156,16 @@ def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool
             f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
         )
         code += "sums = no_sums()\n" if sums else ""
-        code += terms.fold(passes[number], "add_product", begin, finish)
+        code += terms.fold(passes[number], begin, finish)
         code += "store_double(scratch, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
         return band_rows(code)
 
     per_sample = "".join(row_pass(number) for number in range(len(passes)))
     arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
     body = "for s in range(samples):\n" + inside(per_sample)
-    return band_kernel(dtype, cache, arguments, terms.setup(), body, SUM_OF_ROWS if likelihood else "")
+    definitions = terms.folds("add_product", range(len(terms.groups)))
+    finish = SUM_OF_ROWS if likelihood else ""
+    return band_kernel(dtype, cache, arguments, terms.setup(), body, finish=finish, definitions=definitions)
 
 
 def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
@@ -178,22 +177,24 @@ def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
     """
     terms = Terms(offsets, dtype, transpose=True)
 
-    def off_diagonals(g):
-        group = terms.groups[g][2]
+    definitions = "from gmrf_kernels.simd_terms import products\n\n" + "".join(
+        f"globals().update(products({dtype!r}, {g}, {group}))\n" for g, (_, _, group) in enumerate(terms.groups)
+    )
 
+    def off_diagonals(g):
         def block(masked):
-            code = "".join(f"t{k} = zeros()\n" for k, _ in group)
-            products = f"t = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
-            for k, column in group:
-                products += f"t{k} = add_product(t{k}, {terms.neighbour(g, column, 'a_row', masked)}, t)\n"
-            code += weighted_samples(dtype, products)
-            for k, column in group:
-                value = f"keep(t{k}, {_mask(g, column)})" if masked else f"t{k}"
-                code += store_off_diagonal(f"{k} * n + w", value, masked, streaming)
-            return code
+            end, added = (f", end{g}", "_masked") if masked else ("", "")
+            stored = "_masked" if masked else "_streaming" if streaming else ""
+            factor = f"factor = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
+            add = f"sums{g} = add{g}{added}(sums{g}, a_row, w, shift{g}, factor{end})\n"
+            return (
+                f"sums{g} = zeros{g}()\n"
+                + weighted_samples(factor + add)
+                + f"store{g}{stored}(sums{g}, c_row, w, n{f'{end}, inside' if masked else ''})\n"
+            )
 
         c_row = f"c_row = off + (b * {len(offsets)} * n + r * width) * {element_bytes(dtype)[1]}\n"
         return band_rows(c_row + terms.ends([g]) + terms.blocks([g], block))
 
     code = "".join(off_diagonals(g) for g in range(len(terms.groups)))
-    return outer_source(dtype, cache, "", terms.setup(), code)
+    return outer_source(dtype, cache, "", terms.setup(), code, definitions)

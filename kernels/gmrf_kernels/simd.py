@@ -59,7 +59,12 @@ def operations(dtype: str) -> dict:
     Those whose names have ``_c`` convert between ``dtype`` and the dtype of arithmetic (float64 for float64, else float32); all
     others work on the latter.
     """
-    table = _Table(dtype)
+    return dict(operation_table(dtype))
+
+
+def operation_table(dtype: str) -> "Table":
+    """The table of `operations`, for what makes larger ones of them."""
+    table = Table(dtype)
     for suffix, stored in (("", table.computed), ("_c", dtype)):
         _add_loads(table, suffix, stored)
         _add_stores(table, suffix, stored)
@@ -69,13 +74,15 @@ def operations(dtype: str) -> dict:
     _add_arithmetic(table)
     _add_exponential(table)
     _add_sums(table)
-    return dict(table)
+    return table
 
 
-class _Table(dict):
-    """Intrinsics by name, and the types that those of one dtype share."""
+class Table(dict):
+    """Intrinsics by name, and the types that those of one dtype share; ``emit`` has what writes the instructions of each."""
 
     def __init__(self, dtype: str):
+        super().__init__()
+        self.emit: dict[str, Callable] = {}
         self.computed = "float64" if dtype == "float64" else "float32"
         self.lanes = lanes(dtype)
         self.scalar_type = getattr(types, self.computed)
@@ -104,6 +111,7 @@ class _Table(dict):
             # The function's own parameters, with Numba's typing context in the place of the builder.
             typing.__signature__ = inspect.signature(emit)
             self[typing.__name__] = intrinsic(typing)
+            self.emit[typing.__name__] = emit
             return emit
 
         return define
@@ -117,7 +125,7 @@ class _Table(dict):
         return _call(builder, f"{name}.v{self.lanes}{_mangled(element or self.scalar)}", result, arguments, **options)
 
 
-def _add_loads(table: _Table, suffix: str, stored: str) -> None:
+def _add_loads(table: Table, suffix: str, stored: str) -> None:
     """``load`` and ``load_masked`` of elements of dtype ``stored``."""
     element, align = _STORED[stored], ELEMENT_BYTES[stored]
     stored_vector = ir.VectorType(element, table.lanes)
@@ -144,7 +152,7 @@ def _add_loads(table: _Table, suffix: str, stored: str) -> None:
         return widen(builder, _call(builder, name, stored_vector, arguments))
 
 
-def _add_stores(table: _Table, suffix: str, stored: str) -> None:
+def _add_stores(table: Table, suffix: str, stored: str) -> None:
     """``store``, ``store_masked`` and ``store_streaming`` of elements of dtype ``stored``."""
     element, align = _STORED[stored], ELEMENT_BYTES[stored]
     stored_vector = ir.VectorType(element, table.lanes)
@@ -183,7 +191,7 @@ def _add_stores(table: _Table, suffix: str, stored: str) -> None:
         _call(builder, name, ir.VoidType(), [narrow(builder, value), target, ir.Constant(_I32, align), mask])
 
 
-def _add_scalars(table: _Table) -> None:
+def _add_scalars(table: Table) -> None:
     """Single numbers in memory: arguments and counters, int64, and values of the dtype of arithmetic."""
 
     @table.add(types.int64, types.int64, types.int64)
@@ -201,9 +209,25 @@ def _add_scalars(table: _Table) -> None:
         before = builder.atomic_rmw("add", _pointer(builder, address, index, _I64), count, "acq_rel")
         return builder.add(before, count)
 
+    @table.add(types.int64, *[types.int64] * 5)
+    def sites_of_row(builder, plane, depth, line, height, width):
+        """``width``, or 0 where the row lies off the grid."""
+        on_grid = [builder.icmp_unsigned("<", place, size) for place, size in ((plane, depth), (line, height))]
+        return builder.select(builder.and_(*on_grid), width, ir.Constant(_I64, 0))
+
+    @table.add(types.int64, types.int64, types.int64)
+    def least(builder, a, b):
+        return builder.select(builder.icmp_signed("<", a, b), a, b)
+
     @table.add(table.scalar_type, types.int64, types.int64)
     def load_scalar(builder, address, index):
         return builder.load(_pointer(builder, address, index, table.scalar), typ=table.scalar)
+
+    @table.add(types.int64, *[types.int64] * 5)
+    def row_of_sample(builder, image, sample, stride, row, width):
+        """The address of a row of the ``sample``-th of vectors that are ``stride`` apart, the first of which is ``image``."""
+        index = builder.add(builder.mul(sample, stride), builder.mul(row, width))
+        return builder.add(image, builder.mul(index, ir.Constant(_I64, ELEMENT_BYTES[table.computed])))
 
     @table.add(types.void, types.int64, types.int64, table.scalar_type)
     def store_scalar(builder, address, index, value):
@@ -228,7 +252,7 @@ def _add_scalars(table: _Table) -> None:
         return ir.Constant(table.scalar, 0.0)
 
 
-def _add_masks(table: _Table) -> None:
+def _add_masks(table: Table) -> None:
     """What makes masks, joins them and asks them."""
     mask, vector = table.mask_type, table.vector_type
 
@@ -271,7 +295,7 @@ def _add_masks(table: _Table) -> None:
         return builder.icmp_unsigned("!=", bits, ir.Constant(bits.type, 0))
 
 
-def _add_vectors(table: _Table) -> None:
+def _add_vectors(table: Table) -> None:
     """Vectors from numbers and from masks."""
     vector = table.vector_type
 
@@ -287,13 +311,18 @@ def _add_vectors(table: _Table) -> None:
     def splat(builder, value):
         return _splat(builder, value, table.lanes)
 
+    @table.add(vector, types.int64, types.int64)
+    def load_splat(builder, address, index):
+        """One element in all lanes."""
+        return _splat(builder, table.emit["load_scalar"](builder, address, index), table.lanes)
+
     @table.add(vector, vector, table.mask_type)
     def keep(builder, value, mask):
         """The value where the mask is on, 0 elsewhere."""
         return builder.select(mask, value, ir.Constant(table.vector, None))
 
 
-def _add_arithmetic(table: _Table) -> None:
+def _add_arithmetic(table: Table) -> None:
     """Products, sums and quotients."""
     vector, scalar = table.vector_type, table.scalar_type
 
@@ -323,7 +352,7 @@ def _add_arithmetic(table: _Table) -> None:
         return _call(builder, f"llvm.fmuladd.{_mangled(table.scalar)}", a.type, [builder.fneg(b), c, a])
 
 
-def _add_exponential(table: _Table) -> None:
+def _add_exponential(table: Table) -> None:
     integers = ir.VectorType(_I64 if table.computed == "float64" else _I32, table.lanes)
     mantissa_bits, bias, lowest, highest, ln2_high, ln2_low, degree = _EXPONENTIAL[str(table.scalar)]
 
@@ -355,7 +384,7 @@ def _add_exponential(table: _Table) -> None:
         return builder.fmul(value, power_of_two(builder, builder.sub(exponent, half)))
 
 
-def _add_sums(table: _Table) -> None:
+def _add_sums(table: Table) -> None:
     """Sums over a row of values, in float64."""
     sums_type = table.sums_type
 

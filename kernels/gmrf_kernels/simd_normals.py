@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 
 from .cpu_source import inside, span_kernel, store
-from .simd import _Table, lanes
+from .simd import Table, lanes
 from .simd import operations as simd_operations
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -78,7 +78,7 @@ def operations(dtype: str) -> dict:
 
     Block i has the counters from i · lanes on. Its vector v has, in lane l, number v of those that counter i · lanes + l gives.
     """
-    table = _Table(dtype)
+    table = Table(dtype)
     write = _Normals(table)
 
     @table.add(types.UniTuple(table.vector_type, _VECTORS[dtype]), types.int64, types.int64)
@@ -154,7 +154,7 @@ def philox(counter: Sequence, key: Sequence) -> list:
 class _Normals:
     """Writes ``normals`` for a table of `simd`."""
 
-    def __init__(self, table: _Table):
+    def __init__(self, table: Table):
         self.table = table
         self.mantissa_bits, self.log_terms, self.sine_terms, self.cosine_terms = _SERIES[table.computed]
         self.integer = _I64 if table.computed == "float64" else _I32
