@@ -42,7 +42,7 @@ def infer_code(
     """Codes and images given observations of the images, by Laplace's approximation in the code.
 
     An encoder gives the code of a whole image without noise. Of half an image it gives a guess, as sure as of a whole one.
-    Here the decoder is followed to first order around a code z₀: with its Jacobian J the image is
+    Here the decoder is followed to first order around a code z₀: with its Jacobian J the image is::
 
         x = μ(z₀) + J (z - z₀) + L(z₀)⁻ᵀu,   z ~ N(0, I),   u ~ N(0, I)
 

@@ -23,7 +23,7 @@ class LowRankHead(nn.Module):
 
     Args:
         in_channels: the number of channels, C.
-        num_factors: R.
+        num_factors: the number of factors, R.
         ndim: grid axes, 1 to 3; with ``out_channels`` 1 or 2.
         initial_stddev: as for `StencilCholeskyHead`, in the units of the data.
         initial_scale: of the first factors, relative to ``initial_stddev``.

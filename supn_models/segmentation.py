@@ -27,7 +27,7 @@ class SegmentationHead(nn.Module):
         in_channels: the number of channels, C.
         num_classes: at least 2.
         stencil: of the local fields, with as many axes as the grid, 1 or 2.
-        num_factors: R.
+        num_factors: the number of factors, R.
         initial_stddev: standard deviation of the first logits.
 
     Raises:
