@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from gmrf_kernels.triton_kernels import geometry, schedule, tiles
-from gmrf_kernels.triton_kernels.exponential import exp
+from gmrf_kernels.triton_kernels.exponential import exp, exp_in_factors
 from tests.cases import GRIDS
 from tests.gmrf_kernels.operators import (
     HALF,
@@ -150,6 +150,38 @@ def exp_in_a_kernel(x):
     y = torch.empty_like(x)
     _exp_of[(1,)](x, y, SIZE=len(x))
     return y
+
+
+@triton.jit
+def _factors_of(x_ptr, first_ptr, second_ptr, SIZE: tl.constexpr):
+    index = tl.arange(0, SIZE)
+    first, second = exp_in_factors(tl.load(x_ptr + index))
+    tl.store(first_ptr + index, first)
+    tl.store(second_ptr + index, second)
+
+
+def factors_in_a_kernel(x):
+    first, second = torch.empty_like(x), torch.empty_like(x)
+    _factors_of[(1,)](x, first, second, SIZE=len(x))
+    return first, second
+
+
+def test_the_exponential_in_two_factors():
+    """Also where their product is no number of float32, and a quotient may still be one."""
+    x = torch.linspace(-173, 176, 2**17)
+    first, second = factors_in_a_kernel(x)
+    assert (second.frexp().mantissa == 0.5).all()
+    assert (first > torch.finfo(torch.float32).tiny).all()
+    exact = x.double().exp()
+    product = first.double() * second.double()
+    assert ((product - exact).abs() / exact).max() < 1.25 * torch.finfo(torch.float32).eps
+
+
+def test_the_two_factors_at_their_ends():
+    first, second = factors_in_a_kernel(torch.tensor([math.inf, 1e30, -math.inf, -1e30, math.nan, 0.0, -0.0, 0.0]))
+    product = first.double() * second.double()
+    expected = torch.tensor([math.inf, math.inf, 0.0, 0.0, math.nan, 1.0, 1.0, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(product, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def test_the_exponential_in_float32_is_within_units_in_the_last_place():

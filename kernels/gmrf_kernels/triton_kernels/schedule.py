@@ -126,6 +126,17 @@ def tile(grid: tuple[int, ...], samples: int, offsets: int, dtype: torch.dtype) 
 
 # --- Wavefronts (solve.py) ---
 
+# Stages of a loop whose loads are copied asynchronously into shared memory, and in bands, whose steps take longer; what the
+# copies of a program may take of it; and the fewest bytes that are copied so.
+_STAGES = 4
+_STAGES_IN_BANDS = 3
+_COPIED_BYTES = 72 * 1024
+_COPY_BYTES = 4
+
+# Bytes of coefficients that a lane copies by one load of several offsets. With a load for each the compiler takes ten times as
+# long; it schedules larger ones worse.
+_GROUP_BYTES = 128
+
 # Lanes of a program: one warp, whose lanes pass values to each other by shuffles.
 _LANES = 32
 
@@ -156,6 +167,8 @@ class Wavefronts:
         row_lanes: lanes for the rows of one plane of an item.
         band: rows of a band; 0 where a program solves all rows of its items.
         steps_per_flag: steps of a band between two flags.
+        stages: of the loop over steps, where its loads can be copied asynchronously; 1 where they are not.
+        group: offsets whose coefficients are copied by one load.
     """
 
     sites: int
@@ -164,6 +177,8 @@ class Wavefronts:
     row_lanes: int
     band: int
     steps_per_flag: int
+    stages: int
+    group: int
 
 
 @functools.cache
@@ -180,7 +195,18 @@ def wavefronts(offsets: Offsets, grid: tuple[int, int, int], items: int, dtype: 
         band = row_lanes = triton.cdiv(height, triton.cdiv(height, _LANES))
     fit = _LANES // (row_lanes if band else depth * row_lanes)
     taken = min(fit, max(1, items // _WARPS_AT_WORK))
-    return Wavefronts(sites, _LANES, taken, row_lanes, band, _STEPS_PER_FLAG if band else 0)
+    stages = _stages(len(offsets), sites, dtype, band)
+    group = max(1, _GROUP_BYTES // (sites * dtype.itemsize))
+    steps_per_flag = _STEPS_PER_FLAG if band else 0
+    return Wavefronts(sites, _LANES, taken, row_lanes, band, steps_per_flag, stages, group)
+
+
+def _stages(offsets: int, sites: int, dtype: torch.dtype, band: int) -> int:
+    """Stages of the loop: one where loads are too small to be copied, or what is copied would need too much shared memory."""
+    stages = _STAGES_IN_BANDS if band else _STAGES
+    step = _LANES * sites * (offsets * dtype.itemsize + 2 * max(4, dtype.itemsize))
+    # One stage computes, all others copy.
+    return stages if sites * dtype.itemsize >= _COPY_BYTES and (stages - 1) * step <= _COPIED_BYTES else 1
 
 
 def _block_sites(offsets: Offsets, width: int, dtype: torch.dtype) -> int:

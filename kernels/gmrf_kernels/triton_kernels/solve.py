@@ -4,7 +4,8 @@
 another. A program is one warp, and a step of it passes blocks between lanes by shuffles: no barrier and no memory lie between
 one wavefront and the next. Its lanes are the rows active at one time, of as many items (pairs of an image and a sample) as fit,
 consecutive samples first, so that samples of one factor load the same addresses with the same instruction. The coefficients
-of a step are loaded one step ahead, each into the registers that the step before has just left.
+of a step are copied into shared memory some steps ahead, where tensors stand in aligned blocks; else they are loaded one step
+ahead, each into the registers that the step before has just left.
 
 Where more rows are active at once than a program has lanes, bands of rows are programs that follow each other: a band reads
 from memory what its rows need of the bands before it, and waits for those where they are not far enough. Bands take their
@@ -20,18 +21,23 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import current_target, is_cuda
 
 from ..stencils import Offsets
 from . import schedule
-from .exponential import exp
+from .exponential import exp, exp_in_factors
 from .geometry import grid3, offsets3, on_device_of, spans_32_bits, strides3
-from .unrolling import PlaneBefore, Term, Tile, Window, constants, positions
+from .unrolling import Edge, Group, PlaneBefore, Term, Tile, Window, constants, positions
 
 # Where the fields stand in the tuples from which the kernel unrolls its code: inside of a tuple Triton knows no names.
-_PLANES, _ROWS, _OFFSET, _SHIFT, _FROM, _TO, _TERMS, _TERMS_END = positions(Tile)
+_PLANES, _ROWS, _OFFSET, _SHIFT, _FROM, _TO, _TERMS, _TERMS_END, _PLACE, _CARRIED = positions(Tile)
+_START, _END, _LOADS = positions(Group)
 _PLANES, _ROWS, _YOUNGEST, _COUNT, _FIRST, _PASSED_ON, _PLANES_TO_SOURCE, _ROWS_TO_SOURCE = positions(Window)
 _PLANES, _ROWS, _MOST_ROWS, _FIRST_BAND, _BANDS = positions(PlaneBefore)
-_SITE, _TILE, _ENTRY, _VALUE, _BOUND = positions(Term)
+_SITE, _TILE, _ENTRY, _VALUE, _BOUND, _EDGE = positions(Term)
+_SITE, _EDGE_BOUND = positions(Edge)
+
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # Later than every step.
 _DONE = tl.constexpr(2**30)
@@ -49,8 +55,11 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     bands = depth * -(-height // chosen.band) if chosen.band else 1
     x = torch.empty_like(b, memory_format=torch.contiguous_format)
     counters = torch.zeros(1 + bands * groups, dtype=torch.int32, device=b.device) if chosen.band else None
+    vectors = [_in_vectors(tensor, chosen.sites) for tensor in (diag, off_diag, b)]
+    full = width % chosen.sites == 0
     wide = spans_32_bits(off_diag, ndim=ndim + 1) or spans_32_bits(diag, b, x, ndim=ndim)
     with on_device_of(b):
+        stages = chosen.stages if full and all(vectors) and _copies_asynchronously() else 1
         _solve[(bands * groups,)](
             *(diag, diag.stride(0), *strides3(diag, ndim)),
             *(off_diag, off_diag.stride(0), off_diag.stride(1), *strides3(off_diag, ndim)),
@@ -58,20 +67,29 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
             *(x, counters),
             *(samples, samples * batch, depth, height, width),
             *(groups, chosen.items, chosen.row_lanes),
-            **constants(offsets, chosen.sites, width % chosen.sites == 0, chosen.band, transpose),
+            **constants(offsets, chosen.sites, full, chosen.band, transpose, chosen.group if stages > 1 else 0),
             TRANSPOSE=transpose,
             LOG=log,
-            DIAG_VECTORS=_in_vectors(diag, chosen.sites),
-            OFF_VECTORS=_in_vectors(off_diag, chosen.sites),
-            B_VECTORS=_in_vectors(b, chosen.sites),
+            DIAG_VECTORS=vectors[0],
+            OFF_VECTORS=vectors[1],
+            B_VECTORS=vectors[2],
             V=chosen.sites,
             LANES=chosen.lanes,
             BAND=chosen.band,
             PUBLISH=chosen.steps_per_flag,
+            TURNS=not chosen.band and height > chosen.row_lanes,
+            STAGES=stages,
             INDEX=tl.int64 if wide else tl.int32,
             num_warps=1,
         )
     return x
+
+
+def _copies_asynchronously() -> bool:
+    """The GPU can copy from memory to shared memory while it computes, and the compiler knows how to."""
+    target = current_target()
+    # The interpreter, on a machine with no GPU, takes the same steps.
+    return target is None or (target.backend == "cuda" and target.arch >= 80)
 
 
 def _in_vectors(tensor: Tensor, sites: int) -> bool:
@@ -117,6 +135,10 @@ def _solve(
     items,  # in a group
     row_lanes,  # lanes of one plane of one item
     TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    CARRIED: tl.constexpr,  # tiles that a lane keeps from the step before
+    AHEAD: tl.constexpr,  # steps before a row's first block in which a lane loads for the row already
+    EDGES: tl.constexpr,  # of the grid, whose terms are added up by themselves
     KNOWN: tl.constexpr,
     NEW: tl.constexpr,
     WINDOWS: tl.constexpr,
@@ -134,11 +156,16 @@ def _solve(
     V: tl.constexpr,  # sites of a block
     LANES: tl.constexpr,
     BAND: tl.constexpr,  # rows of a band; 0 where a program solves all rows
-    LEAD: tl.constexpr,  # steps in which a band only gathers from others, before its own first
+    LEAD: tl.constexpr,  # steps before the first that solves, in which values are only gathered
     YOUNGEST: tl.constexpr,  # age of the youngest block that a band takes from others
     PUBLISH: tl.constexpr,  # steps from one flag of a band to the next
+    TURNS: tl.constexpr,  # lanes go on from the end of a row to another
+    STAGES: tl.constexpr,  # of the loop, with loads that are copied asynchronously; 1 with loads a step ahead
     INDEX: tl.constexpr,
 ):
+    COPIED: tl.constexpr = STAGES > 1
+    # What stands for a diagonal where there is no site.
+    UNIT: tl.constexpr = 0.0 if LOG else 1.0
     dtype = x_ptr.dtype.element_ty
     blocks = tl.cdiv(W, V)
     if BAND > 0:
@@ -187,132 +214,173 @@ def _solve(
 
     begin = PLANE_SLOPE * first_plane + ROW_SLOPE * first_row
     end = begin + PLANE_SLOPE * (planes - 1) + ROW_SLOPE * (rows - 1) + blocks
+    begin -= LEAD
     if BAND > 0:
-        begin -= LEAD
         progress = counter_ptr + 1 + group * (D * bands_per_plane)
         bands_read = _bands_read(first_plane, first_row, bands_per_plane, BANDS_BEFORE, BAND, BANDS_READ)
         read_begins = bands_read // bands_per_plane * PLANE_SLOPE + bands_read % bands_per_plane * (BAND * ROW_SLOPE)
         # No band has been seen yet: the first step waits for what it reads.
         seen = begin - YOUNGEST
 
-    # The first step solves nothing, it only loads for the next.
+    # The first step solves nothing: it only loads for the next, what is not copied, and what comes from other bands.
     kept = _filled(0.0, dtype, KEPT, LANES)
     rights = _filled(0.0, dtype, V, LANES)
-    diagonal = _filled(1.0, dtype, V, LANES)
+    diagonal = _filled(UNIT, dtype, V, LANES)
     tiles = ()
     for i in tl.static_range(len(TILES)):
-        tiles += (_filled(0.0, off_ptr.dtype.element_ty, TILES[i][_TO] - TILES[i][_FROM], LANES),)
-    row = first_row + row_lane
-    block = begin - 1 - PLANE_SLOPE * plane - ROW_SLOPE * row
-    # Where there are more rows than lanes, a lane goes on from the end of one row to another.
-    period = tl.where(rows > row_lanes, ROW_SLOPE * row_lanes, _DONE)
+        if not COPIED or TILES[i][_CARRIED] >= 0:
+            tiles += (_filled(0.0, off_ptr.dtype.element_ty, TILES[i][_TO] - TILES[i][_FROM], LANES),)
+    # A lane begins its first row in this step. Where there are more rows than lanes it goes on from the end of one to another:
+    # all do so after the same number of steps, in which turns of the first lane are counted.
+    start = PLANE_SLOPE * plane + ROW_SLOPE * (first_row + row_lane)
+    period = ROW_SLOPE * row_lanes
+    turns_before = 0
+    if TURNS:
+        turns_before = start // period
+        start = start % period
+    phase = period - 1
+    turn = -1
 
-    for step in range(begin - 1, end):
-        live = has_item & (row < H) & (block >= 0) & (block < blocks)
+    for step in tl.range(begin - 1, end, num_stages=STAGES):
+        row, block = _place(step, phase, turn, start, turns_before, period, first_row + row_lane, row_lanes, AHEAD, TURNS)
+        live = has_item & _below(row, H) & _below(block, blocks)
         column = (blocks - 1 - block if TRANSPOSE else block) * V
         x_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
+        turn_ends = phase + 1 == period
+        phase = tl.where(turn_ends, 0, phase + 1)
+        turn = tl.where(turn_ends, turn + 1, turn)
 
-        # The place of the next step, whose values are loaded into the registers that this step leaves.
-        row_ends = block + 1 == period
-        row = tl.where(row_ends, row + row_lanes, row)
-        block = tl.where(row_ends, 0, block + 1)
-        next_live = has_item & (row < H) & (block >= 0) & (block < blocks)
-        next_row = (H - 1 - row if TRANSPOSE else row).to(INDEX)
-        next_column = (blocks - 1 - block if TRANSPOSE else block) * V
+        load_row, load_block, load_live = row, block, live
+        if not COPIED:
+            # The place of the next step, whose values are loaded into the registers that this step leaves.
+            load_row, load_block = _place(
+                step + 1, phase, turn, start, turns_before, period, first_row + row_lane, row_lanes, AHEAD, TURNS
+            )
+            load_live = has_item & _below(load_row, H) & _below(load_block, blocks)
+        site_row = (H - 1 - load_row if TRANSPOSE else load_row).to(INDEX)
+        site_column = (blocks - 1 - load_block if TRANSPOSE else load_block) * V
 
-        divisors = ()
-        for i in tl.static_range(V):
-            divisors += (exp(diagonal[i]) if LOG else diagonal[i],)
+        place = b + (site_row * b_h + site_column.to(INDEX) * b_w)
+        next_rights = _load(place, b_w, site_column, W, load_live, 0.0, 0, V, V, FULL, B_VECTORS, False)
+        place = diag + (site_row * diag_h + site_column.to(INDEX) * diag_w)
+        next_diagonal = _load(place, diag_w, site_column, W, load_live, UNIT, 0, V, V, FULL, DIAG_VECTORS, False)
+        if COPIED:
+            rights, diagonal = next_rights, next_diagonal
+
         sums = rights
-        place = b + next_row * b_h + next_column.to(INDEX) * b_w
-        rights = _load(place, b_w, next_column, W, next_live, 0.0, 0, V, V, FULL, B_VECTORS, False)
-        place = diag + next_row * diag_h + next_column.to(INDEX) * diag_w
-        next_diagonal = _load(place, diag_w, next_column, W, next_live, 1.0, 0, V, V, FULL, DIAG_VECTORS, False)
-
-        place = next_row * off_h + next_column.to(INDEX) * off_w
+        edges = _filled(0.0, dtype, len(EDGES), LANES)
+        place = site_row * off_h + site_column.to(INDEX) * off_w
         next_tiles = ()
+        if COPIED:
+            kept_tiles = tiles
+            tiles = ()
+            for g in tl.static_range(len(GROUPS)):
+                copied = _copy(
+                    off,
+                    place,
+                    off_k,
+                    off_d,
+                    off_h,
+                    off_w,
+                    plane,
+                    load_row,
+                    load_block,
+                    load_live,
+                    has_item,
+                    H,
+                    blocks,
+                    TILES,
+                    GROUPS,
+                    g,
+                    TRANSPOSE,
+                    V,
+                )
+                for i in tl.static_range(tl.constexpr(GROUPS[g][_START]), tl.constexpr(GROUPS[g][_END])):
+                    columns = _columns(copied, TILES[i][_PLACE] * V + TILES[i][_FROM], TILES[i][_PLACE] * V + TILES[i][_TO])
+                    if TILES[i][_CARRIED] >= 0:
+                        tiles += (kept_tiles[TILES[i][_CARRIED]],)
+                        next_tiles += (columns,)
+                    else:
+                        tiles += (columns,)
         for i in tl.static_range(len(TILES)):
             for j in tl.static_range(tl.constexpr(TILES[i][_TERMS]), tl.constexpr(TILES[i][_TERMS_END])):
-                sums = _subtract(
-                    sums, KNOWN[j][_SITE], tiles[i][KNOWN[j][_ENTRY]], kept[KNOWN[j][_VALUE]], column, W, KNOWN[j][_BOUND]
-                )
-            # Only now that its registers are free the next tile is loaded.
-            exists = next_live & _has_row(plane, row, H, TILES[i][_PLANES], TILES[i][_ROWS])
-            distance = TILES[i][_OFFSET] * off_k
-            there = next_column
-            if not TRANSPOSE:
-                exists = exists & (block >= TILES[i][_SHIFT]) & (block - TILES[i][_SHIFT] < blocks)
-                distance -= TILES[i][_PLANES] * off_d + TILES[i][_ROWS] * off_h + TILES[i][_SHIFT] * V * off_w
-                there -= TILES[i][_SHIFT] * V
-            next_tiles += (
-                _load(
-                    off + (place + distance),
-                    off_w,
-                    there,
-                    W,
-                    exists,
-                    0.0,
-                    TILES[i][_FROM],
-                    TILES[i][_TO],
-                    V,
-                    FULL,
-                    OFF_VECTORS,
-                    False,
-                ),
-            )
-
-        arriving = ()
-        if BAND > 0:
-            seen = _wait(seen, step + 2 - YOUNGEST, progress, bands_read, read_begins)
-            for q in tl.static_range(1, len(WINDOWS)):
-                exists = has_item & _has_row(plane, row, H, WINDOWS[q][_PLANES], WINDOWS[q][_ROWS])
-                if WINDOWS[q][_PASSED_ON] >= 0:
-                    exists = exists & (ours[q] == 0)
-                exists = exists & (block >= WINDOWS[q][_YOUNGEST]) & (block - WINDOWS[q][_YOUNGEST] < blocks)
-                way = (WINDOWS[q][_PLANES] * H + WINDOWS[q][_ROWS]).to(tl.int64) * W + WINDOWS[q][_YOUNGEST] * V
-                there = next_column + (WINDOWS[q][_YOUNGEST] * V if TRANSPOSE else -WINDOWS[q][_YOUNGEST] * V)
-                pointers = x + next_row * W + next_column + (way if TRANSPOSE else -way)
-                arriving += _load(pointers, 1, there, W, exists, 0.0, 0, V, V, FULL, FULL, True)
-
-        # The recursion along the block. Solutions are kept with their sign turned, so that a term is one fused operation.
-        turned = ()
-        for i in tl.static_range(V):
-            for j in tl.static_range(len(NEW)):
-                if NEW[j][_SITE] == (V - 1 - i if TRANSPOSE else i):
-                    sums = _subtract(
-                        sums,
-                        NEW[j][_SITE],
-                        tiles[NEW[j][_TILE]][NEW[j][_ENTRY]],
-                        turned[NEW[j][_VALUE]],
-                        column,
+                entry, value = tiles[i][KNOWN[j][_ENTRY]], kept[KNOWN[j][_VALUE]]
+                if KNOWN[j][_EDGE] >= 0:
+                    edges = _subtract(edges, KNOWN[j][_EDGE], entry, value)
+                else:
+                    sums = _subtract(sums, KNOWN[j][_SITE], _on_grid(entry, column, W, KNOWN[j][_BOUND]), value)
+            if not COPIED:
+                # Only now that its registers are free the next tile is loaded.
+                exists = load_live & _has_row(plane, load_row, H, TILES[i][_PLANES], TILES[i][_ROWS])
+                there = site_column
+                if not TRANSPOSE:
+                    exists = exists & _below(load_block - TILES[i][_SHIFT], blocks)
+                    there -= TILES[i][_SHIFT] * V
+                distance = _distance(off_k, off_d, off_h, off_w, TILES, i, TRANSPOSE, V)
+                next_tiles += (
+                    _load(
+                        off + (place + distance),
+                        off_w,
+                        there,
                         W,
-                        NEW[j][_BOUND],
-                    )
-            quotient = _divide(sums[V - 1 - i if TRANSPOSE else i], divisors[V - 1 - i if TRANSPOSE else i])
-            exists = live if FULL else live & (column + (V - 1 - i if TRANSPOSE else i) < W)
-            # Every lane passes on what it has: 0 where there is no site.
-            turned += (tl.where(exists, 0.0 - quotient, 0.0),)
+                        exists,
+                        0.0,
+                        TILES[i][_FROM],
+                        TILES[i][_TO],
+                        V,
+                        FULL,
+                        OFF_VECTORS,
+                        False,
+                    ),
+                )
+        for e in tl.static_range(len(EDGES)):
+            sums = _add(sums, EDGES[e][_SITE], _on_grid(edges[e], column, W, EDGES[e][_EDGE_BOUND]))
+
+        # The recursion along the block, in which solutions are in the order of the solve.
+        new = ()
+        for i in tl.static_range(V):
+            solution = _divided(
+                _in_block(sums, V - 1 - i if TRANSPOSE else i, tiles, new, column, W, NEW),
+                diagonal[V - 1 - i if TRANSPOSE else i],
+                LOG,
+            )
+            if not FULL:
+                solution = tl.where(live & (column + (V - 1 - i if TRANSPOSE else i) < W), solution, 0.0)
+            new += (solution,)
         solved = ()
         moved = ()
         for i in tl.static_range(V):
-            solved += (0.0 - turned[V - 1 - i if TRANSPOSE else i],)
-            moved += (turned[V - 1 - i if TRANSPOSE else i],)
-        _store(x + x_row * W + column, solved, column, W, live, V, FULL)
+            solution = new[V - 1 - i if TRANSPOSE else i]
+            solved += (solution,)
+            # Every lane passes on what it has: 0 where there is no site.
+            moved += (tl.where(live, solution, 0.0) if FULL else solution,)
+        _store(x + (x_row * W + column), solved, column, W, live, V, FULL)
+
+        arriving = _filled(0.0, dtype, (len(WINDOWS) - 1) * V if BAND > 0 else 0, LANES)
+        if BAND > 0:
+            seen = _wait(seen, step + 2 - YOUNGEST, progress, bands_read, read_begins)
+            # Inside of a branch, which the compiler moves no load out of.
+            if seen >= step + 2 - YOUNGEST:
+                arriving = _arriving(
+                    x, plane, row, block, x_row, column, has_item, ours, H, W, blocks, WINDOWS, TRANSPOSE, FULL, V
+                )
 
         # The windows move on by a step.
         for q in tl.static_range(len(WINDOWS)):
             if q > 0:
                 for i in tl.static_range(V):
-                    youngest = 0.0 - arriving[(q - 1) * V + i] if BAND > 0 else 0.0
+                    youngest = arriving[(q - 1) * V + i] if BAND > 0 else 0.0
                     if WINDOWS[q][_PASSED_ON] >= 0:
                         passed_on = tl.gather(moved[WINDOWS[q][_PASSED_ON] * V + i], sources[q], 0)
                         youngest = tl.where(ours[q], passed_on, youngest)
                     moved += (youngest,)
             for i in tl.static_range(tl.constexpr((WINDOWS[q][_COUNT] - 1) * V)):
-                moved += (kept[WINDOWS[q][_FIRST] * V + i],)
+                moved += (_renewed(kept[WINDOWS[q][_FIRST] * V + i]),)
         kept = moved
         tiles = next_tiles
-        diagonal = next_diagonal
+        if not COPIED:
+            rights = next_rights
+            diagonal = next_diagonal
 
         if BAND > 0:
             _publish(progress + band, step + 1, (step - begin) % PUBLISH == PUBLISH - 1)
@@ -340,8 +408,9 @@ def _load(
     CACHE: tl.constexpr = ".cg" if SHARED else ""
     columns = ()
     if VECTORS:
-        tile = tl.load(_vectors(first, V), lanes[:, None], other=other, cache_modifier=CACHE)
-        whole = _split(tile, V)
+        # Of three axes, for the columns to be laid out as those of groups are: else the compiler keeps windows in both ways.
+        tile = tl.load(_vectors(first, V)[None, :, :], lanes[None, :, None], other=other, cache_modifier=CACHE)
+        whole = _split(tl.reshape(tile, (lanes.shape[0], V)), V)
         for i in tl.static_range(FROM, TO):
             columns += (whole[i],)
     else:
@@ -372,7 +441,7 @@ def _vectors(first, V: tl.constexpr):
 def _split(tile, V: tl.constexpr):
     """The V columns of a tile (LANES, V). They are in registers of their lanes already: no data moves."""
     columns = (tile,)
-    for i in tl.static_range(5):
+    for i in tl.static_range(8):
         if V >> i > 1:
             even = ()
             odd = ()
@@ -411,9 +480,28 @@ def _filled(value, dtype: tl.constexpr, COUNT: tl.constexpr, LANES: tl.constexpr
 
 
 @triton.jit
+def _place(step, phase, turn, start, turns_before, period, first_row, row_lanes, AHEAD: tl.constexpr, TURNS: tl.constexpr):
+    """Row and block that each lane is at; a row begins with blocks before the first, so many ``AHEAD``."""
+    if TURNS:
+        late = phase < start
+        block = phase - start - AHEAD + tl.where(late, period, 0)
+        row = first_row + (turn - turns_before) * row_lanes - tl.where(late, row_lanes, 0)
+    else:
+        block = step - start
+        row = first_row
+    return row, block
+
+
+@triton.jit
+def _below(index, size):
+    """0 <= index < size, in one comparison."""
+    return index.to(tl.uint32, bitcast=True) < size.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _has_row(plane, row, H, PLANES: tl.constexpr, ROWS: tl.constexpr):
     """The row so many planes and rows before this one exists."""
-    exists = row < H
+    exists = _below(row, H)
     if PLANES > 0:
         exists = exists & (plane >= PLANES)
     if ROWS > 0:
@@ -424,26 +512,159 @@ def _has_row(plane, row, H, PLANES: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _divide(a, b):
-    """The correctly rounded quotient."""
+def _divided(a, diagonal, LOG: tl.constexpr):
+    """a over the diagonal, correctly rounded where its logarithm is not what is given."""
     if a.dtype == tl.float32:
-        return tl.div_rn(a, b)
+        if LOG:
+            first, second = exp_in_factors(diagonal * -1.0)
+            return a * first * second
+        else:
+            return tl.div_rn(a, diagonal)
     else:
-        return a / b
+        return a / (exp(diagonal) if LOG else diagonal)
 
 
 @triton.jit
-def _subtract(sums, SITE: tl.constexpr, entry, turned, column, W, BOUND: tl.constexpr):
-    """The sums, that of one site less a term: the entry, if it exists, times a solution whose sign is turned."""
+def _on_grid(entry, column, W, BOUND: tl.constexpr):
+    """The entry, or 0 where the neighbour is not on the grid."""
     if BOUND < 0:
         entry = tl.where(column + BOUND >= 0, entry, 0.0)
     elif BOUND > 0:
         entry = tl.where(column + BOUND < W, entry, 0.0)
-    rest = tl.fma(entry.to(turned.dtype), turned, sums[SITE])
+    return entry
+
+
+@triton.jit
+def _subtract(sums, NUMBER: tl.constexpr, entry, solution):
+    """The sums, one of them less a term."""
     rests = ()
     for i in tl.static_range(len(sums)):
-        rests += (rest if i == SITE else sums[i],)
+        rests += (_less(sums[i], entry, solution) if i == NUMBER else sums[i],)
     return rests
+
+
+@triton.jit
+def _add(sums, NUMBER: tl.constexpr, part):
+    """The sums, one of them with a part that was added up by itself."""
+    joined = ()
+    for i in tl.static_range(len(sums)):
+        joined += (sums[i] + part if i == NUMBER else sums[i],)
+    return joined
+
+
+@triton.jit
+def _in_block(sums, SITE: tl.constexpr, tiles, new, column, W, NEW: tl.constexpr):
+    """The sum of one site less the terms whose solutions are in its own block."""
+    rest = sums[SITE]
+    for j in tl.static_range(len(NEW)):
+        if NEW[j][_SITE] == SITE:
+            entry = _on_grid(tiles[NEW[j][_TILE]][NEW[j][_ENTRY]], column, W, NEW[j][_BOUND])
+            rest = _less(rest, entry, new[NEW[j][_VALUE]])
+    return rest
+
+
+@triton.jit
+def _less(rest, entry, solution):
+    # Times -1 costs nothing: the sign is turned where the product reads it.
+    return tl.fma(entry.to(solution.dtype) * -1.0, solution, rest)
+
+
+@triton.jit
+def _renewed(x):
+    """The same number. The compiler does not know that, and overlaps no steps of a loop that hands on values unchanged."""
+    return tl.fma(x, 1.0, -0.0)
+
+
+@triton.jit
+def _distance(off_k, off_d, off_h, off_w, TILES: tl.constexpr, INDEX: tl.constexpr, TRANSPOSE: tl.constexpr, V: tl.constexpr):
+    """From a block of sites to the coefficients of a tile."""
+    distance = TILES[INDEX][_OFFSET] * off_k
+    if not TRANSPOSE:
+        distance -= TILES[INDEX][_PLANES] * off_d + TILES[INDEX][_ROWS] * off_h + TILES[INDEX][_SHIFT] * V * off_w
+    return distance
+
+
+@triton.jit
+def _copy(
+    off,
+    place,
+    off_k,
+    off_d,
+    off_h,
+    off_w,
+    plane,
+    row,
+    block,
+    live,
+    has_item,
+    H,
+    blocks,
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    NUMBER: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    V: tl.constexpr,
+):
+    """The coefficients of a group, so many tensors (LANES,): V of each tile that it loads."""
+    COUNT: tl.constexpr = GROUPS[NUMBER][_LOADS]
+    LANES: tl.constexpr = live.shape[0]
+    index = tl.arange(0, COUNT)[:, None]
+    distance = tl.full((COUNT, 1), 0, off_k.dtype)
+    exists = tl.full((COUNT, LANES), False, tl.int1)
+    for i in tl.static_range(tl.constexpr(GROUPS[NUMBER][_START]), tl.constexpr(GROUPS[NUMBER][_END])):
+        if TILES[i][_CARRIED] < 0:
+            its = index == TILES[i][_PLACE]
+            distance = tl.where(its, _distance(off_k, off_d, off_h, off_w, TILES, i, TRANSPOSE, V), distance)
+            its_block = live if TRANSPOSE else has_item & _below(block - TILES[i][_SHIFT], blocks)
+            its_exists = its_block & _has_row(plane, row, H, TILES[i][_PLANES], TILES[i][_ROWS])
+            exists = tl.where(its, its_exists[None, :], exists)
+    # Of two axes, so that in shared memory too lanes follow each other, and none waits for another that reads the same bank.
+    pointers = _vectors(tl.reshape(off[None, :] + (place[None, :] + distance), (COUNT * LANES,)), V)
+    tiles = tl.load(pointers, tl.reshape(exists, (COUNT * LANES,))[:, None], other=0.0)
+    tiles = tl.permute(tl.reshape(tiles, (COUNT, LANES, V)), (1, 0, 2))
+    return _split(tl.reshape(tiles, (LANES, COUNT * V)), COUNT * V)
+
+
+@triton.jit
+def _columns(columns, FROM: tl.constexpr, TO: tl.constexpr):
+    """Some of them."""
+    taken = ()
+    for i in tl.static_range(FROM, TO):
+        taken += (columns[i],)
+    return taken
+
+
+@triton.jit
+def _arriving(
+    x,
+    plane,
+    row,
+    block,
+    x_row,
+    column,
+    has_item,
+    ours,
+    H,
+    W,
+    blocks,
+    WINDOWS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+    FULL: tl.constexpr,
+    V: tl.constexpr,
+):
+    """The youngest block of each window but the first, where another program has solved it, as the next step needs it."""
+    arriving = ()
+    for q in tl.static_range(1, len(WINDOWS)):
+        exists = has_item & _has_row(plane, row, H, WINDOWS[q][_PLANES], WINDOWS[q][_ROWS])
+        if WINDOWS[q][_PASSED_ON] >= 0:
+            exists = exists & (ours[q] == 0)
+        # Seen from the block of this step, which comes before that of the next.
+        exists = exists & _below(block - (WINDOWS[q][_YOUNGEST] - 1), blocks)
+        way = (WINDOWS[q][_PLANES] * H + WINDOWS[q][_ROWS]).to(tl.int64) * W + (WINDOWS[q][_YOUNGEST] - 1) * V
+        there = column + ((WINDOWS[q][_YOUNGEST] - 1) * V if TRANSPOSE else (1 - WINDOWS[q][_YOUNGEST]) * V)
+        pointers = x + (x_row * W + column) + (way if TRANSPOSE else -way)
+        arriving += _load(pointers, 1, there, W, exists, 0.0, 0, V, V, FULL, FULL, True)
+    return arriving
 
 
 @triton.jit
@@ -472,7 +693,7 @@ def _wait(seen, needed, progress, bands, begins):
             # Whoever has not begun yet has nothing to do before its first step.
             seen = tl.min(tl.where(bands >= 0, tl.maximum(done, begins), _DONE), axis=0)
         # The lanes that have seen the flags let the others read.
-        tl.debug_barrier()
+        _synchronize()
     return seen
 
 
@@ -481,5 +702,15 @@ def _publish(progress, step, now):
     """Let other programs know that all steps before this one are done."""
     if now:
         # The flag must not be seen before what the other lanes of this program have written.
-        tl.debug_barrier()
+        _synchronize()
         tl.atomic_xchg(progress, step, sem="release")
+
+
+@triton.jit
+def _synchronize():
+    """Order what the lanes of a program read and write."""
+    if is_cuda() and not _INTERPRETED:
+        # The compiler overlaps no steps of a loop in which it knows of a barrier.
+        tl.inline_asm_elementwise("bar.sync 0; mov.u32 $0, 0;", "=r,~{memory}", [], tl.int32, is_pure=False, pack=1)
+    else:
+        tl.debug_barrier()

@@ -4,6 +4,7 @@ The kernel has each of these as a constant.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -24,6 +25,16 @@ class Tile(NamedTuple):
     end: int
     first_term: int  # among the known ones
     end_term: int
+    place: int  # in its group
+    carried: int  # number among the tiles that a lane keeps from the step before, instead of loading them; -1 where it loads
+
+
+class Group(NamedTuple):
+    """Tiles whose coefficients are copied by one load."""
+
+    start: int  # its first tile
+    end: int
+    loads: int  # tiles that are loaded, a power of two
 
 
 class Term(NamedTuple):
@@ -34,6 +45,14 @@ class Term(NamedTuple):
     entry: int  # column of the tile
     value: int  # number of the solution: in the windows, or in the order of the solve where it is one of the block itself
     bound: int  # where not 0, the term exists only if the site's column + bound lies on the grid
+    edge: int  # number of the edge whose terms are added up by themselves, or -1
+
+
+class Edge(NamedTuple):
+    """Terms that exist together or not at all."""
+
+    site: int
+    bound: int
 
 
 class Window(NamedTuple):
@@ -65,13 +84,25 @@ def positions(fields: type[tuple]) -> tuple[tl.constexpr, ...]:
 
 
 @functools.cache
-def constants(offsets: Offsets, sites: int, full: bool, band: int, transpose: bool) -> dict[str, object]:
-    """What the kernel is unrolled from, for a stencil and blocks of ``sites`` sites that are all ``full`` or not."""
+def constants(offsets: Offsets, sites: int, full: bool, band: int, transpose: bool, group: int) -> dict[str, object]:
+    """What the kernel is unrolled from, for a stencil and blocks of ``sites`` sites that are all ``full`` or not.
+
+    Where its loads are copied asynchronously, those of up to ``group`` offsets are one, and L loads each coefficient once;
+    else ``group`` is 0.
+    """
     order = plan(offsets, sites, one_plane=band > 0)
-    tiles, known, new = terms_of(offsets, order, sites, full, transpose)
+    tiles, known, new, edges = terms_of(offsets, order, sites, full, transpose)
+    groups = ()
+    if group:
+        tiles, groups = _grouped(tiles, group)
     bands_before = _bands_before(order, band) if band else ()
+    ahead = max([0, *(-tile.shift for tile in tiles)]) if group else 0
     return {
         "TILES": tiles,
+        "GROUPS": groups,
+        "CARRIED": sum(tile.carried >= 0 for tile in tiles),
+        "AHEAD": ahead,
+        "EDGES": edges,
         "KNOWN": known,
         "NEW": new,
         "WINDOWS": _windows(order),
@@ -81,15 +112,16 @@ def constants(offsets: Offsets, sites: int, full: bool, band: int, transpose: bo
         "FULL": full,
         "BANDS_BEFORE": bands_before,
         "BANDS_READ": triton.next_power_of_2(max(1, sum(plane.bands for plane in bands_before))),
-        "LEAD": order.lead,
+        "LEAD": max(order.lead if band else 0, ahead),
         "YOUNGEST": order.youngest,
     }
 
 
 def terms_of(
     offsets: Offsets, order: Plan, sites: int, full: bool, transpose: bool
-) -> tuple[tuple[Tile, ...], tuple[Term, ...], tuple[Term, ...]]:
-    """The tiles that a block of sites meets, the terms whose solutions are in the windows, and those of the block itself.
+) -> tuple[tuple[Tile, ...], tuple[Term, ...], tuple[Term, ...], tuple[Edge, ...]]:
+    """The tiles that a block of sites meets, the terms whose solutions are in the windows, and those of the block itself; the
+    edges of the grid at which some of the former do not exist, where blocks are ``full``.
 
     A tile is loaded as a whole. The load itself leaves out what does not exist in L.
     """
@@ -113,12 +145,33 @@ def terms_of(
                 blocks = neighbour // sites if transpose else shift
                 place = (site, len(tiles), column - first)
                 if window.rows == window.planes == 0 and blocks == 0:
-                    new.append(Term(*place, sites - 1 - neighbour if transpose else neighbour, bound))
+                    new.append(Term(*place, sites - 1 - neighbour if transpose else neighbour, bound, -1))
                 else:
                     kept = window.first + blocks - window.blocks
-                    known.append(Term(*place, kept * sites + neighbour % sites, bound))
-            tiles.append(Tile(planes, rows, k, shift, first, last, first_term, len(known)))
-    return tuple(tiles), tuple(known), tuple(new)
+                    known.append(Term(*place, kept * sites + neighbour % sites, bound, -1))
+            tiles.append(Tile(planes, rows, k, shift, first, last, first_term, len(known), 0, -1))
+    # Whole blocks exist or not, so that few bounds decide on many terms.
+    edges = sorted({Edge(term.site, term.bound) for term in known if term.bound}) if full else []
+    numbers = {edge: number for number, edge in enumerate(edges)}
+    known = [term._replace(edge=numbers.get((term.site, term.bound), -1)) for term in known]
+    return tuple(tiles), tuple(known), tuple(new), tuple(edges)
+
+
+def _grouped(tiles: Sequence[Tile], most: int) -> tuple[tuple[Tile, ...], tuple[Group, ...]]:
+    """The tiles with their places in groups. Of two of an offset the first is loaded, the other was so a step before."""
+    loaded = [i for i, tile in enumerate(tiles) if i == 0 or tiles[i - 1].offset != tile.offset]
+    ends = [*loaded[1:], len(tiles)]
+    placed, groups, carried = [], [], 0
+    while loaded:
+        count = min(most, 1 << (len(loaded).bit_length() - 1))
+        for place, (first, end) in enumerate(zip(loaded[:count], ends[:count], strict=True)):
+            placed.append(tiles[first]._replace(place=place))
+            for tile in tiles[first + 1 : end]:
+                placed.append(tile._replace(place=place, carried=carried))
+                carried += 1
+        groups.append(Group(loaded[0], ends[count - 1], count))
+        loaded, ends = loaded[count:], ends[count:]
+    return tuple(placed), tuple(groups)
 
 
 def _windows(order: Plan) -> tuple[Window, ...]:
