@@ -8,7 +8,16 @@ from torch import Tensor, nn
 import banded_gmrf as bg
 
 from .graph import predicted_factor
-from .layers import MAX_LOG_RATIO, check_features, check_positive_int, check_stddev, check_stencil, conv, soft_bound
+from .layers import (
+    MAX_LOG_RATIO,
+    check_features,
+    check_positive_int,
+    check_same_meaning,
+    check_stddev,
+    check_stencil,
+    conv,
+    soft_bound,
+)
 
 
 class StencilCholeskyHead(nn.Module):
@@ -33,8 +42,11 @@ class StencilCholeskyHead(nn.Module):
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
         out_channels: channels of the field; None for a field without an axis of channels.
 
+    A state_dict holds stencil, ``initial_stddev`` and ``out_channels``, too: the same weights mean another factor with others.
+
     Raises:
-        ValueError: an argument out of range, or features of another shape.
+        ValueError: an argument out of range, features of another shape, or the state of a head with another stencil,
+            ``initial_stddev`` or ``out_channels``.
     """
 
     def __init__(self, in_channels: int, stencil: bg.Stencil, initial_stddev: float = 1.0, out_channels: int | None = None):
@@ -56,7 +68,8 @@ class StencilCholeskyHead(nn.Module):
 
     def forward(self, features: Tensor) -> bg.StencilCholesky:
         """The factors, batch (B,), of features (B, C, *grid): on the grid (*grid,) or (*grid, out_channels)."""
-        check_features("features", features, self.in_channels, self.ndim)
+        why = "" if self.out_channels is None else f": the last of the stencil's {self.stencil.ndim} axes counts out_channels"
+        check_features("features", features, self.in_channels, self.ndim, why)
         # In the precision of the weights under autocast, too: a likelihood feels errors of its factor that no feature shows.
         with torch.autocast(features.device.type, enabled=False):
             out = self.conv(features.to(self.conv.weight.dtype))
@@ -65,3 +78,12 @@ class StencilCholeskyHead(nn.Module):
         # Bounded: features far from any seen in training must not make exp overflow.
         log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return predicted_factor(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)
+
+    def get_extra_state(self) -> Tensor:
+        """float64: ``initial_stddev``, ``out_channels`` or 0, and the stencil's offsets one after the other."""
+        offsets = [number for offset in self.stencil.offsets for number in offset]
+        return torch.tensor([self.initial_stddev, self.out_channels or 0, *offsets], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse weights that meant something else."""
+        check_same_meaning(state, self.get_extra_state())

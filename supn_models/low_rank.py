@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .layers import check_features, check_positive_int, check_stddev, conv
+from .layers import check_features, check_positive_int, check_same_meaning, check_stddev, conv
 
 
 class LowRankHead(nn.Module):
@@ -30,8 +30,11 @@ class LowRankHead(nn.Module):
         out_channels: channels of the field, as for `StencilCholeskyHead`: the factors are (B, R, *grid, out_channels), and
             channels share their weights.
 
+    A state_dict holds ``initial_stddev`` and ``out_channels``, too, as that of `StencilCholeskyHead` does.
+
     Raises:
-        ValueError: an argument out of range, or features of another shape.
+        ValueError: an argument out of range, features of another shape, or the state of a head with another
+            ``initial_stddev`` or ``out_channels``.
     """
 
     def __init__(
@@ -67,3 +70,11 @@ class LowRankHead(nn.Module):
         if self.out_channels is not None:
             factors = factors.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
         return factors
+
+    def get_extra_state(self) -> Tensor:
+        """float64: ``initial_stddev``, and ``out_channels`` or 0."""
+        return torch.tensor([self.initial_stddev, self.out_channels or 0], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse weights that meant something else."""
+        check_same_meaning(state, self.get_extra_state())

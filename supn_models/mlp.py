@@ -5,13 +5,14 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 from gmrf_kernels.checks import check_tensor
 
 from .graph import predicted_factor
-from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stencil, soft_bound
+from .layers import MAX_LOG_RATIO, check_positive_int, check_same_meaning, check_stddev, check_stencil, soft_bound
 
 
 class CovarianceMLP(nn.Module):
@@ -40,8 +41,11 @@ class CovarianceMLP(nn.Module):
         initial_stddev: standard deviation of the first prediction, in the units of the data.
         standardise: whether the outputs are the entries of W or those of L.
 
+    A state_dict holds ``initial_stddev``, ``standardise``, grid and stencil, too: with others the same weights mean
+    another factor.
+
     Raises:
-        ValueError: an argument out of range, or an input of another size.
+        ValueError: an argument out of range, an input of another size, or the state of a network with another of the four.
     """
 
     def __init__(
@@ -108,6 +112,15 @@ class CovarianceMLP(nn.Module):
         return predicted_factor(
             log_diag.unflatten(1, self.grid), off_diag.unflatten(1, (len(self.stencil), *self.grid)), self.stencil
         )
+
+    def get_extra_state(self) -> Tensor:
+        """float64: ``initial_stddev``, ``standardise``, the grid, and the stencil's offsets one after the other."""
+        offsets = [number for offset in self.stencil.offsets for number in offset]
+        return torch.tensor([self.initial_stddev, self.standardise, *self.grid, *offsets], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse weights that meant something else."""
+        check_same_meaning(state, self.get_extra_state(), "standardise", "grid or stencil")
 
 
 def _layer(inputs: int, outputs: int) -> nn.Module:

@@ -1,5 +1,6 @@
 """The head and the networks: shapes, the promised first prediction, gradients, and arguments that do not fit."""
 
+import copy
 import json
 import math
 
@@ -16,6 +17,7 @@ from supn_models import (
     CovarianceMLP,
     CovarianceNetwork,
     LatentCovarianceNetwork,
+    LowRankHead,
     StencilCholeskyHead,
 )
 
@@ -97,7 +99,7 @@ def test_head_of_channels_that_are_not_coupled_is_a_head_for_each():
     likelihoods = []
     for channel in range(3):
         alone = StencilCholeskyHead(4, plane, 0.1)
-        alone.load_state_dict({name: tensor[channel::3] for name, tensor in head.state_dict().items()})
+        alone.conv.load_state_dict({name: tensor[channel::3] for name, tensor in head.conv.state_dict().items()})
         single = alone(features)
         assert torch.equal(single.log_diag, L.log_diag[..., channel])
         assert torch.equal(single.off_diag, L.off_diag[..., channel])
@@ -121,6 +123,47 @@ def test_head_of_channels_learns_that_they_are_correlated(grid):
     n = math.prod(grid) * 3
     precision = head(features[:1]).to_dense()[0].reshape(n, n)[-3:, -3:]
     torch.testing.assert_close(precision @ precision.mT, torch.linalg.inv(site.mT @ site / len(site)), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("there", "here", "words"),
+    [
+        (
+            StencilCholeskyHead(4, bg.Stencil.square(3), 0.05),
+            StencilCholeskyHead(4, bg.Stencil.square(3)),
+            "initial_stddev 0.05, this",
+        ),
+        (StencilCholeskyHead(4, bg.Stencil.square(3)), StencilCholeskyHead(4, bg.Stencil.cross(2)), "another stencil"),
+        (
+            StencilCholeskyHead(4, bg.Stencil.box((0, 2)), out_channels=1),
+            StencilCholeskyHead(4, bg.Stencil.box((0, 2))),
+            "out_channels 1, this one has 0",
+        ),
+        (LowRankHead(4, 2, initial_stddev=2.0), LowRankHead(4, 2), "initial_stddev 2, this one has 1"),
+        (LowRankHead(4, 6), LowRankHead(4, 2, out_channels=3), "out_channels 0, this one has 3"),
+        (
+            CovarianceMLP(3, (2, 2), bg.Stencil.square(3), standardise=False),
+            CovarianceMLP(3, (2, 2), bg.Stencil.square(3)),
+            "standardise 0, this one has 1",
+        ),
+        (
+            CovarianceMLP(3, (4,), bg.Stencil.box((1,))),
+            CovarianceMLP(3, (2, 2), bg.Stencil.box((0, 1))),
+            "another grid or stencil",
+        ),
+    ],
+)
+def test_weights_that_meant_something_else_are_refused(there, here, words):
+    """They are of the same shapes, and were taken without a word."""
+    with pytest.raises(ValueError, match=words):
+        here.load_state_dict(there.state_dict())
+    there.half().load_state_dict(copy.deepcopy(there).state_dict())
+
+
+def test_a_stencil_without_an_axis_of_channels_is_named():
+    head = StencilCholeskyHead(4, bg.Stencil.square(3), out_channels=3)
+    with pytest.raises(ValueError, match="with 1 grid axes: the last of the stencil's 2 axes counts out_channels"):
+        head(torch.zeros(2, 4, 12, 14))
 
 
 def test_head_stays_finite_far_from_training():
