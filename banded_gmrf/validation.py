@@ -78,6 +78,12 @@ def check_finite(name: str, value: Tensor) -> None:
     require(value.isfinite().all(), f"{name} has NaN or infinite entries, expected finite ones")
 
 
+def check_not_boolean(name: str, value: object) -> None:
+    """Raise TypeError for truth values in place of numbers: a mask as variances would be 0, exact, where it is False."""
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("torch.bool", "bool"):
+        raise TypeError(f"{name} is boolean, expected numbers")
+
+
 def check_levels(levels: Sequence[float]) -> list[float]:
     """Probabilities as numbers, or an error where they are none, or no sequence."""
     if not isinstance(levels, Iterable) or isinstance(levels, str):

@@ -11,7 +11,7 @@ from gmrf_kernels.checks import check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
 from ..transformations import require
-from ..validation import broadcast_fields
+from ..validation import broadcast_fields, check_not_boolean
 from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
@@ -252,6 +252,7 @@ class Conditionable:
 
     def _variance(self, noise_variance: Tensor | float, observation: Tensor, shape: torch.Size) -> Tensor:
         """The variance of independent noise as a float64 tensor that has the axes of one observation."""
+        check_not_boolean("noise_variance", noise_variance)
         try:
             variance = torch.as_tensor(noise_variance, dtype=torch.float64, device=observation.device)
         except (TypeError, ValueError, RuntimeError) as error:

@@ -13,7 +13,7 @@ from torch.distributions import MultivariateNormal
 from gmrf_kernels.checks import check_device, check_tensor
 
 from ..errors import NotPositiveDefiniteError
-from ..validation import check_finite
+from ..validation import check_finite, check_not_boolean
 from .low_rank_posterior import LowRankPosterior
 from .posterior import ConditionalGMRF
 
@@ -70,6 +70,7 @@ def trend_parts(covariates: Tensor, covariate_variance: Tensor | float | None, g
     if covariate_variance is None:
         raise TypeError("covariate_variance is None, expected the prior variance of the covariates' coefficients")
     m = len(covariates)
+    check_not_boolean("covariate_variance", covariate_variance)
     variance = torch.as_tensor(covariate_variance, dtype=torch.float64, device=device)
     check_device("covariate_variance", variance, "covariates", covariates)
     if variance.shape not in ((), (m,), (m, m)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..transformations import inspect
+from ..validation import check_not_boolean
 
 
 def differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_array:
@@ -25,6 +26,7 @@ def differences(grid: Sequence[int], axes: Sequence[int]) -> scipy.sparse.csr_ar
 
 def positive(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     """A parameter as a tensor (*batch, 1, ..., 1) with as many axes of size 1 as the grid has."""
+    check_not_boolean(name, value)
     value = torch.as_tensor(value, dtype=dtype, device=device)
     check(name, value, (value > 0) & value.isfinite(), "finite and positive")
     return value[(..., *[None] * ndim)]
@@ -32,6 +34,7 @@ def positive(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, de
 
 def not_negative(name: str, value: float | Tensor, ndim: int, dtype: torch.dtype, device: torch.device | str | None) -> Tensor:
     """As `positive`, of a parameter that may also be 0."""
+    check_not_boolean(name, value)
     value = torch.as_tensor(value, dtype=dtype, device=device)
     check(name, value, (value >= 0) & value.isfinite(), "finite and not negative")
     return value[(..., *[None] * ndim)]

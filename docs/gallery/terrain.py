@@ -102,14 +102,14 @@ print(f"root mean square error where nothing was measured: {spread * (mean - hei
 
 # %%
 # A Gaussian process of scikit-learn takes a matrix of all pairs of measurements: here of a third of those in the window, with
-# the same range and variance. (Its length scale l belongs to a range of √8ν l.)
+# the same range and variance. (Its length scale is half of what is a range here, whatever the smoothness.)
 
 inside = torch.zeros(grid, dtype=torch.bool)
 inside[window] = True
 places = (inside & seen).nonzero()
 places = places[torch.randperm(len(places))[: len(places) // 3]]
 asked = (inside & missing).nonzero()
-length, variance = float(fit.parameters["range"]) / 8**0.5, float(fit.parameters["variance"])
+length, variance = float(fit.parameters["range"]) / 2, float(fit.parameters["variance"])
 process = GaussianProcessRegressor(
     variance * Matern(length, nu=1.0), alpha=noise_variance[tuple(places.T)].numpy(), optimizer=None
 )

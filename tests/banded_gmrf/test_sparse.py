@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -380,6 +381,21 @@ def test_noise_is_not_of_a_sparse_precision(banded):
         q.posterior(random(4, 5), noise=noise, covariates=random(1, 4, 5), covariate_variance=1.0)
     with pytest.raises(TypeError, match="noise_variance is SparseGMRF, expected a number or a tensor"):
         q.posterior(random(4, 5), noise)
+
+
+@pytest.mark.parametrize(
+    "boolean", [True, torch.ones(4, 5, dtype=torch.bool), np.ones((4, 5), dtype=bool)], ids=["bool", "torch", "numpy"]
+)
+def test_a_mask_is_no_variance(boolean):
+    """It was taken for variances of 0, exact, where it is False: just where nothing was seen."""
+    q, _ = random_field("3x3", (4, 5))
+    for field in (q, bg.GMRF(q.loc, bg.StencilCholesky.from_precision(q.precision))):
+        with pytest.raises(TypeError, match="noise_variance is boolean, expected numbers"):
+            field.posterior(random(4, 5), boolean)
+        with pytest.raises(TypeError, match="covariate_variance is boolean, expected numbers"):
+            field.posterior(random(4, 5), 1.0, covariates=random(1, 4, 5), covariate_variance=True)
+    with pytest.raises(TypeError, match="correlation_range is boolean, expected numbers"):
+        bg.matern_precision((4, 5), True, 1)
 
 
 def test_numbers_that_are_not_finite():
