@@ -8,6 +8,7 @@ yields 0 there and touches no memory, a masked store leaves memory as it is. One
 the names that generated code uses.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -62,8 +63,9 @@ def operations(dtype: str) -> dict:
     return dict(operation_table(dtype))
 
 
+@functools.cache
 def operation_table(dtype: str) -> "Table":
-    """The table of `operations`, for what makes larger ones of them."""
+    """The table of `operations`, for what makes larger ones of them; not to be added to."""
     table = Table(dtype)
     for suffix, stored in (("", table.computed), ("_c", dtype)):
         _add_loads(table, suffix, stored)
@@ -306,10 +308,6 @@ def _add_vectors(table: Table) -> None:
     @table.add(vector)
     def ones(builder):
         return table.constant(1.0)
-
-    @table.add(vector, table.scalar_type)
-    def splat(builder, value):
-        return _splat(builder, value, table.lanes)
 
     @table.add(vector, types.int64, types.int64)
     def load_splat(builder, address, index):
