@@ -34,6 +34,8 @@ CAPTIONS = {
     "reconstructions": "Test signals, and samples around their means from the true covariance and from the networks.",
     "samples": "Samples beside what they are compared with, by row and column.",
     "training": "Training losses, lower is better.",
+    "validation": "Base models: the loss of training images in each pass, and that of images which no network sees after it.",
+    "whitened": "Quantiles of whitened residuals of test images against those of the normal distribution.",
 }
 
 
