@@ -2,12 +2,12 @@
 
 An autoencoder is trained on gray patches of photographs by mean squared error and frozen. What it cannot reconstruct, the
 residual, is far from white: neighbouring pixels err together. Three models of the residual are trained by maximum likelihood
-and compared on photographs that no stage of training has seen: isotropic (one variance), diagonal (a network predicts a
-variance per pixel), and structured (the same network predicts the Cholesky factor of a precision matrix, with a 5 x 5
-stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
+and compared on photographs that no stage of training has seen: isotropic (one variance for a patch), diagonal (a network
+predicts a variance per pixel), and structured (the same network predicts the Cholesky factor of a precision matrix, with a
+5 x 5 stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
 
-How rough a photograph is, none of them can know: they see a reconstruction that has lost its texture. Each is therefore judged
-twice on the same patches, as trained and with its covariance times one number for each photograph, from other patches of it.
+How rough a patch is, its reconstruction does not tell: it is as smooth for grass as for a face. One number more is therefore
+added to its code, the root mean square of what the autoencoder misses, and all three models are given it.
 
 The photographs ship inside scikit-image: `photographs.TRAIN` and `photographs.TEST`.
 """
@@ -36,36 +36,21 @@ from .results import environment, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
 from .whiteness import lag_autocorrelation
 
-CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
+# Predicts from means (B, 1, H, W) and levels (B,).
+CovarianceModel = Callable[[Tensor, Tensor], bg.StencilCholesky]
 
 # Of the figures, in the order in which the page shows them.
 CAPTIONS = {
-    "samples.png": "Judged patches, what the autoencoder makes of them, its residual, and a sample and the standard "
-    "deviation of the structured and of the diagonal model, both scaled to the photograph and drawn from the same white noise.",
-    "correlations.png": "Judged patches, and the correlations of three marked pixels with all others under the "
+    "samples.png": "Held-out patches, what the autoencoder makes of them, its residual, and a sample and the standard "
+    "deviation of the structured and of the diagonal model, drawn from the same white noise.",
+    "correlations.png": "Held-out patches, and the correlations of three marked pixels with all others under the "
     "structured model.",
     "training.png": "Training losses, lower is better: mean squared error of the autoencoder, then nats per pixel of the "
     "models of its residual.",
 }
 
-
-# What the row of a model is called whose covariance is scaled to each photograph.
-SCALED = "{}, scaled"
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Patches of photographs that no training saw, each photograph tiled as a chessboard.
-
-    Attributes:
-        patches: (count, 1, size, size).
-        names: the photograph of each.
-        sets_scale: bool (count,), the black squares, from which each photograph's scale is taken. The white ones are judged.
-    """
-
-    patches: Tensor
-    names: list[str]
-    sets_scale: Tensor
+# The values that a level may have, evenly spaced in its logarithm: 20 to a decade, from less than a gray value of 255 to white.
+LEVELS = torch.logspace(-3, 0, 61)
 
 
 @dataclass(frozen=True)
@@ -106,8 +91,7 @@ def run_demo(config: DemoConfig, folder: Path, console: Console) -> dict[str, An
 
 def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, networks: dict[str, nn.Module]) -> dict[str, Any]:
     start = time.perf_counter()
-    train, held_out = load_patches(config)
-    test = held_out.patches
+    train, test, names = load_patches(config)
     console.print(f"train on {', '.join(photographs.TRAIN)}: {len(train)} patches of {config.patch_size} x {config.patch_size}")
     console.print(f"test on  {', '.join(photographs.TEST)}: {len(test)} patches")
 
@@ -129,31 +113,33 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     autoencoder.requires_grad_(False)
     train_means = torch.cat([autoencoder(batch) for batch in train.split(256)])
     train_residuals = (train - train_means)[:, 0]
+    train_levels = levels_of(train_residuals)
     stddev = train_residuals.square().mean().sqrt().item()
 
-    models: dict[str, CovarianceModel] = {"isotropic": isotropic_model(stddev)}
+    models: dict[str, CovarianceModel] = {"isotropic": isotropic}
     for name, size in (("diagonal", 1), ("structured", config.stencil_size)):
         torch.manual_seed(config.seed)
         network = networks[name] = _for_cpu(
-            CovarianceNetwork(1, bg.Stencil.square(size), channels=config.channels, initial_stddev=stddev)
+            CovarianceNetwork(2, bg.Stencil.square(size), channels=config.channels, initial_stddev=stddev)
         )
+        models[name] = model = at_level(network)
         losses[name] = fit(
             network,
-            lambda means, residuals, network=network: nats_per_pixel(network(means), residuals).mean(),
-            (train_means, train_residuals),
+            lambda means, levels, residuals, model=model: nats_per_pixel(model(means, levels), residuals).mean(),
+            (train_means, train_levels, train_residuals),
             steps=config.covariance_steps,
             rows=with_replacement(len(train), config.covariance_batch, seeded_generator(config.seed, "covariance batches")),
             learning_rate=warmup_cosine(config.learning_rate, config.covariance_steps),
             title=f"{name} (nats per pixel)",
             console=console,
         )
-        models[name] = network
     save_checkpoint(folder / CHECKPOINT, networks, {"config": asdict(config), "interrupted": False})
 
     with torch.no_grad():
         test_means = autoencoder(test)
         test_residuals = (test - test_means)[:, 0]
-        scores, scales = score_models(models, test_means, test_residuals, held_out)
+        test_levels = levels_of(test_residuals)
+        scores = {name: evaluate(model(test_means, test_levels), test_residuals, names) for name, model in models.items()}
         console.print("figures ...")
         loss_figure(
             folder / "training.png",
@@ -163,27 +149,23 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
             ],
             smooth=min(20, config.autoencoder_steps, config.covariance_steps),
         )
-        rows = pick_patches(held_out, per_photograph=2)
-        shown, shown_means, names = test[rows], test_means[rows], [held_out.names[row] for row in rows]
-        factors = {name: scaled(model(shown_means), scales[name], names) for name, model in models.items()}
-        draw_samples(folder / "samples.png", config, factors, shown, shown_means, names)
+        rows = pick_patches(test, names, per_photograph=2)
+        shown, shown_means = test[rows], test_means[rows]
+        factors = {name: model(shown_means, test_levels[rows]) for name, model in models.items()}
+        draw_samples(folder / "samples.png", config, factors, shown, shown_means, [names[row] for row in rows])
         draw_correlations(folder / "correlations.png", factors["structured"], shown, shown_means)
 
     results = {
-        "definition": "nats_per_pixel is -log p / n, ½ and constant included: mean and standard error over judged patches; "
-        "a scaled model's covariance is multiplied, for each photograph, by the mean square of whitened residuals of patches "
-        "of it that are not judged",
+        "definition": "nats_per_pixel is -log p / n given a patch's mean and level, ½ and constant included, plus what the "
+        f"level costs, log {len(LEVELS)} / n: mean and standard error over held-out patches",
         "scores": scores,
-        "variance_scales": scales,
-        "structured_gain_over_diagonal": _gain(scores, "{}"),
-        "structured_gain_over_diagonal_scaled": _gain(scores, SCALED),
+        "structured_gain_over_diagonal": scores["diagonal"]["nats_per_pixel"] - scores["structured"]["nats_per_pixel"],
         "residual_rms": {"train": stddev, "test": test_residuals.square().mean().sqrt().item()},
         "config": asdict(config),
         "photographs": {
             "source": "skimage.data",
             "train": photographs.TRAIN,
-            "test": {name: held_out.names.count(name) for name in photographs.TEST},
-            "judged": int((~held_out.sets_scale).sum()),
+            "test": {name: names.count(name) for name in photographs.TEST},
         },
         **environment("cpu"),
         "seconds": round(time.perf_counter() - start, 1),
@@ -194,8 +176,8 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     return results
 
 
-def load_patches(config: DemoConfig) -> tuple[Tensor, HeldOut]:
-    """Training patches (count, 1, size, size), and those held out.
+def load_patches(config: DemoConfig) -> tuple[Tensor, Tensor, list[str]]:
+    """Training patches, test patches, both (count, 1, size, size), and the photograph of each test patch.
 
     Training patches come from several resolutions: only then is there more than one sharpness and noise level to learn from.
     """
@@ -203,15 +185,33 @@ def load_patches(config: DemoConfig) -> tuple[Tensor, HeldOut]:
     sources = [photographs.load_photograph(name, s) for s in config.train_shrinks for name in photographs.TRAIN]
     count = -(-config.patches // len(sources))
     train = torch.cat([photographs.random_patches(source, config.patch_size, count, generator) for source in sources])
-    test, names, black = [], [], []
+    test, names = [], []
     for name in photographs.TEST:
-        photograph = photographs.load_photograph(name, config.test_shrink)
-        test.append(photographs.tile_patches(photograph, config.patch_size))
+        test.append(photographs.tile_patches(photographs.load_photograph(name, config.test_shrink), config.patch_size))
         names += [name] * len(test[-1])
-        rows, columns = (torch.arange(pixels // config.patch_size) for pixels in photograph.shape)
-        black.append(((rows[:, None] + columns) % 2 == 0).flatten())
-    train, patches = photographs.dequantise(train, generator), photographs.dequantise(torch.cat(test), generator)
-    return train, HeldOut(patches, names, torch.cat(black))
+    return photographs.dequantise(train, generator), photographs.dequantise(torch.cat(test), generator), names
+
+
+def levels_of(residuals: Tensor) -> Tensor:
+    """Root mean square of each residual (B, H, W), rounded to the nearest of `LEVELS`: (B,)."""
+    rms = residuals.square().mean((1, 2)).sqrt()
+    return LEVELS[(rms.log()[:, None] - LEVELS.log()).abs().argmin(1)]
+
+
+def isotropic(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
+    """White noise of the level's standard deviation."""
+    log_diag = -levels.log()[:, None, None].expand_as(means[:, 0])
+    return bg.StencilCholesky(log_diag, means[:, :0], bg.Stencil.square(1))
+
+
+def at_level(network: CovarianceNetwork) -> CovarianceModel:
+    """What a network of two channels predicts from a mean and a plane of one number, the level's place among `LEVELS`."""
+
+    def predict(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
+        place = levels.log() - LEVELS.log().mean()
+        return network(torch.cat((means, place[:, None, None, None].expand_as(means)), 1))
+
+    return predict
 
 
 def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
@@ -220,46 +220,9 @@ def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
     return nats / factor.grid.numel()
 
 
-def isotropic_model(stddev: float) -> CovarianceModel:
-    """Predicts white noise of one standard deviation, whatever the image."""
-    diagonal = bg.Stencil.square(1)
-
-    def predict(means: Tensor) -> bg.StencilCholesky:
-        log_diag = torch.full_like(means[:, 0], -math.log(stddev))
-        return bg.StencilCholesky(log_diag, means[:, :0], diagonal)
-
-    return predict
-
-
-def variance_scales(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) -> dict[str, float]:
-    """By what each photograph's covariance is multiplied so that its residuals (B, H, W) are most likely."""
-    squares = factor.matvec(residuals, transpose=True).square().flatten(1).mean(1)
-    return {name: squares[[other == name for other in names]].mean().item() for name in photographs.TEST}
-
-
-def scaled(factor: bg.StencilCholesky, scales: dict[str, float], names: list[str]) -> bg.StencilCholesky:
-    """Factors (B,) of the same covariances, times their photographs' scales."""
-    scale = factor.log_diag.new_tensor([scales[name] for name in names])[:, None, None]
-    return bg.StencilCholesky(factor.log_diag - 0.5 * scale.log(), factor.off_diag / scale.sqrt()[:, None], factor.stencil)
-
-
-def score_models(
-    models: dict[str, CovarianceModel], means: Tensor, residuals: Tensor, held_out: HeldOut
-) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, float]]]:
-    """The `evaluate` of each model on the judged patches, as trained and scaled; the scales of each photograph."""
-    black, white = ([i for i, b in enumerate(held_out.sets_scale.tolist()) if b == value] for value in (True, False))
-    names = [held_out.names[i] for i in white]
-    scores, scales = {}, {}
-    for name, model in models.items():
-        scales[name] = variance_scales(model(means[black]), residuals[black], [held_out.names[i] for i in black])
-        scores[name] = evaluate(model(means[white]), residuals[white], names)
-        scores[SCALED.format(name)] = evaluate(scaled(model(means[white]), scales[name], names), residuals[white], names)
-    return {name.format(model): scores[name.format(model)] for name in ("{}", SCALED) for model in models}, scales
-
-
 def evaluate(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) -> dict[str, Any]:
-    """Likelihood of held-out residuals (B, H, W), and how white they are after whitening."""
-    nats = nats_per_pixel(factor, residuals)
+    """Likelihood of held-out residuals (B, H, W) with what their levels cost, and how white they are after whitening."""
+    nats = nats_per_pixel(factor, residuals) + math.log(len(LEVELS)) / factor.grid.numel()
     white = factor.matvec(residuals, transpose=True)
     own = {photograph: [name == photograph for name in names] for photograph in photographs.TEST}
     return {
@@ -270,10 +233,6 @@ def evaluate(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) ->
         "whitened_variance": white.var().item(),
         "whitened_variance_by_photograph": {photograph: white[rows].var().item() for photograph, rows in own.items()},
     }
-
-
-def _gain(scores: dict[str, dict[str, Any]], row: str) -> float:
-    return scores[row.format("diagonal")]["nats_per_pixel"] - scores[row.format("structured")]["nats_per_pixel"]
 
 
 def markdown_report(results: dict[str, Any]) -> str:
@@ -293,21 +252,18 @@ def markdown_report(results: dict[str, Any]) -> str:
         for name, score in results["scores"].items()
     ]
     shown = results["photographs"]
-    scales = ", ".join(f"{name} {value:.2f}" for name, value in results["variance_scales"]["structured"].items())
     return (
         "# Residuals of an autoencoder on held-out photographs\n\n"
         + markdown_table(header, rows)
-        + f"\nNats per pixel are -log p / n (lower is better), the mean over {shown['judged']} patches of "
+        + f"\nNats per pixel are -log p / n (lower is better), the mean over {sum(shown['test'].values())} patches of "
         f"{results['config']['patch_size']} x {results['config']['patch_size']} pixels, with its standard error, and over each "
         "photograph's. Lag-1 is the correlation of neighbouring pixels of the whitened residual (0 for a perfect model), "
         "variance is that of the whitened residual, over all patches and over each photograph's (1 for a perfect model; below, "
         "the model is too unsure, above, too sure). "
-        f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal, "
-        f"{results['structured_gain_over_diagonal_scaled']:.3f} where both are scaled.\n\n"
-        "*Scaled:* photographs differ in how rough they are, and a model that sees a smooth reconstruction cannot know it. "
-        "Each photograph is tiled as a chessboard. From its black squares comes one number by which the covariance is "
-        f"multiplied, the mean square of their whitened residuals ({scales} for structured). All rows are judged on the white "
-        "squares.\n\n"
+        f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal.\n\n"
+        "A reconstruction does not tell how rough its patch was. All models are therefore given one number more of the patch, "
+        f"the root mean square of its residual, rounded to one of {len(LEVELS)} values from {LEVELS[0]:g} to {LEVELS[-1]:g}; "
+        "what it costs to tell it is part of the nats. It fixes the isotropic model's variance, so that its 1 is no merit.\n\n"
         f"RMS residual: {results['residual_rms']['train']:.4f} on training patches, "
         f"{results['residual_rms']['test']:.4f} on test patches (gray values in [0, 1]).\n\n"
         f"Photographs of scikit-image: trained on {', '.join(shown['train'])}; tested on {', '.join(shown['test'])}. "
@@ -315,13 +271,12 @@ def markdown_report(results: dict[str, Any]) -> str:
     )
 
 
-def pick_patches(held_out: HeldOut, per_photograph: int) -> list[int]:
-    """The judged patches with most contrast of each test photograph, in the order of the tiling."""
+def pick_patches(test: Tensor, names: list[str], per_photograph: int) -> list[int]:
+    """The patches with most contrast of each test photograph, in the order of the tiling."""
     picked = []
-    judged = (~held_out.sets_scale).tolist()
     for photograph in photographs.TEST:
-        own = [i for i, name in enumerate(held_out.names) if name == photograph and judged[i]]
-        contrast = held_out.patches[own].flatten(1).std(1)
+        own = [i for i, name in enumerate(names) if name == photograph]
+        contrast = test[own].flatten(1).std(1)
         best = contrast.topk(min(per_photograph, len(own))).indices.sort().values
         picked += [own[i] for i in best.tolist()]
     return picked

@@ -38,8 +38,7 @@ def finished(tmp_path_factory):
 
 def test_results_are_complete(finished):
     results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
-    models = ["isotropic", "diagonal", "structured"]
-    assert list(results["scores"]) == [*models, *(f"{model}, scaled" for model in models)]
+    assert list(results["scores"]) == ["isotropic", "diagonal", "structured"]
     for score in results["scores"].values():
         assert score["standard_error"] > 0
         assert -1 <= score["whitened_autocorrelation"] <= 1
@@ -107,37 +106,41 @@ def test_checkpoint_gives_the_reported_numbers(finished):
     networks, about = load_checkpoint(finished / demo.CHECKPOINT)
     assert about["interrupted"] is False
     config = demo.DemoConfig(**about["config"])
-    _, held_out = demo.load_patches(config)
+    _, test, names = demo.load_patches(config)
     with torch.no_grad():
-        means = networks["autoencoder"](held_out.patches)
-        residuals = (held_out.patches - means)[:, 0]
-        scores, scales = demo.score_models({"structured": networks["structured"]}, means, residuals, held_out)
-    reported = json.loads((finished / "results.json").read_text(encoding="utf-8"))
-    assert scales["structured"] == pytest.approx(reported["variance_scales"]["structured"], rel=1e-4)
-    for row, score in scores.items():
-        assert score["nats_per_pixel"] == pytest.approx(reported["scores"][row]["nats_per_pixel"], rel=1e-4)
+        means = networks["autoencoder"](test)
+        residuals = (test - means)[:, 0]
+        factor = demo.at_level(networks["structured"])(means, demo.levels_of(residuals))
+        score = demo.evaluate(factor, residuals, names)
+    reported = json.loads((finished / "results.json").read_text(encoding="utf-8"))["scores"]["structured"]
+    assert score["nats_per_pixel"] == pytest.approx(reported["nats_per_pixel"], rel=1e-4)
 
 
-def test_scales_come_from_patches_that_are_not_judged(finished):
-    networks, about = load_checkpoint(finished / demo.CHECKPOINT)
-    _, held_out = demo.load_patches(demo.DemoConfig(**about["config"]))
-    assert held_out.sets_scale.reshape(-1)[:64].reshape(8, 8).tolist() == [
-        [(r + c) % 2 == 0 for c in range(8)] for r in range(8)
-    ]
-    model, means = {"structured": networks["structured"]}, held_out.patches
-    rough = torch.tensor([3.0 if name == "camera" else 0.5 for name in held_out.names])[:, None, None]
-    with torch.no_grad():
-        white = torch.randn(means[:, 0].shape, generator=torch.Generator().manual_seed(0))
-        residuals = networks["structured"](means).solve(rough.sqrt() * white, transpose=True)
-        scores, scales = demo.score_models(model, means, residuals, held_out)
-        # What is judged cannot change a scale.
-        other = residuals.where(held_out.sets_scale[:, None, None], 7.0)
-        assert demo.score_models(model, means, other, held_out)[1] == scales
-    assert scales["structured"] == pytest.approx({"camera": 3.0, "chelsea": 0.5}, rel=0.05)
-    assert scores["structured"]["whitened_variance_by_photograph"] == pytest.approx({"camera": 3.0, "chelsea": 0.5}, rel=0.05)
-    calibrated = scores["structured, scaled"]
-    assert calibrated["whitened_variance_by_photograph"] == pytest.approx({"camera": 1.0, "chelsea": 1.0}, rel=0.05)
-    assert calibrated["nats_per_pixel"] < scores["structured"]["nats_per_pixel"]
+def test_level_is_the_nearest_to_the_root_mean_square():
+    white = torch.randn(5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    white /= white.square().mean((1, 2), keepdim=True).sqrt()
+    rms = torch.tensor([0.5, 0.02, 0.0525, 0.0, 7.0], dtype=torch.float64)
+    levels = demo.levels_of(rms[:, None, None] * white)
+    torch.testing.assert_close(levels, torch.tensor([10 ** (-6 / 20), 10 ** (-34 / 20), 10 ** (-26 / 20), 1e-3, 1.0]))
+    assert set(levels.tolist()) <= set(demo.LEVELS.tolist())
+
+
+def test_isotropic_model_is_white_noise_of_the_level():
+    means, levels = torch.rand(2, 1, 4, 5), demo.LEVELS[[3, 40]]
+    q = bg.GMRF(means[:, 0], demo.isotropic(means, levels))
+    torch.testing.assert_close(q.stddev, levels[:, None, None].expand(2, 4, 5))
+
+
+def test_nats_hold_what_a_level_costs():
+    levels = demo.LEVELS[[20, 30, 30]]
+    residuals = levels[:, None, None] * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    score = demo.evaluate(demo.isotropic(residuals[:, None], levels), residuals, ["camera", "camera", "chelsea"])
+    density = torch.distributions.Normal(0.0, levels[:, None, None]).log_prob(residuals).mean((1, 2))
+    expected = 4.110874 / 20 - density  # log 61
+    assert score["nats_per_pixel"] == pytest.approx(expected.mean().item(), rel=1e-5)
+    assert score["by_photograph"] == pytest.approx(
+        {"camera": expected[:2].mean().item(), "chelsea": expected[2].item()}, rel=1e-5
+    )
 
 
 def test_same_seed_same_numbers(finished, tmp_path):
