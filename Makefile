@@ -52,12 +52,13 @@ docs: $(VENV)/docs-ready
 	@echo "docs/_build/html/index.html"
 
 $(VENV)/docs-ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[docs]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable .[docs]
 	touch $@
 
+# Modules compile when first imported; all that nothing imports would take as long as the rest.
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .[dev]
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt --editable .[dev]
 	touch $@
 
 # With an old build/, the next `pip install .` would also install modules that have gone since.

@@ -7,7 +7,7 @@ predicts a variance per pixel), and structured (the same network predicts the Ch
 5 x 5 stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
 
 How rough a patch is, its reconstruction does not tell: it is as smooth for grass as for a face. One number more is therefore
-added to its code, the root mean square of what the autoencoder misses, and all three models are given it.
+added to its code, the root mean square by which neighbouring pixels of its residual differ, and all three models are given it.
 
 The photographs ship inside scikit-image: `photographs.TRAIN` and `photographs.TEST`.
 """
@@ -61,8 +61,8 @@ class DemoConfig:
     stencil_size: int = 5
     patch_size: int = 32
     patches: int = 24_000
-    autoencoder_steps: int = 800
-    covariance_steps: int = 800
+    autoencoder_steps: int = 700
+    covariance_steps: int = 700
     autoencoder_batch: int = 64
     covariance_batch: int = 32
     latent_size: int = 64
@@ -114,13 +114,14 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     train_means = torch.cat([autoencoder(batch) for batch in train.split(256)])
     train_residuals = (train - train_means)[:, 0]
     train_levels = levels_of(train_residuals)
-    stddev = train_residuals.square().mean().sqrt().item()
 
-    models: dict[str, CovarianceModel] = {"isotropic": isotropic}
+    ratio = (train_residuals / train_levels[:, None, None]).square().mean().sqrt().item()
+
+    models: dict[str, CovarianceModel] = {"isotropic": isotropic_model(ratio)}
     for name, size in (("diagonal", 1), ("structured", config.stencil_size)):
         torch.manual_seed(config.seed)
         network = networks[name] = _for_cpu(
-            CovarianceNetwork(2, bg.Stencil.square(size), channels=config.channels, initial_stddev=stddev)
+            CovarianceNetwork(2, bg.Stencil.square(size), channels=config.channels, initial_stddev=ratio)
         )
         models[name] = model = at_level(network)
         losses[name] = fit(
@@ -160,7 +161,9 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
         f"level costs, log {len(LEVELS)} / n: mean and standard error over held-out patches",
         "scores": scores,
         "structured_gain_over_diagonal": scores["diagonal"]["nats_per_pixel"] - scores["structured"]["nats_per_pixel"],
-        "residual_rms": {"train": stddev, "test": test_residuals.square().mean().sqrt().item()},
+        "residual_rms": {
+            name: part.square().mean().sqrt().item() for name, part in (("train", train_residuals), ("test", test_residuals))
+        },
         "config": asdict(config),
         "photographs": {
             "source": "skimage.data",
@@ -193,23 +196,31 @@ def load_patches(config: DemoConfig) -> tuple[Tensor, Tensor, list[str]]:
 
 
 def levels_of(residuals: Tensor) -> Tensor:
-    """Root mean square of each residual (B, H, W), rounded to the nearest of `LEVELS`: (B,)."""
-    rms = residuals.square().mean((1, 2)).sqrt()
+    """How rough each residual (B, H, W) is: the root mean square of neighbours' differences, the nearest of `LEVELS`, (B,)."""
+    squares = [residuals.diff(dim=dim).square().mean((1, 2)) for dim in (1, 2)]
+    rms = torch.stack(squares).mean(0).sqrt()
     return LEVELS[(rms.log()[:, None] - LEVELS.log()).abs().argmin(1)]
 
 
-def isotropic(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
-    """White noise of the level's standard deviation."""
-    log_diag = -levels.log()[:, None, None].expand_as(means[:, 0])
-    return bg.StencilCholesky(log_diag, means[:, :0], bg.Stencil.square(1))
+def isotropic_model(ratio: float) -> CovarianceModel:
+    """Predicts white noise with a standard deviation of ``ratio`` levels."""
+    diagonal = bg.Stencil.square(1)
+
+    def predict(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
+        log_diag = -(ratio * levels).log()[:, None, None].expand_as(means[:, 0])
+        return bg.StencilCholesky(log_diag, means[:, :0], diagonal)
+
+    return predict
 
 
 def at_level(network: CovarianceNetwork) -> CovarianceModel:
-    """What a network of two channels predicts from a mean and a plane of one number, the level's place among `LEVELS`."""
+    """What a network of two channels predicts, in units of the level, from a mean and a plane that holds the level."""
 
     def predict(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
         place = levels.log() - LEVELS.log().mean()
-        return network(torch.cat((means, place[:, None, None, None].expand_as(means)), 1))
+        factor = network(torch.cat((means, place[:, None, None, None].expand_as(means)), 1))
+        scale = levels[:, None, None]
+        return bg.StencilCholesky(factor.log_diag - scale.log(), factor.off_diag / scale[:, None], factor.stencil)
 
     return predict
 
@@ -262,8 +273,8 @@ def markdown_report(results: dict[str, Any]) -> str:
         "the model is too unsure, above, too sure). "
         f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal.\n\n"
         "A reconstruction does not tell how rough its patch was. All models are therefore given one number more of the patch, "
-        f"the root mean square of its residual, rounded to one of {len(LEVELS)} values from {LEVELS[0]:g} to {LEVELS[-1]:g}; "
-        "what it costs to tell it is part of the nats. It fixes the isotropic model's variance, so that its 1 is no merit.\n\n"
+        "the root mean square by which neighbouring pixels of its residual differ, rounded to one of "
+        f"{len(LEVELS)} values from {LEVELS[0]:g} to {LEVELS[-1]:g}; what it costs to tell it is part of the nats.\n\n"
         f"RMS residual: {results['residual_rms']['train']:.4f} on training patches, "
         f"{results['residual_rms']['test']:.4f} on test patches (gray values in [0, 1]).\n\n"
         f"Photographs of scikit-image: trained on {', '.join(shown['train'])}; tested on {', '.join(shown['test'])}. "

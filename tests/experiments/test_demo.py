@@ -116,25 +116,35 @@ def test_checkpoint_gives_the_reported_numbers(finished):
     assert score["nats_per_pixel"] == pytest.approx(reported["nats_per_pixel"], rel=1e-4)
 
 
-def test_level_is_the_nearest_to_the_root_mean_square():
-    white = torch.randn(5, 7, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    white /= white.square().mean((1, 2), keepdim=True).sqrt()
+def test_level_is_the_nearest_to_the_root_mean_square_of_differences():
+    rows, columns = torch.arange(7)[:, None], torch.arange(6)
+    slope = (3 * rows + columns).double()  # differences of 3 and 1: a root mean square of √5
     rms = torch.tensor([0.5, 0.02, 0.0525, 0.0, 7.0], dtype=torch.float64)
-    levels = demo.levels_of(rms[:, None, None] * white)
+    levels = demo.levels_of(rms[:, None, None] * slope / 5**0.5)
     torch.testing.assert_close(levels, torch.tensor([10 ** (-6 / 20), 10 ** (-34 / 20), 10 ** (-26 / 20), 1e-3, 1.0]))
     assert set(levels.tolist()) <= set(demo.LEVELS.tolist())
 
 
-def test_isotropic_model_is_white_noise_of_the_level():
+def test_models_are_in_units_of_the_level():
     means, levels = torch.rand(2, 1, 4, 5), demo.LEVELS[[3, 40]]
-    q = bg.GMRF(means[:, 0], demo.isotropic(means, levels))
-    torch.testing.assert_close(q.stddev, levels[:, None, None].expand(2, 4, 5))
+    q = bg.GMRF(means[:, 0], demo.isotropic_model(2.0)(means, levels))
+    torch.testing.assert_close(q.stddev, 2 * levels[:, None, None].expand(2, 4, 5))
+    network = CovarianceNetwork(2, bg.Stencil.square(3), channels=4, initial_stddev=2.0)
+    q = bg.GMRF(means[:, 0], demo.at_level(network)(means, levels))
+    torch.testing.assert_close(q.stddev, 2 * levels[:, None, None].expand(2, 4, 5))
+    torch.nn.init.normal_(network.head.conv.weight)
+    found = demo.at_level(network)(means[:1].expand(2, 1, 4, 5), levels)
+    place = (levels.log() - demo.LEVELS[30].log())[:, None, None, None].expand(2, 1, 4, 5)
+    unit = network(torch.cat((means[:1].expand(2, 1, 4, 5), place), 1))
+    expected = unit.to_dense() / levels[:, None, None]
+    torch.testing.assert_close(found.to_dense(), expected)
 
 
 def test_nats_hold_what_a_level_costs():
     levels = demo.LEVELS[[20, 30, 30]]
     residuals = levels[:, None, None] * torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    score = demo.evaluate(demo.isotropic(residuals[:, None], levels), residuals, ["camera", "camera", "chelsea"])
+    factor = demo.isotropic_model(1.0)(residuals[:, None], levels)
+    score = demo.evaluate(factor, residuals, ["camera", "camera", "chelsea"])
     density = torch.distributions.Normal(0.0, levels[:, None, None]).log_prob(residuals).mean((1, 2))
     expected = 4.110874 / 20 - density  # log 61
     assert score["nats_per_pixel"] == pytest.approx(expected.mean().item(), rel=1e-5)
