@@ -2,12 +2,13 @@
 
 An autoencoder is trained on gray patches of photographs by mean squared error and frozen. What it cannot reconstruct, the
 residual, is far from white: neighbouring pixels err together. Three models of the residual are trained by maximum likelihood
-and compared on photographs that no stage of training has seen: isotropic (one variance for a patch), diagonal (a network
-predicts a variance per pixel), and structured (the same network predicts the Cholesky factor of a precision matrix, with a
-5 x 5 stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
+and compared on photographs that no stage of training has seen: isotropic (all pixels alike), diagonal (a network predicts a
+variance per pixel), and structured (the same network predicts the Cholesky factor of a precision matrix, with a 5 x 5
+stencil), as in Dorta et al., Structured Uncertainty Prediction Networks, CVPR 2018.
 
 How rough a patch is, its reconstruction does not tell: it is as smooth for grass as for a face. One number more is therefore
-added to its code, the root mean square by which neighbouring pixels of its residual differ, and all three models are given it.
+added to its code, the level by which the standard deviations that a model predicts are multiplied: the one of `LEVELS` under
+which the patch is most likely. It is chosen for each model, in training too, and what it costs is part of the likelihood.
 
 The photographs ship inside scikit-image: `photographs.TRAIN` and `photographs.TEST`.
 """
@@ -36,8 +37,7 @@ from .results import environment, write_results
 from .training import fit, seeded_generator, warmup_cosine, with_replacement
 from .whiteness import lag_autocorrelation
 
-# Predicts from means (B, 1, H, W) and levels (B,).
-CovarianceModel = Callable[[Tensor, Tensor], bg.StencilCholesky]
+CovarianceModel = Callable[[Tensor], bg.StencilCholesky]
 
 # Of the figures, in the order in which the page shows them.
 CAPTIONS = {
@@ -49,8 +49,11 @@ CAPTIONS = {
     "models of its residual.",
 }
 
-# The values that a level may have, evenly spaced in its logarithm: 20 to a decade, from less than a gray value of 255 to white.
-LEVELS = torch.logspace(-3, 0, 61)
+# The values that a level may have, evenly spaced in its logarithm: 20 to a decade.
+LEVELS = torch.logspace(-2, 2, 81)
+
+# Between minus and plus this lie 90 % of a standard normal's values.
+NORMAL_90 = 1.6448536269514722
 
 
 @dataclass(frozen=True)
@@ -113,21 +116,20 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     autoencoder.requires_grad_(False)
     train_means = torch.cat([autoencoder(batch) for batch in train.split(256)])
     train_residuals = (train - train_means)[:, 0]
-    train_levels = levels_of(train_residuals)
+    stddev = train_residuals.square().mean().sqrt().item()
 
-    ratio = (train_residuals / train_levels[:, None, None]).square().mean().sqrt().item()
-
-    models: dict[str, CovarianceModel] = {"isotropic": isotropic_model(ratio)}
+    models: dict[str, CovarianceModel] = {"isotropic": isotropic_model(stddev)}
     for name, size in (("diagonal", 1), ("structured", config.stencil_size)):
         torch.manual_seed(config.seed)
-        network = networks[name] = _for_cpu(
-            CovarianceNetwork(2, bg.Stencil.square(size), channels=config.channels, initial_stddev=ratio)
+        network = networks[name] = models[name] = _for_cpu(
+            CovarianceNetwork(1, bg.Stencil.square(size), channels=config.channels, initial_stddev=stddev)
         )
-        models[name] = model = at_level(network)
         losses[name] = fit(
             network,
-            lambda means, levels, residuals, model=model: nats_per_pixel(model(means, levels), residuals).mean(),
-            (train_means, train_levels, train_residuals),
+            lambda means, residuals, network=network: nats_per_pixel(
+                at_best_level(network(means), residuals), residuals
+            ).mean(),
+            (train_means, train_residuals),
             steps=config.covariance_steps,
             rows=with_replacement(len(train), config.covariance_batch, seeded_generator(config.seed, "covariance batches")),
             learning_rate=warmup_cosine(config.learning_rate, config.covariance_steps),
@@ -139,8 +141,8 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
     with torch.no_grad():
         test_means = autoencoder(test)
         test_residuals = (test - test_means)[:, 0]
-        test_levels = levels_of(test_residuals)
-        scores = {name: evaluate(model(test_means, test_levels), test_residuals, names) for name, model in models.items()}
+        factors = {name: at_best_level(model(test_means), test_residuals) for name, model in models.items()}
+        scores = {name: evaluate(factor, test_residuals, names) for name, factor in factors.items()}
         console.print("figures ...")
         loss_figure(
             folder / "training.png",
@@ -151,19 +153,16 @@ def _train_and_evaluate(config: DemoConfig, folder: Path, console: Console, netw
             smooth=min(20, config.autoencoder_steps, config.covariance_steps),
         )
         rows = pick_patches(test, names, per_photograph=2)
-        shown, shown_means = test[rows], test_means[rows]
-        factors = {name: model(shown_means, test_levels[rows]) for name, model in models.items()}
-        draw_samples(folder / "samples.png", config, factors, shown, shown_means, [names[row] for row in rows])
-        draw_correlations(folder / "correlations.png", factors["structured"], shown, shown_means)
+        shown, shown_means, shown_names = test[rows], test_means[rows], [names[row] for row in rows]
+        draw_samples(folder / "samples.png", config, {n: f[rows] for n, f in factors.items()}, shown, shown_means, shown_names)
+        draw_correlations(folder / "correlations.png", factors["structured"][rows], shown, shown_means)
 
     results = {
-        "definition": "nats_per_pixel is -log p / n given a patch's mean and level, ½ and constant included, plus what the "
+        "definition": "nats_per_pixel is -log p / n given a patch's mean and level, ½ and constant included, with what the "
         f"level costs, log {len(LEVELS)} / n: mean and standard error over held-out patches",
         "scores": scores,
         "structured_gain_over_diagonal": scores["diagonal"]["nats_per_pixel"] - scores["structured"]["nats_per_pixel"],
-        "residual_rms": {
-            name: part.square().mean().sqrt().item() for name, part in (("train", train_residuals), ("test", test_residuals))
-        },
+        "residual_rms": {"train": stddev, "test": test_residuals.square().mean().sqrt().item()},
         "config": asdict(config),
         "photographs": {
             "source": "skimage.data",
@@ -195,46 +194,37 @@ def load_patches(config: DemoConfig) -> tuple[Tensor, Tensor, list[str]]:
     return photographs.dequantise(train, generator), photographs.dequantise(torch.cat(test), generator), names
 
 
-def levels_of(residuals: Tensor) -> Tensor:
-    """How rough each residual (B, H, W) is: the root mean square of neighbours' differences, the nearest of `LEVELS`, (B,)."""
-    squares = [residuals.diff(dim=dim).square().mean((1, 2)) for dim in (1, 2)]
-    rms = torch.stack(squares).mean(0).sqrt()
-    return LEVELS[(rms.log()[:, None] - LEVELS.log()).abs().argmin(1)]
+def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
+    """-log p / n of residuals (B, *grid) with what a level costs, one value for each: (B,)."""
+    nats = bg.negative_log_likelihood(residuals, factor.log_diag, factor.off_diag, factor.stencil)
+    return (nats + math.log(len(LEVELS))) / factor.grid.numel()
 
 
-def isotropic_model(ratio: float) -> CovarianceModel:
-    """Predicts white noise with a standard deviation of ``ratio`` levels."""
+def at_best_level(factor: bg.StencilCholesky, residuals: Tensor) -> bg.StencilCholesky:
+    """Factors (B,) with standard deviations times the one of `LEVELS` under which each residual (B, H, W) is most likely."""
+    # At the best level the likelihood's derivative with respect to it is 0: none goes through it.
+    with torch.no_grad():
+        rms = factor.matvec(residuals, transpose=True).square().mean((1, 2)).sqrt()
+        level = LEVELS[(rms.log()[:, None] - LEVELS.log()).abs().argmin(1)][:, None, None]
+    return bg.StencilCholesky(factor.log_diag - level.log(), factor.off_diag / level[:, None], factor.stencil)
+
+
+def isotropic_model(stddev: float) -> CovarianceModel:
+    """Predicts white noise of one standard deviation, whatever the image."""
     diagonal = bg.Stencil.square(1)
 
-    def predict(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
-        log_diag = -(ratio * levels).log()[:, None, None].expand_as(means[:, 0])
+    def predict(means: Tensor) -> bg.StencilCholesky:
+        log_diag = torch.full_like(means[:, 0], -math.log(stddev))
         return bg.StencilCholesky(log_diag, means[:, :0], diagonal)
 
     return predict
 
 
-def at_level(network: CovarianceNetwork) -> CovarianceModel:
-    """What a network of two channels predicts, in units of the level, from a mean and a plane that holds the level."""
-
-    def predict(means: Tensor, levels: Tensor) -> bg.StencilCholesky:
-        place = levels.log() - LEVELS.log().mean()
-        factor = network(torch.cat((means, place[:, None, None, None].expand_as(means)), 1))
-        scale = levels[:, None, None]
-        return bg.StencilCholesky(factor.log_diag - scale.log(), factor.off_diag / scale[:, None], factor.stencil)
-
-    return predict
-
-
-def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
-    """-log p / n of residuals (B, *grid), one value for each: (B,)."""
-    nats = bg.negative_log_likelihood(residuals, factor.log_diag, factor.off_diag, factor.stencil)
-    return nats / factor.grid.numel()
-
-
 def evaluate(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) -> dict[str, Any]:
-    """Likelihood of held-out residuals (B, H, W) with what their levels cost, and how white they are after whitening."""
-    nats = nats_per_pixel(factor, residuals) + math.log(len(LEVELS)) / factor.grid.numel()
+    """Likelihood of held-out residuals (B, H, W), how white they are after whitening, and how many are within 90 %."""
+    nats = nats_per_pixel(factor, residuals)
     white = factor.matvec(residuals, transpose=True)
+    within = (white.abs() < NORMAL_90).float()
     own = {photograph: [name == photograph for name in names] for photograph in photographs.TEST}
     return {
         "nats_per_pixel": nats.mean().item(),
@@ -242,14 +232,15 @@ def evaluate(factor: bg.StencilCholesky, residuals: Tensor, names: list[str]) ->
         "by_photograph": {photograph: nats[rows].mean().item() for photograph, rows in own.items()},
         "whitened_autocorrelation": lag_autocorrelation(white),
         "whitened_variance": white.var().item(),
-        "whitened_variance_by_photograph": {photograph: white[rows].var().item() for photograph, rows in own.items()},
+        "within_90": within.mean().item(),
+        "within_90_by_photograph": {photograph: within[rows].mean().item() for photograph, rows in own.items()},
     }
 
 
 def markdown_report(results: dict[str, Any]) -> str:
     """The table of results, with what is needed to read it."""
     header = ["residual model", "nats per pixel", "± s.e.", *photographs.TEST, "lag-1"]
-    header += ["variance", *(f"of {photograph}" for photograph in photographs.TEST)]
+    header += ["within 90 %", *(f"of {photograph}" for photograph in photographs.TEST)]
     rows = [
         [
             name,
@@ -257,8 +248,7 @@ def markdown_report(results: dict[str, Any]) -> str:
             f"{score['standard_error']:.3f}",
             *(f"{value:.3f}" for value in score["by_photograph"].values()),
             f"{score['whitened_autocorrelation']:.3f}",
-            f"{score['whitened_variance']:.2f}",
-            *(f"{value:.2f}" for value in score["whitened_variance_by_photograph"].values()),
+            *(f"{100 * value:.1f}" for value in (score["within_90"], *score["within_90_by_photograph"].values())),
         ]
         for name, score in results["scores"].items()
     ]
@@ -268,13 +258,14 @@ def markdown_report(results: dict[str, Any]) -> str:
         + markdown_table(header, rows)
         + f"\nNats per pixel are -log p / n (lower is better), the mean over {sum(shown['test'].values())} patches of "
         f"{results['config']['patch_size']} x {results['config']['patch_size']} pixels, with its standard error, and over each "
-        "photograph's. Lag-1 is the correlation of neighbouring pixels of the whitened residual (0 for a perfect model), "
-        "variance is that of the whitened residual, over all patches and over each photograph's (1 for a perfect model; below, "
-        "the model is too unsure, above, too sure). "
+        "photograph's. Lag-1 is the correlation of neighbouring pixels of the whitened residual (0 for a perfect model). "
+        "Within 90 % are the percents of its pixels that lie where 90 % of a standard normal's do, of all patches and of each "
+        "photograph's (fewer: the model is too sure; more: too unsure). "
         f"Structured gains {results['structured_gain_over_diagonal']:.3f} nats per pixel over diagonal.\n\n"
-        "A reconstruction does not tell how rough its patch was. All models are therefore given one number more of the patch, "
-        "the root mean square by which neighbouring pixels of its residual differ, rounded to one of "
-        f"{len(LEVELS)} values from {LEVELS[0]:g} to {LEVELS[-1]:g}; what it costs to tell it is part of the nats.\n\n"
+        "A reconstruction does not tell how rough its patch was. Each model is therefore given one number more of a patch, the "
+        f"level by which its standard deviations are multiplied: of {len(LEVELS)} values from {LEVELS[0]:g} to {LEVELS[-1]:g}, "
+        "the one under which the patch is most likely. What it costs to tell it is part of the nats. It makes the variance of "
+        "a whitened patch 1, so that this says nothing of a model; how its pixels are distributed does.\n\n"
         f"RMS residual: {results['residual_rms']['train']:.4f} on training patches, "
         f"{results['residual_rms']['test']:.4f} on test patches (gray values in [0, 1]).\n\n"
         f"Photographs of scikit-image: trained on {', '.join(shown['train'])}; tested on {', '.join(shown['test'])}. "
