@@ -13,7 +13,7 @@ from gmrf_kernels.checks import broadcast_batch
 from gmrf_kernels.registration import nothing_intervenes
 
 from .stencil import Stencil
-from .transformations import require
+from .transformations import inspect, require
 
 _MOST_CHANNELS = 4
 # Along each side. What is smaller may well be many samples of a small grid.
@@ -138,6 +138,22 @@ def warn_of_channels(name: str, shape: Sequence[int], ndim: int) -> None:
             f"either move it in front of the grid, as in {name}.movedim(-1, {-ndim - 1}): independent fields. "
             f"Or take the grid {image}, with a stencil of {ndim + 1} axes: channels that belong together"
         )
+
+
+def warn_of_short_range(name: str, squares: Sequence[Tensor]) -> None:
+    """Warn where a range, given by its squares along axes, is shorter than the distance of two sites."""
+    if torch.compiler.is_compiling():
+        return
+
+    def look(*squares: Tensor) -> None:
+        shortest = min((float(square.min()) for square in squares if square.numel()), default=1.0)
+        if shortest < 1:
+            _warn(
+                f"{name} is {shortest**0.5:.3g} at its shortest, less than the distance 1 of two sites: a field on the grid "
+                "has less variance than asked for, and hardly any correlation. A finer grid has the field"
+            )
+
+    inspect(look, *squares)
 
 
 def _warn(message: str) -> None:

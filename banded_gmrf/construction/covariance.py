@@ -134,18 +134,22 @@ def optimal_columns(name: str, blocks: Tensor, exists: Tensor, sites: Tensor) ->
     if torch.compiler.is_compiling():  # a compiled function cannot look at values
         last = last.masked_fill(failed, torch.nan)
     else:
-        inspect(lambda failed: _check_columns(name, failed, exists, sites), failed)
+        inspect(lambda failed, own: _check_columns(name, failed, own, exists, sites), failed, variances[..., -1])
     columns = torch.linalg.solve_triangular(factors.mT, eye[:, -1:], upper=True)[..., 0]
     return torch.cat([columns[..., :-1], -last.log()[..., None]], -1)
 
 
-def _check_columns(name: str, failed: Tensor, exists: Tensor, sites: Tensor) -> None:
+def _check_columns(name: str, failed: Tensor, own: Tensor, exists: Tensor, sites: Tensor) -> None:
     bad = failed.nonzero()
     if len(bad):
         number = bad[0, -1]
+        if own.expand_as(failed)[tuple(bad[0])] == 0:
+            why = "the site's own variance is 0, as where all samples are the same"
+        else:
+            why = "up to rounding it is singular, or has a negative direction"
         raise NotPositiveDefiniteError(
             f"{name} is not positive definite{of_batch(bad[0, :-1])} at site {tuple(sites[number].tolist())} "
-            f"and its {int(exists[number].sum()) - 1} neighbours: up to rounding it is singular, or has a negative direction"
+            f"and its {int(exists[number].sum()) - 1} neighbours: {why}"
         )
 
 

@@ -112,7 +112,12 @@ def maximum_evidence(
             stacklevel=2,
         )
     if not result.success:
-        warnings.warn(f"the search for the maximum did not converge: {result.message}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"the search for the maximum did not converge: {result.message}. The model may not fit the data, as where they "
+            "have a mean and it has none, or the start may be too far away",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     errors = problem.standard_errors(logs)
     with torch.no_grad():
         parameters = problem.unpack(logs)

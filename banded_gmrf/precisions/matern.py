@@ -13,6 +13,7 @@ from torch import Tensor
 from ..precision_matrix import StencilPrecision
 from ..stencil import Stencil, as_grid
 from ..transformations import is_transformed, require
+from ..validation import warn_of_short_range
 from .parameters import check, positive
 from .stencil_matrix import StencilMatrix, shifted
 
@@ -52,7 +53,7 @@ def matern_precision(
     Args:
         grid: numbers of sites along each of the d axes.
         correlation_range: the distance in pixels at which the correlation has fallen to about 0.13: √(8 smoothness) / κ. A
-            number or a tensor (*batch); or a tuple or a list of d of them, the range along each axis.
+            number or a tensor (*batch); or a tuple or a list of d of them, the range along each axis. A UserWarning below 1.
         smoothness: the Matérn ν > 0, such that α is a whole number: 1, 2, ... on two axes, ½, 3/2, ... on one or three.
         variance: the marginal variance σ² of the continuous field on an unbounded domain, a number or a tensor (*batch). On the
             grid it is approached for ranges of several pixels, and more than a range away from the edges; at an edge it is
@@ -118,8 +119,11 @@ def matern_precision(
                 H, root_det = _matrix(anisotropy, ndim, dtype, device)
             H, root_det = {axes: placed("anisotropy", entry) for axes, entry in H.items()}, placed("anisotropy", root_det)
             R, volume = {axes: everywhere.square() * entry for axes, entry in H.items()}, volume * root_det
+    squares = [R[axis, axis] for axis in range(ndim)]
     if mask is not None:
         mask = _checked_mask(mask, grid, variance.device)
+        squares = [torch.where(mask, square, 1.0) for square in squares]
+    warn_of_short_range("correlation_range", squares)
     M = {axes: entry / (8 * smoothness) for axes, entry in R.items()}
     scale = math.gamma(smoothness) / math.gamma(alpha) * (2 * smoothness / math.pi) ** (ndim / 2) / (volume * variance)
     if stationary and not per_axis and anisotropy is None and _is_small(grid, alpha, mask):

@@ -443,6 +443,12 @@ BAD_SAMPLES = [
             ValueError,
             r"the covariance of samples, with ridge 0.0, is not positive definite at site \(., .\) and its . neighbours",
         ),
+        (
+            torch.full((9, 3, 4), 0.1),
+            {"stationary": True},
+            ValueError,
+            r"at site \(2, 3\) and its 0 neighbours: the site's own variance is 0, as where all samples are the same",
+        ),
     ]
 ]
 

@@ -485,3 +485,33 @@ def test_what_float64_cannot_tell_is_still_refused():
     for given in ({}, {"anisotropy": (0.5, 0.9)}, {"mask": torch.ones(32, 32, dtype=torch.bool)}, {"stationary": False}):
         with pytest.raises(torch.linalg.LinAlgError, match="singular up to rounding"):
             bg.StencilCholesky.from_precision(bg.matern_precision((32, 32), 160.0, 3, **given))
+
+
+@pytest.mark.parametrize(
+    ("options", "shortest"),
+    [
+        ({"correlation_range": 0.3}, "0.3"),
+        ({"correlation_range": (5.0, 0.5)}, "0.5"),
+        ({"correlation_range": torch.tensor([4.0, 0.9])}, "0.9"),
+        ({"correlation_range": 2.0, "anisotropy": (0.0, 0.25)}, "0.5"),
+        ({"correlation_range": torch.full((6, 7), 2.0).index_fill(0, torch.tensor(3), 0.2), "stationary": False}, "0.2"),
+    ],
+)
+def test_a_range_that_no_grid_has_is_told(options, shortest):
+    with pytest.warns(UserWarning, match=rf"correlation_range is {shortest} at its shortest"):
+        precision = bg.matern_precision((6, 7), smoothness=1, **options)
+    # What it tells of is so: far less variance than the 1 that was asked for.
+    middle = 3 * 7 + 3
+    assert dense_precision(precision).inverse()[..., middle, middle].min() < 0.8
+
+
+def test_ranges_outside_of_a_mask_are_not_looked_at():
+    mask = torch.ones(6, 7, dtype=torch.bool)
+    mask[3] = False
+    short = torch.full((6, 7), 2.0).index_fill(0, torch.tensor(3), 0.2)
+    bg.matern_precision((6, 7), short, 1, mask=mask, stationary=False)
+
+
+def test_a_short_range_is_told_under_vmap():
+    with pytest.warns(UserWarning, match=r"correlation_range is 0\.5 at its shortest"):
+        torch.vmap(lambda r: bg.matern_precision((4, 5), r, 1).diag)(torch.tensor([3.0, 0.5]))
