@@ -202,10 +202,11 @@ def nats_per_pixel(factor: bg.StencilCholesky, residuals: Tensor) -> Tensor:
 
 def at_best_level(factor: bg.StencilCholesky, residuals: Tensor) -> bg.StencilCholesky:
     """Factors (B,) with standard deviations times the one of `LEVELS` under which each residual (B, H, W) is most likely."""
-    # At the best level the likelihood's derivative with respect to it is 0: none goes through it.
+    # Which one it is changes in steps: no derivative goes through it.
     with torch.no_grad():
-        rms = factor.matvec(residuals, transpose=True).square().mean((1, 2)).sqrt()
-        level = LEVELS[(rms.log()[:, None] - LEVELS.log()).abs().argmin(1)][:, None, None]
+        variance = factor.matvec(residuals, transpose=True).square().mean((1, 2))
+        nats = LEVELS.log() + 0.5 * variance[:, None] / LEVELS.square()
+        level = LEVELS[nats.argmin(1)][:, None, None]
     return bg.StencilCholesky(factor.log_diag - level.log(), factor.off_diag / level[:, None], factor.stencil)
 
 
