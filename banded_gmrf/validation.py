@@ -141,8 +141,11 @@ def warn_of_channels(name: str, shape: Sequence[int], ndim: int) -> None:
 
 
 def warn_of_short_range(name: str, squares: Sequence[Tensor]) -> None:
-    """Warn where a range, given by its squares along axes, is shorter than the distance of two sites."""
-    if torch.compiler.is_compiling():
+    """Warn where a range, given by its squares along axes, is shorter than the distance of two sites.
+
+    Not where it is differentiated: a search or a sampler passes by such ranges, and goes on.
+    """
+    if torch.compiler.is_compiling() or any(square.requires_grad for square in squares):
         return
 
     def look(*squares: Tensor) -> None:

@@ -447,7 +447,7 @@ BAD_SAMPLES = [
             torch.full((9, 3, 4), 0.1),
             {"stationary": True},
             ValueError,
-            r"at site \(2, 3\) and its 0 neighbours: the site's own variance is 0, as where all samples are the same",
+            r"at site \(2, 3\) and its 0 neighbours: it is singular, with a variance of 0 at the site, as where",
         ),
     ]
 ]
