@@ -64,8 +64,8 @@ class DemoConfig:
     stencil_size: int = 5
     patch_size: int = 32
     patches: int = 24_000
-    autoencoder_steps: int = 800
-    covariance_steps: int = 800
+    autoencoder_steps: int = 700
+    covariance_steps: int = 700
     autoencoder_batch: int = 64
     covariance_batch: int = 32
     latent_size: int = 64

@@ -16,8 +16,8 @@ def demo(
     ] = None,
     seed: _Seed = 0,
     patches: Annotated[int, typer.Option(min=1, help="Number of training patches.")] = 24_000,
-    autoencoder_steps: Annotated[int, typer.Option(min=1, help="Training steps of the autoencoder.")] = 800,
-    covariance_steps: Annotated[int, typer.Option(min=1, help="Training steps of each covariance network.")] = 800,
+    autoencoder_steps: Annotated[int, typer.Option(min=1, help="Training steps of the autoencoder.")] = 700,
+    covariance_steps: Annotated[int, typer.Option(min=1, help="Training steps of each covariance network.")] = 700,
 ) -> None:
     """Train on photographs of scikit-image and show what the structured covariance has learned."""
     from rich.console import Console
