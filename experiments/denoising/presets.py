@@ -23,7 +23,7 @@ class Config:
     Args:
         faces: how the VAE and its covariance networks were or are trained; the denoising autoencoders are trained alike.
         checkpoint: SHA-256 of the finished run's networks; None if they are trained in this run.
-        noises: what is removed.
+        noises: what is removed; none to inpaint alone.
         images: test images, the first ones.
         eigenvectors: leading ones of Σ that the projection keeps.
         degree: of the polynomial that projects.
@@ -62,7 +62,9 @@ def trained_faces(folder: Path) -> Faces:
     return faces
 
 
-def config_for(data: ImageData, preset: str, folder: Path | None, images: int | None = None) -> Config:
+def config_for(
+    data: ImageData, preset: str, folder: Path | None, images: int | None = None, inpainting_only: bool = False
+) -> Config:
     """The configuration for a data set.
 
     Args:
@@ -70,6 +72,7 @@ def config_for(data: ImageData, preset: str, folder: Path | None, images: int | 
         preset: of faces, for networks that are to be trained.
         folder: instead, that of a finished run of faces.
         images: test images; None for 2,000.
+        inpainting_only: whether nothing is denoised, so that no denoising autoencoder is trained.
 
     Raises:
         ValueError: the finished run is not what `trained_faces` takes, or one of other images.
@@ -84,6 +87,7 @@ def config_for(data: ImageData, preset: str, folder: Path | None, images: int | 
     pixels = config.faces.size**2
     return replace(
         config,
+        noises=() if inpainting_only else config.noises,
         images=count,
         eigenvectors=min(config.eigenvectors, pixels // 4),
         slow_images=min(config.slow_images, count),

@@ -64,27 +64,37 @@ def _row(images: np.ndarray, estimates: np.ndarray, bar: np.ndarray) -> dict[str
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
     """The tables, and what is needed to read them."""
     faces, seconds = config.faces, results["seconds"]
-    parts = [f"# Denoising and inpainting of {faces.data}, {faces.size} x {faces.size} pixels\n"]
+    what = "Denoising and inpainting" if config.noises else "Inpainting"
+    parts = [f"# {what} of {faces.data}, {faces.size} x {faces.size} pixels\n"]
     for noise, rows in results["denoising"].items():
         parts += [f"## {noise[0].upper()}{noise[1:]}\n", _table(rows)]
-    paper = [[name, f"{1e3 * mean:.2f} ± {1e3 * stddev:.2f}"] for name, (mean, stddev) in PAPER.items()]
-    ratio = PAPER[PROJECTION][0] / PAPER[DENOISER][0]
+    if config.noises:
+        paper = [[name, f"{1e3 * mean:.2f} ± {1e3 * stddev:.2f}"] for name, (mean, stddev) in PAPER.items()]
+        ratio = PAPER[PROJECTION][0] / PAPER[DENOISER][0]
+        parts += [
+            "## The paper's, on CelebA, noise not stated\n",
+            markdown_table(["", "MSE x 1000"], paper),
+            f"Ratio {ratio:.2f}.\n",
+        ]
     parts += [
-        "## The paper's, on CelebA, noise not stated\n",
-        markdown_table(["", "MSE x 1000"], paper),
-        f"Ratio {ratio:.2f}.\n",
         "## Inpainting: mean squared error x 1000 of the unknown pixels\n",
         _inpainting_table(results["inpainting"]),
         f"{faces.data}: {faces.note}. The first {config.images:,} test images, without dequantisation noise; black is 0 and "
-        "white 1 in errors; nothing is clipped. MSE is mean ± standard deviation over images; the ratio is that of means to "
-        f"the {DENOISER}'s. {BM3D} and {INFERRED_POSTERIOR}: the first {config.slow_images:,} of them; their ratio is to the "
-        f"{DENOISER} on the same ones. PSNR and SSIM are means over images.{data_text(results)}\n",
-        f"The VAE and its covariance networks never saw noise; code and Σ come from the noisy image. {PROJECTION}: of the "
-        f"residual on the {config.eigenvectors:,} leading eigenvectors of Σ (f = 7, from z), by a polynomial of degree "
-        f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the first "
-        "posterior mean; code inferred: with the code's posterior given the noisy image, by Laplace, of which the decoder's "
-        f"derivatives make a low-rank term. The {DENOISER} has the VAE's widths and code and was trained on the same images "
-        "for as many steps, with mean squared error and with the noise of each table.\n",
+        f"white 1 in errors; nothing is clipped.{data_text(results)}\n",
+    ]
+    if config.noises:
+        parts += [
+            f"MSE is mean ± standard deviation over images; the ratio is that of means to the {DENOISER}'s. {BM3D} and "
+            f"{INFERRED_POSTERIOR}: the first {config.slow_images:,} of them; their ratio is to the {DENOISER} on the same "
+            "ones. PSNR and SSIM are means over images.\n",
+            f"The VAE and its covariance networks never saw noise; code and Σ come from the noisy image. {PROJECTION}: of the "
+            f"residual on the {config.eigenvectors:,} leading eigenvectors of Σ (f = 7, from z), by a polynomial of degree "
+            f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the "
+            "first posterior mean; code inferred: with the code's posterior given the noisy image, by Laplace, of which the "
+            f"decoder's derivatives make a low-rank term. The {DENOISER} has the VAE's widths and code and was trained on the "
+            "same images for as many steps, with mean squared error and with the noise of each table.\n",
+        ]
+    parts += [
         f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds, and "
         "taken for known; or inferred from there, given the known pixels. Coverage is the share of unknown pixels within "
         "intervals of 50, 90 and 99 %.\n",

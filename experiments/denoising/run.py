@@ -72,10 +72,10 @@ def run_denoising(
     for name, sampler in samplers.items():
         denoisers[name] = build_base(faces, "AE").to(device, memory_format=MEMORY_FORMAT)
         losses[name] = train_denoiser(config, denoisers[name], sampler, images, options)
-    save_checkpoint(folder / CHECKPOINT, denoisers, {"config": config.as_dict()})
-    loss_figure(
-        folder / "training.png", [("mean squared error", losses)], smooth=max(1, len(next(iter(losses.values()))) // 100)
-    )
+    if denoisers:
+        save_checkpoint(folder / CHECKPOINT, denoisers, {"config": config.as_dict()})
+        steps = len(next(iter(losses.values())))
+        loss_figure(folder / "training.png", [("mean squared error", losses)], smooth=max(1, steps // 100))
     stopwatch.save_time("training")
 
     test = stack(Subset(data.test, range(config.images)), title="reading test images", console=console).to(device)
@@ -109,7 +109,8 @@ def run_denoising(
         "resumed": resumed,
         "seconds": stopwatch.seconds(),
     }
-    _draw(folder, shown)
+    if shown:
+        _draw(folder, shown)
     write_results(folder, results, markdown_report(config, results), console)
     return results
 

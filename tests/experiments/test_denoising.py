@@ -107,6 +107,18 @@ def test_networks_of_a_finished_run_are_used(npz, finished, tmp_path, monkeypatc
         assert found[POSTERIOR] == rows[POSTERIOR]
 
 
+def test_inpainting_alone_gives_the_same_and_trains_no_denoiser(image_folder, finished, tmp_path):
+    outcome = denoise(image_folder, tmp_path / "alone", "--inpainting-only")
+    assert outcome.exit_code == 0, outcome.output
+    assert read(tmp_path / "alone")["inpainting"] == read(finished)["inpainting"]
+    assert read(tmp_path / "alone")["denoising"] == {}
+    names = {path.name for path in (tmp_path / "alone").iterdir()}
+    assert names == {"config.json", "results.json", "results.md", "inpainting.png"}
+    report = (tmp_path / "alone" / "results.md").read_text(encoding="utf-8")
+    assert report.startswith("# Inpainting of")
+    assert "denoising autoencoder" not in report
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
