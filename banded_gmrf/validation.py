@@ -140,8 +140,8 @@ def warn_of_channels(name: str, shape: Sequence[int], ndim: int) -> None:
         )
 
 
-def warn_of_short_range(name: str, squares: Sequence[Tensor]) -> None:
-    """Warn where a range, given by its squares along axes, is shorter than the distance of two sites.
+def warn_of_short_range(name: str, squares: Sequence[Tensor], mask: Tensor | None) -> None:
+    """Warn where a range, given by its squares along axes, is shorter inside a mask than the distance of two sites.
 
     Not where it is differentiated: a search or a sampler passes by such ranges, and goes on.
     """
@@ -156,7 +156,7 @@ def warn_of_short_range(name: str, squares: Sequence[Tensor]) -> None:
                 "has less variance than asked for, and hardly any correlation. A finer grid has the field"
             )
 
-    inspect(look, *squares)
+    inspect(look, *(squares if mask is None else (square.where(mask, 1.0) for square in squares)))
 
 
 def _warn(message: str) -> None:

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import scipy.special
 import torch
 from rich.console import Console
 from torch import Tensor, nn
@@ -53,7 +54,7 @@ CAPTIONS = {
 LEVELS = torch.logspace(-2, 2, 81)
 
 # Between minus and plus this lie 90 % of a standard normal's values.
-NORMAL_90 = 1.6448536269514722
+NORMAL_90 = scipy.special.ndtri(0.95)
 
 
 @dataclass(frozen=True)

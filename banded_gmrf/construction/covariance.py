@@ -143,7 +143,7 @@ def _check_columns(name: str, failed: Tensor, own: Tensor, exists: Tensor, sites
     bad = failed.nonzero()
     if len(bad):
         number = bad[0, -1]
-        if own.expand_as(failed)[tuple(bad[0])] == 0:
+        if own[tuple(bad[0])] == 0:
             why = "it is singular, with a variance of 0 at the site, as where all samples are the same"
         else:
             why = "up to rounding it is singular, or has a negative direction"

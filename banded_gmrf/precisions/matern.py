@@ -119,11 +119,9 @@ def matern_precision(
                 H, root_det = _matrix(anisotropy, ndim, dtype, device)
             H, root_det = {axes: placed("anisotropy", entry) for axes, entry in H.items()}, placed("anisotropy", root_det)
             R, volume = {axes: everywhere.square() * entry for axes, entry in H.items()}, volume * root_det
-    squares = [R[axis, axis] for axis in range(ndim)]
     if mask is not None:
         mask = _checked_mask(mask, grid, variance.device)
-        squares = [torch.where(mask, square, 1.0) for square in squares]
-    warn_of_short_range("correlation_range", squares)
+    warn_of_short_range("correlation_range", [R[axis, axis] for axis in range(ndim)], mask)
     M = {axes: entry / (8 * smoothness) for axes, entry in R.items()}
     scale = math.gamma(smoothness) / math.gamma(alpha) * (2 * smoothness / math.pi) ** (ndim / 2) / (volume * variance)
     if stationary and not per_axis and anisotropy is None and _is_small(grid, alpha, mask):
