@@ -215,6 +215,10 @@ def reach(
     measured: Annotated[
         int | None, typer.Option(min=2, help="Test images for coverage and the like.", show_default="128")
     ] = None,
+    earlier: Annotated[
+        Path | None,
+        typer.Option(help="Results of a finished run, whose rows are taken from there and not trained again."),
+    ] = None,
 ) -> None:
     """What reaches further than a dense stencil: factors, offsets apart, a mean trained with its covariance.
 
@@ -233,10 +237,10 @@ def reach(
     where = options.device_option(device)
     found = _load_images(data, size, levels, note, console)
     with errors_of():
-        config = config_for(found, file, None if rows is None else rows.split(","), seeds, epochs, measured)
+        config = config_for(found, file, None if rows is None else rows.split(","), seeds, epochs, measured, earlier)
     folder = options.run_folder(config, out, resume, where)
     with options.resumable(folder):
-        run_reach(config, found, file, folder, where, console)
+        run_reach(config, found, file, folder, where, console, earlier)
     finish(folder)
 
 

@@ -46,8 +46,8 @@ def measure(
     whitened = of_images.whitened
     far = min(_FAR, faces.size // 2)
     return {
-        "nats": of_images.nats.tolist(),
-        "bound": of_images.bound.tolist(),
+        "nats": [round(value, 3) for value in of_images.nats.tolist()],
+        "bound": [round(value, 3) for value in of_images.bound.tolist()],
         "variance": whitened.var().item(),
         "lag_1": lag_autocorrelation(whitened),
         f"lag_{_FAR}": lag_autocorrelation(whitened, far),

@@ -1,6 +1,7 @@
 """What a run of the experiment depends on: the rows of its table."""
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from ..datasets import ImageData
 from ..faces.bases import load_bases
 from ..faces.presets import Config as Faces
 from ..faces.presets import check_same_data
+from .earlier import MEASURED, check_same_networks, load_measured
 
 BASE = "VAE"
 OFFSETS = ("dense", "dilated", "greedy")
@@ -63,6 +65,7 @@ class Config:
         epochs: passes over the images, of networks behind a frozen VAE and of those that are fine-tuned with it.
         scratch_epochs: passes of a VAE and a network that begin together.
         measured: test images, the first ones, for coverage, conformal scales and the correlation of both eyes.
+        earlier: SHA-256 of what an earlier run has measured, whose networks are not trained again; None without one.
     """
 
     faces: Faces
@@ -74,12 +77,14 @@ class Config:
     epochs: int = 8
     scratch_epochs: int = 30
     measured: int = 128
+    earlier: str | None = None
 
     experiment = "reach"
 
     def as_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
-        return {"experiment": self.experiment, **asdict(self), "faces": self.faces.as_dict()}
+        """As values that JSON can hold; without ``earlier`` if there is none."""
+        values = {"experiment": self.experiment, **asdict(self), "faces": self.faces.as_dict()}
+        return {name: value for name, value in values.items() if name != "earlier" or value is not None}
 
     def of_seed(self, seed: int) -> Faces:
         """What trains a network of one seed, counted from 0: as the VAE was trained, but for the seed."""
@@ -93,6 +98,7 @@ def config_for(
     seeds: int | None = None,
     epochs: int | None = None,
     measured: int | None = None,
+    earlier: Path | None = None,
 ) -> Config:
     """The configuration for the VAE of a run of faces.
 
@@ -103,10 +109,11 @@ def config_for(
         seeds: networks of each row; None for 3.
         epochs: of all networks; None for 8, and 30 from scratch.
         measured: test images for what takes long; None for 128.
+        earlier: the folder of a finished run of the same VAE.
 
     Raises:
         ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
-            without the row that it begins with.
+            without the row that it begins with; an earlier run of networks that are trained or measured otherwise.
     """
     bases, about = load_bases(file)
     faces = Faces.from_dict(about["config"])
@@ -122,4 +129,10 @@ def config_for(
     config = Config(faces, hashlib.sha256(file.read_bytes()).hexdigest(), tuple(ROWS[name] for name in names))
     given = {"seeds": seeds, "epochs": epochs, "scratch_epochs": epochs, "measured": measured}
     config = replace(config, **{key: value for key, value in given.items() if value is not None})
-    return replace(config, measured=min(config.measured, faces.test), reach=min(config.reach, faces.size // 2 - 1))
+    config = replace(config, measured=min(config.measured, faces.test), reach=min(config.reach, faces.size // 2 - 1))
+    if earlier is None:
+        return config
+    check_same_networks(earlier, json.loads(json.dumps(config.as_dict())))
+    if {row.name for row in config.rows} <= load_measured(earlier).keys():
+        raise ValueError(f"rows is {','.join(names)}, all of which {earlier} has already")
+    return replace(config, earlier=hashlib.sha256((earlier / MEASURED).read_bytes()).hexdigest())

@@ -88,9 +88,18 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         "3 x 3 patch dilated by 1, 2, 3, 4, 8 and 16. "
         + ("" if greedy is None else f"Greedy, from training residuals: {' '.join(f'({y}, {x})' for y, x in greedy)}. ")
         + f"{config.epochs} passes, {config.scratch_epochs} from scratch.\n\n"
-        f"The VAE is of the run {results['networks']}; `{results['command']}`, training {seconds['training']:.0f} s, measures "
-        f"{seconds['measures']:.0f} s on {where_text(results)}.\n"
+        f"The VAE is of the run {results['networks']}. "
+        + "".join(
+            f"{'; '.join(run['rows'])}: {_run_text(run['command'], run['seconds'], run['where'])}. "
+            for run in results["earlier"]
+        )
+        + f"{'The other rows: ' if results['earlier'] else ''}{_run_text(results['command'], seconds, where_text(results))}.\n"
     )
+
+
+def _run_text(command: str, seconds: dict[str, float], where: str) -> str:
+    parts = ", ".join(f"{part} {seconds[part]:.0f} s" for part in ("training", "measures") if part in seconds)
+    return f"`{command}`, {parts} on {where}"
 
 
 def _difference(of: dict[str, float] | None) -> str:

@@ -1,6 +1,7 @@
 """Train the networks of all rows, measure them on test images, and write the tables."""
 
 import json
+from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,21 @@ from ..faces.images import images_for_testing, images_for_training
 from ..faces.networks import MEMORY_FORMAT
 from ..figures import loss_figure
 from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
+from .earlier import Measured, earlier_runs, load_measured, save_measured
 from .measures import measure
 from .networks import stencils, train_row
-from .presets import BASE, Config
+from .presets import BASE, ROWS, Config, Row
 from .report import markdown_report, summarise
 
 
 def run_reach(
-    config: Config, data: ImageData, trained: Path, folder: Path, device: torch.device, console: Console
+    config: Config,
+    data: ImageData,
+    file: Path,
+    folder: Path,
+    device: torch.device,
+    console: Console,
+    earlier: Path | None = None,
 ) -> dict[str, Any]:
     """Train, measure and write everything into ``folder``; return what results.json holds.
 
@@ -34,10 +42,11 @@ def run_reach(
     Args:
         config: from `presets.config_for` for ``data``.
         data: the images.
-        trained: the file of base models that ``config`` is of.
+        file: of base models that ``config`` is of.
         folder: where to.
         device: where to compute.
         console: where progress is shown.
+        earlier: the folder of the finished run that ``config`` is of, if it is of one.
     """
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
@@ -46,19 +55,22 @@ def run_reach(
     console.print(data.summary())
     images = images_for_training(faces, data, device, workers=0, console=console)
     test = images_for_testing(faces, data, device, workers=0, console=console)
-    vae = load_bases(trained)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
+    vae = load_bases(file)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
     stencil, states = stencils(config, vae, images), numbered_states(folder)
-    measured: dict[str, list[dict[str, Any]]] = {row.name: [] for row in config.rows}
+    known = {} if earlier is None else load_measured(earlier)
+    measured: Measured = {row.name: known.get(row.name, []) for row in config.rows}
     losses, networks = {}, {}
     for seed in range(config.seeds):
         dense = None
-        for row in config.rows:
+        for row in _to_train(config, known):
             state, name = next(states), f"{row.name}, seed {seed}"
             options = {"state": state, "console": console, "on_state": partial(stopwatch.save_time, "training")}
             likelihood, curve = train_row(config, row, seed, stencil[row.offsets], vae, images, dense, **options)
             stopwatch.save_time("training")
             if row.name == "dense":
                 dense = likelihood
+            if row.name in known:
+                continue
             if seed == 0:
                 losses[row.name], networks[row.name] = curve, likelihood.covariance
                 if row.training != "frozen":
@@ -76,17 +88,23 @@ def run_reach(
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
         "config": config.as_dict(),
-        "networks": str(trained),
+        "networks": str(file),
+        "earlier": [] if earlier is None else earlier_runs(earlier),
         **about,
         "device": device_name(device),
         "resumed": resumed,
         "seconds": stopwatch.seconds(),
     }
-    loss_figure(
-        folder / "training.png",
-        [("nats per pixel", losses)],
-        smooth=max(1, min(len(curve) for curve in losses.values()) // 100),
-    )
+    smooth = max(1, min(len(curve) for curve in losses.values()) // 100)
+    loss_figure(folder / "training.png", [("nats per pixel", losses)], smooth=smooth)
+    save_measured(folder, measured)
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
     write_results(folder, results, markdown_report(config, results), console)
     return results
+
+
+def _to_train(config: Config, known: Collection[str]) -> list[Row]:
+    """The rows whose networks are trained: all but those of ``known`` names, and what fine-tuning begins with."""
+    new = [row for row in config.rows if row.name not in known]
+    begun_with = ROWS["dense"] if any(row.training == "fine-tuned" for row in new) else None
+    return [row for row in config.rows if row in new or row == begun_with]

@@ -13,7 +13,7 @@ from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.faces import figures
 from experiments.faces.presets import PRESETS, Covariance
-from experiments.reach import measures, offsets
+from experiments.reach import measures, offsets, run
 from experiments.reach.measures import measure
 from experiments.reach.presets import ROWS
 from experiments.reach.report import paired_difference
@@ -55,6 +55,7 @@ def finished(faces, npz, tmp_path_factory):
 def test_results_are_complete(finished):
     assert {path.name for path in finished.iterdir()} == {
         "config.json",
+        "measured.json",
         "results.json",
         "results.md",
         "training.png",
@@ -92,6 +93,59 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tm
     outcome = run_reach(faces, npz, tmp_path, "--seeds", "2", "--resume")
     assert outcome.exit_code == 0, outcome.output
     assert read(tmp_path)["rows"] == read(finished)["rows"]
+
+
+@pytest.fixture(scope="module")
+def begun(faces, npz, tmp_path_factory):
+    """A finished run of two rows of the table."""
+    folder = tmp_path_factory.mktemp("reach") / "begun"
+    outcome = run_reach(faces, npz, folder, "--seeds", "2", "--rows", "dense,dilated")
+    assert outcome.exit_code == 0, outcome.output
+    return folder
+
+
+def test_rows_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, finished, begun, tmp_path, monkeypatch):
+    folders = [begun, tmp_path / "second", tmp_path / "third"]
+    more = ["--seeds", "2", "--rows"]
+    trained = []
+    train = run.train_row
+    monkeypatch.setattr(
+        run, "train_row", lambda config, row, *args, **kw: trained.append(row) or train(config, row, *args, **kw)
+    )
+    of_folders = ["dense,r8,fine-tuned,dilated", "dense,r8,r32,fine-tuned,dilated"]
+    for folder, earlier, rows in zip(folders[1:], folders[:-1], of_folders, strict=True):
+        outcome = run_reach(faces, npz, folder, *more, rows, "--earlier", str(earlier))
+        assert outcome.exit_code == 0, outcome.output
+    of_seed = [ROWS["dense"], ROWS["r8"], ROWS["fine-tuned"]]
+    assert trained == 2 * of_seed + 2 * [ROWS["r32"]]
+    results = read(folders[-1])
+    names = ["dense", "dense + 8 factors", "dense + 32 factors", "dense, fine-tuned with the mean", "dilated"]
+    assert results["rows"] == {name: read(finished)["rows"][name] for name in names}
+    assert [of["rows"] for of in results["earlier"]] == [[names[0], names[4]], [names[1], names[3]]]
+    report = (folders[-1] / "results.md").read_text(encoding="utf-8")
+    assert "dense; dilated: `" in report
+    assert "The other rows: `" in report
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--seeds", "1", "--rows", "dense,r8"], "differ in seeds"),
+        (["--seeds", "2", "--rows", "dense,r8", "--measured", "5"], "differ in measured"),
+        (["--seeds", "2", "--rows", "dilated,dense"], "all of which"),
+    ],
+)
+def test_an_earlier_table_of_other_networks_is_refused(faces, npz, begun, tmp_path, more, words):
+    outcome = run_reach(faces, npz, tmp_path / "new", *more, "--earlier", str(begun))
+    assert outcome.exit_code == 2
+    assert words in " ".join(outcome.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_of_another_experiment_is_no_earlier_table(faces, npz, tmp_path):
+    outcome = run_reach(faces, npz, tmp_path / "new", "--earlier", str(faces))
+    assert outcome.exit_code == 2
+    assert "a run of faces, expected one of reach" in " ".join(outcome.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,59 @@
+"""What an earlier run has measured, so that rows can be added to its table without training its networks again."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from programs.files import write_json
+
+from ..results import finished_results, where_text
+
+# The file of a run that holds what was measured of each network.
+MEASURED = "measured.json"
+
+# What all networks of a table have in common, of the configuration.
+_SAME = ("faces", "checkpoint", "seeds", "stencil_size", "reach", "epochs", "scratch_epochs", "measured")
+
+# For each row, by name, what `measures.measure` gives for each seed.
+Measured = dict[str, list[dict[str, Any]]]
+
+
+def save_measured(folder: Path, measured: Measured) -> None:
+    """Write what a run measured into its folder."""
+    write_json(folder / MEASURED, measured)
+
+
+def load_measured(folder: Path) -> Measured:
+    """What `save_measured` wrote.
+
+    Raises:
+        ValueError: no such file.
+    """
+    try:
+        return json.loads((folder / MEASURED).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder} holds nothing that a run of reach measured: {error}") from None
+
+
+def earlier_runs(folder: Path) -> list[dict[str, Any]]:
+    """Of a finished run and of those that it added to, the first one first: "rows" by name, "command", "seconds", "where"."""
+    there = finished_results(folder)
+    before = there["earlier"]
+    known = {name for run in before for name in run["rows"]}
+    own = {"rows": [name for name in there["rows"] if name not in known], "command": there["command"]}
+    return [*before, {**own, "seconds": there["seconds"], "where": where_text(there)}]
+
+
+def check_same_networks(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError unless ``folder`` holds a finished run whose networks are trained and measured as those of ``config``.
+
+    Args:
+        folder: of the earlier run.
+        config: of the new one, as JSON holds it.
+    """
+    there = finished_results(folder)["config"]
+    if there.get("experiment") != config["experiment"]:
+        raise ValueError(f"{folder} holds a run of {there.get('experiment')}, expected one of {config['experiment']}")
+    differing = [name for name in _SAME if there[name] != config[name]]
+    if differing:
+        raise ValueError(f"the networks of the run in {folder} differ in {', '.join(differing)}")
