@@ -208,7 +208,7 @@ def reach(
             help="Of dense,r8,r32,dilated,greedy,fine-tuned,scratch; all are compared with the first.", show_default="all"
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Networks of each row.", show_default="3")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Networks of each of these rows.", show_default="3")] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes of every network.", show_default="8, and 30 from scratch")
     ] = None,
@@ -217,7 +217,7 @@ def reach(
     ] = None,
     earlier: Annotated[
         Path | None,
-        typer.Option(help="Results of a finished run, whose rows are taken from there and not trained again."),
+        typer.Option(help="Results of a finished run, to whose table the rows are added; what it has is not trained again."),
     ] = None,
 ) -> None:
     """What reaches further than a dense stencil: factors, offsets apart, a mean trained with its covariance.

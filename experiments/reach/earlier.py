@@ -12,9 +12,9 @@ from ..results import finished_results, where_text
 MEASURED = "measured.json"
 
 # What all networks of a table have in common, of the configuration.
-_SAME = ("faces", "checkpoint", "seeds", "stencil_size", "reach", "epochs", "scratch_epochs", "measured")
+_SAME = ("faces", "checkpoint", "stencil_size", "reach", "epochs", "scratch_epochs", "measured")
 
-# For each row, by name, what `measures.measure` gives for each seed.
+# For each row, by name, what `measures.measure` gives for each seed from 0 on.
 Measured = dict[str, list[dict[str, Any]]]
 
 
@@ -35,13 +35,16 @@ def load_measured(folder: Path) -> Measured:
         raise ValueError(f"{folder} holds nothing that a run of reach measured: {error}") from None
 
 
-def earlier_runs(folder: Path) -> list[dict[str, Any]]:
-    """Of a finished run and of those that it added to, the first one first: "rows" by name, "command", "seconds", "where"."""
+def runs_of_table(folder: Path | None) -> list[dict[str, Any]]:
+    """The finished runs behind the table in ``folder``, the first one first; none if there is none.
+
+    Of each: "trained", the seeds of each row's networks; "command", "seconds" and "where".
+    """
+    if folder is None:
+        return []
     there = finished_results(folder)
-    before = there["earlier"]
-    known = {name for run in before for name in run["rows"]}
-    own = {"rows": [name for name in there["rows"] if name not in known], "command": there["command"]}
-    return [*before, {**own, "seconds": there["seconds"], "where": where_text(there)}]
+    own = {key: there[key] for key in ("trained", "command", "seconds")}
+    return [*there["earlier"], {**own, "where": where_text(there)}]
 
 
 def check_same_networks(folder: Path, config: dict[str, Any]) -> None:

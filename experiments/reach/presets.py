@@ -58,14 +58,14 @@ class Config:
     Args:
         faces: how the VAE was trained.
         checkpoint: SHA-256 of the file that holds it.
-        rows: the first one is what all others are compared with.
-        seeds: networks of each row.
+        rows: the first one is what all others are compared with, or that of the earlier run.
+        seeds: networks of each of these rows.
         stencil_size: f of the f x f patch, the number of whose offsets all stencils have.
         reach: the furthest offset, in pixels along an axis, that the greedy choice may take.
         epochs: passes over the images, of networks behind a frozen VAE and of those that are fine-tuned with it.
         scratch_epochs: passes of a VAE and a network that begin together.
         measured: test images, the first ones, for coverage, conformal scales and the correlation of both eyes.
-        earlier: SHA-256 of what an earlier run has measured, whose networks are not trained again; None without one.
+        earlier: SHA-256 of what an earlier run has measured, to whose table this one adds networks; None without one.
     """
 
     faces: Faces
@@ -109,11 +109,12 @@ def config_for(
         seeds: networks of each row; None for 3.
         epochs: of all networks; None for 8, and 30 from scratch.
         measured: test images for what takes long; None for 128.
-        earlier: the folder of a finished run of the same VAE.
+        earlier: the folder of a finished run of the same VAE, to whose table networks are added.
 
     Raises:
         ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
-            without the row that it begins with; an earlier run of networks that are trained or measured otherwise.
+            without the row that it begins with; an earlier run of networks that are trained or measured otherwise, or that
+            has all of these.
     """
     bases, about = load_bases(file)
     faces = Faces.from_dict(about["config"])
@@ -133,6 +134,7 @@ def config_for(
     if earlier is None:
         return config
     check_same_networks(earlier, json.loads(json.dumps(config.as_dict())))
-    if {row.name for row in config.rows} <= load_measured(earlier).keys():
-        raise ValueError(f"rows is {','.join(names)}, all of which {earlier} has already")
+    known = load_measured(earlier)
+    if all(len(known.get(row.name, ())) >= config.seeds for row in config.rows):
+        raise ValueError(f"rows is {','.join(names)}, seeds is {config.seeds}: {earlier} has all of these networks already")
     return replace(config, earlier=hashlib.sha256((earlier / MEASURED).read_bytes()).hexdigest())

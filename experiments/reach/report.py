@@ -27,7 +27,7 @@ def paired_difference(values: list[list[float]], reference: list[list[float]]) -
 
 
 def summarise(measured: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """For each row means over seeds, and differences from the first row.
+    """For each row means over seeds, and differences from the first row, of as many seeds as both have.
 
     Args:
         measured: for each row what `measures.measure` gives for each seed.
@@ -35,13 +35,14 @@ def summarise(measured: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
     rows = {}
     reference = next(iter(measured.values()))
     for name, seeds in measured.items():
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"seeds": len(seeds)}
         for key, first in seeds[0].items():
             values = [of_seed[key] for of_seed in seeds]
             if isinstance(first, list):
                 row[key] = statistics.fmean(statistics.fmean(of_images) for of_images in values)
                 if seeds is not reference:
-                    row[f"{key}_difference"] = paired_difference(values, [of_seed[key] for of_seed in reference])
+                    both = min(len(seeds), len(reference))
+                    row[f"{key}_difference"] = paired_difference(values[:both], [of_seed[key] for of_seed in reference[:both]])
             elif isinstance(first, dict):
                 row[key] = {level: statistics.fmean(value[level] for value in values) for level in first}
             else:
@@ -52,9 +53,14 @@ def summarise(measured: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, 
 
 def markdown_report(config: Config, results: dict[str, Any]) -> str:
     """The tables, and what is needed to read them."""
-    rows, first, faces, seconds = results["rows"], config.rows[0].name, config.faces, results["seconds"]
+    rows, faces = results["rows"], config.faces
+    first = next(iter(rows))
     nats = [
-        [name, *(cell for key in ("bound", "nats") for cell in (f"{row[key]:.0f}", _difference(row.get(f"{key}_difference"))))]
+        [
+            name,
+            str(row["seeds"]),
+            *(cell for key in ("bound", "nats") for cell in (f"{row[key]:.0f}", _difference(row.get(f"{key}_difference")))),
+        ]
         for name, row in rows.items()
     ]
     white = [
@@ -73,13 +79,13 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
     greedy = results["stencils"].get("greedy")
     return (
         f"# What reaches further than a dense stencil, {faces.data}, {faces.size} x {faces.size} pixels\n\n"
-        + markdown_table(["", "-log p(x), bound", f"less {first}", "-log p(x given z)", f"less {first}"], nats)
+        + markdown_table(["", "networks", "-log p(x), bound", f"less {first}", "-log p(x given z)", f"less {first}"], nats)
         + "\n"
         + markdown_table(["", "variance", "lag-1", "lag-16", "kurtosis", "eyes", "eyes, data"], white)
         + "\n"
         + markdown_table(["", *shares, "scale"], coverage)
         + f"\nNats per image, lower is better, means over {faces.test:,} test images ({faces.bound_images:,} for the bound) "
-        f"and {config.seeds} networks of each row; differences image by image ± standard error over images, and over networks. "
+        "and the networks of each row; differences image by image ± standard error over images, and over networks. "
         "Variance, correlations along an axis and excess kurtosis are of whitened residuals (1, 0, 0, 0 for a perfect model). "
         "Eyes: correlation of the means of the residual over both eyes, under the model and in the data. Coverage: shares of "
         f"pixels, and of means over {BLOCK} x {BLOCK} pixels, within central intervals; scale: the conformal one of 90 % "
@@ -89,17 +95,16 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + ("" if greedy is None else f"Greedy, from training residuals: {' '.join(f'({y}, {x})' for y, x in greedy)}. ")
         + f"{config.epochs} passes, {config.scratch_epochs} from scratch.\n\n"
         f"The VAE is of the run {results['networks']}. "
-        + "".join(
-            f"{'; '.join(run['rows'])}: {_run_text(run['command'], run['seconds'], run['where'])}. "
-            for run in results["earlier"]
-        )
-        + f"{'The other rows: ' if results['earlier'] else ''}{_run_text(results['command'], seconds, where_text(results))}.\n"
+        + " ".join(_run_text(run) for run in [*results["earlier"], {**results, "where": where_text(results)}])
+        + "\n"
     )
 
 
-def _run_text(command: str, seconds: dict[str, float], where: str) -> str:
-    parts = ", ".join(f"{part} {seconds[part]:.0f} s" for part in ("training", "measures") if part in seconds)
-    return f"`{command}`, {parts} on {where}"
+def _run_text(run: dict[str, Any]) -> str:
+    """What a run trained, its command, time and machine."""
+    seconds = ", ".join(f"{part} {run['seconds'][part]:.0f} s" for part in ("training", "measures"))
+    trained = "; ".join(f"{name}, seeds {' '.join(map(str, seeds))}" for name, seeds in run["trained"].items())
+    return f"{trained}: `{run['command']}`, {seconds} on {run['where']}."
 
 
 def _difference(of: dict[str, float] | None) -> str:

@@ -17,8 +17,8 @@ from ..faces.bases import load_bases
 from ..faces.images import images_for_testing, images_for_training
 from ..faces.networks import MEMORY_FORMAT
 from ..figures import loss_figure
-from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
-from .earlier import Measured, earlier_runs, load_measured, save_measured
+from ..results import STATES, Stopwatch, device_name, environment, finished_results, numbered_states, write_results
+from .earlier import Measured, load_measured, runs_of_table, save_measured
 from .measures import measure
 from .networks import stencils, train_row
 from .presets import BASE, ROWS, Config, Row
@@ -46,7 +46,7 @@ def run_reach(
         folder: where to.
         device: where to compute.
         console: where progress is shown.
-        earlier: the folder of the finished run that ``config`` is of, if it is of one.
+        earlier: the folder of the run whose table ``config`` adds to, if there is one.
     """
     (folder / STATES).mkdir(exist_ok=True)
     resumed = any((folder / STATES).iterdir())
@@ -57,21 +57,22 @@ def run_reach(
     test = images_for_testing(faces, data, device, workers=0, console=console)
     vae = load_bases(file)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
     stencil, states = stencils(config, vae, images), numbered_states(folder)
-    known = {} if earlier is None else load_measured(earlier)
-    measured: Measured = {row.name: known.get(row.name, []) for row in config.rows}
-    losses, networks = {}, {}
+    measured: Measured = {} if earlier is None else load_measured(earlier)
+    losses, networks, trained = {}, {}, {}
     for seed in range(config.seeds):
         dense = None
-        for row in _to_train(config, known):
+        new = [row for row in config.rows if seed == len(measured.setdefault(row.name, []))]
+        for row in _to_train(config, new):
             state, name = next(states), f"{row.name}, seed {seed}"
             options = {"state": state, "console": console, "on_state": partial(stopwatch.save_time, "training")}
             likelihood, curve = train_row(config, row, seed, stencil[row.offsets], vae, images, dense, **options)
             stopwatch.save_time("training")
             if row.name == "dense":
                 dense = likelihood
-            if row.name in known:
+            if row not in new:
                 continue
-            if seed == 0:
+            trained.setdefault(row.name, []).append(seed)
+            if row.name not in losses:
                 losses[row.name], networks[row.name] = curve, likelihood.covariance
                 if row.training != "frozen":
                     networks[f"{row.name}: VAE"] = likelihood.autoencoder
@@ -84,12 +85,14 @@ def run_reach(
         "definition": "nats per image, ½ and constant included, pixels in [-1, 1]; means over seeds, and over test images; "
         "differences from the first row, image by image",
         "rows": summarise(measured),
-        "stencils": {name: of.offsets for name, of in stencil.items()},
+        "stencils": ({} if earlier is None else finished_results(earlier)["stencils"])
+        | {name: of.offsets for name, of in stencil.items()},
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
         "config": config.as_dict(),
         "networks": str(file),
-        "earlier": [] if earlier is None else earlier_runs(earlier),
+        "earlier": runs_of_table(earlier),
+        "trained": trained,
         **about,
         "device": device_name(device),
         "resumed": resumed,
@@ -103,8 +106,7 @@ def run_reach(
     return results
 
 
-def _to_train(config: Config, known: Collection[str]) -> list[Row]:
-    """The rows whose networks are trained: all but those of ``known`` names, and what fine-tuning begins with."""
-    new = [row for row in config.rows if row.name not in known]
+def _to_train(config: Config, new: Collection[Row]) -> list[Row]:
+    """Of a seed: the new rows, and before them the one that fine-tuning begins with."""
     begun_with = ROWS["dense"] if any(row.training == "fine-tuned" for row in new) else None
     return [row for row in config.rows if row in new or row == begun_with]

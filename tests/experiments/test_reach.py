@@ -99,43 +99,55 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tm
 def begun(faces, npz, tmp_path_factory):
     """A finished run of two rows of the table."""
     folder = tmp_path_factory.mktemp("reach") / "begun"
-    outcome = run_reach(faces, npz, folder, "--seeds", "2", "--rows", "dense,dilated")
+    outcome = run_reach(faces, npz, folder, "--seeds", "2", "--rows", "dense,greedy")
     assert outcome.exit_code == 0, outcome.output
     return folder
 
 
-def test_rows_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, finished, begun, tmp_path, monkeypatch):
-    folders = [begun, tmp_path / "second", tmp_path / "third"]
-    more = ["--seeds", "2", "--rows"]
-    trained = []
-    train = run.train_row
-    monkeypatch.setattr(
-        run, "train_row", lambda config, row, *args, **kw: trained.append(row) or train(config, row, *args, **kw)
-    )
-    of_folders = ["dense,r8,fine-tuned,dilated", "dense,r8,r32,fine-tuned,dilated"]
-    for folder, earlier, rows in zip(folders[1:], folders[:-1], of_folders, strict=True):
-        outcome = run_reach(faces, npz, folder, *more, rows, "--earlier", str(earlier))
+def test_networks_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, finished, begun, tmp_path, monkeypatch):
+    trained, train = [], run.train_row
+
+    def train_row(config, row, seed, *args, **options):
+        trained.append((row, seed))
+        return train(config, row, seed, *args, **options)
+
+    monkeypatch.setattr(run, "train_row", train_row)
+    second, third = tmp_path / "second", tmp_path / "third"
+    for folder, earlier, *more in (
+        (second, begun, "--rows", "dense,fine-tuned,r8", "--seeds", "1"),
+        (third, second, "--rows", "r8", "--seeds", "2"),
+    ):
+        outcome = run_reach(faces, npz, folder, *more, "--earlier", str(earlier))
         assert outcome.exit_code == 0, outcome.output
-    of_seed = [ROWS["dense"], ROWS["r8"], ROWS["fine-tuned"]]
-    assert trained == 2 * of_seed + 2 * [ROWS["r32"]]
-    results = read(folders[-1])
-    names = ["dense", "dense + 8 factors", "dense + 32 factors", "dense, fine-tuned with the mean", "dilated"]
-    assert results["rows"] == {name: read(finished)["rows"][name] for name in names}
-    assert [of["rows"] for of in results["earlier"]] == [[names[0], names[4]], [names[1], names[3]]]
-    report = (folders[-1] / "results.md").read_text(encoding="utf-8")
-    assert "dense; dilated: `" in report
-    assert "The other rows: `" in report
+    assert trained == [(ROWS["dense"], 0), (ROWS["fine-tuned"], 0), (ROWS["r8"], 0), (ROWS["r8"], 1)]
+    results, all_at_once = read(third), read(finished)
+    tuned = ROWS["fine-tuned"].name
+    assert list(results["rows"]) == ["dense", "greedy", tuned, "dense + 8 factors"]
+    assert results["stencils"]["greedy"] == all_at_once["stencils"]["greedy"]
+    for name in ("dense", "greedy", "dense + 8 factors"):
+        assert results["rows"][name] == all_at_once["rows"][name]
+    kept = {folder: json.loads((folder / "measured.json").read_text(encoding="utf-8")) for folder in (finished, third)}
+    assert kept[third][tuned] == kept[finished][tuned][:1]
+    own, reference = kept[third][tuned][:1], kept[third]["dense"][:1]
+    difference = paired_difference(*([of_seed["nats"] for of_seed in row] for row in (own, reference)))
+    assert results["rows"][tuned]["nats_difference"] == pytest.approx(difference, nan_ok=True)
+    assert [of["trained"] for of in results["earlier"]] == [
+        {"dense": [0, 1], "greedy": [0, 1]},
+        {tuned: [0], "dense + 8 factors": [0]},
+    ]
+    report = (third / "results.md").read_text(encoding="utf-8")
+    assert "dense, seeds 0 1; greedy, seeds 0 1: `" in report
+    assert "dense + 8 factors, seeds 1: `" in report
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--seeds", "1", "--rows", "dense,r8"], "differ in seeds"),
-        (["--seeds", "2", "--rows", "dense,r8", "--measured", "5"], "differ in measured"),
-        (["--seeds", "2", "--rows", "dilated,dense"], "all of which"),
+        (["--rows", "dense,r8", "--measured", "5"], "differ in measured"),
+        (["--seeds", "2", "--rows", "greedy,dense"], "has all of these networks already"),
     ],
 )
-def test_an_earlier_table_of_other_networks_is_refused(faces, npz, begun, tmp_path, more, words):
+def test_an_earlier_table_that_does_not_fit_is_refused(faces, npz, begun, tmp_path, more, words):
     outcome = run_reach(faces, npz, tmp_path / "new", *more, "--earlier", str(begun))
     assert outcome.exit_code == 2
     assert words in " ".join(outcome.output.replace("│", " ").split())
