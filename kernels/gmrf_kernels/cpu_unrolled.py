@@ -21,7 +21,6 @@ from .cpu_source import (
     outer_source,
     row_blocks,
     store,
-    weighted_samples,
 )
 from .simd import lanes
 from .stencils import Offsets
@@ -68,10 +67,13 @@ class Terms:
         """Per row r: the number of sites in each group's row, 0 where it lies off the grid, and the least of these numbers."""
         code = PLACE + "least_end = width\n"
         for g in groups:
-            plane, line, _ = self.groups[g]
-            code += f"end{g} = sites_of_row(p + {plane}, depth, h + {line}, height, width)\n"
-            code += f"least_end = least(least_end, end{g})\n"
+            code += f"{self.end(g)}least_end = least(least_end, end{g})\n"
         return code
+
+    def end(self, g: int) -> str:
+        """Per row: the number of sites in a group's row, 0 where it lies off the grid."""
+        plane, line, _ = self.groups[g]
+        return f"end{g} = sites_of_row(p + {plane}, depth, h + {line}, height, width)\n"
 
     def coefficient(self, g: int, k: int, column: int, masked: bool) -> str:
         source = "w" if self.transpose else f"w + shift{g} + {column}"
@@ -177,24 +179,18 @@ def outer(offsets: Offsets, dtype: str, cache: bool, streaming: bool) -> str:
     """
     terms = Terms(offsets, dtype, transpose=True)
 
-    definitions = "from gmrf_kernels.simd_terms import products\n\n" + "".join(
-        f"globals().update(products({dtype!r}, {g}, {group}))\n" for g, (_, _, group) in enumerate(terms.groups)
+    definitions = "from gmrf_kernels.simd_terms import outer_row\n\n" + "".join(
+        f"outer{g} = outer_row({dtype!r}, {group}, {streaming})\n" for g, (_, _, group) in enumerate(terms.groups)
     )
 
     def off_diagonals(g):
-        def block(masked):
-            end, added = (f", end{g}", "_masked") if masked else ("", "")
-            stored = "_masked" if masked else "_streaming" if streaming else ""
-            factor = f"factor = multiply(weight, {load('load', 'b_row', 'w', masked)})\n"
-            add = f"sums{g} = add{g}{added}(sums{g}, a_row, w, shift{g}, factor{end})\n"
-            return (
-                f"sums{g} = zeros{g}()\n"
-                + weighted_samples(factor + add)
-                + f"store{g}{stored}(sums{g}, c_row, w, n{f'{end}, inside' if masked else ''})\n"
-            )
-
-        c_row = f"c_row = off + (b * {len(offsets)} * n + r * width) * {element_bytes(dtype)[1]}\n"
-        return band_rows(c_row + terms.ends([g]) + terms.blocks([g], block))
+        vectors = "a_image, a_s, b_image, right_s, weights_of_image, scale_s, samples"
+        return band_rows(
+            f"c_row = off + (b * {len(offsets)} * n + r * width) * {element_bytes(dtype)[1]}\n"
+            + PLACE
+            + terms.end(g)
+            + f"outer{g}(c_row, {vectors}, r, width, n, shift{g}, end{g})\n"
+        )
 
     code = "".join(off_diagonals(g) for g in range(len(terms.groups)))
     return outer_source(dtype, cache, "", terms.setup(), code, definitions)

@@ -4,9 +4,8 @@ Numba takes a millisecond or more for each expression of a kernel: with an opera
 a kernel for 62 offsets took fifteen seconds to compile, most of them in Python.
 
 The terms of a row are pairs (k, column): the number of an offset, and where its neighbour is from the site, in sites along the
-row. Operations are called by ``w``, the first site of a block, and ``shift``, the distance from a site to the same place in
-the row of neighbours. Those with ``_masked`` take ``end``, too: the number of sites in the row of neighbours, 0 where that lies
-off the grid.
+row. Operations take ``shift``, the distance from a site to the same place in the row of neighbours, and ``end``, the number of
+sites in that row, 0 where it lies off the grid.
 """
 
 import inspect
@@ -14,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .simd import Table, operation_table
@@ -25,8 +25,8 @@ def folds(dtype: str, row: int, terms: Terms, operation: str, at_neighbour: bool
     """What adds a row's terms to sums, or subtracts them, one after the other.
 
     ``fold{row}(a1, ..., coefficients, values1, ..., w, off_k, shift)`` returns the sums, ``vectors`` of them that share each
-    coefficient, in a tuple if there are several; ``off_k`` is the distance between planes of coefficients. Likewise
-    ``fold{row}_masked(..., shift, end)``.
+    coefficient, in a tuple if there are several, for the block of sites that begins at ``w``; ``off_k`` is the distance between
+    planes of coefficients. ``fold{row}_masked(..., shift, end)`` is for blocks whose neighbours may not exist.
 
     Args:
         dtype: of the coefficients.
@@ -40,30 +40,56 @@ def folds(dtype: str, row: int, terms: Terms, operation: str, at_neighbour: bool
     return {f"fold{row}{suffix}": _fold(table, terms, operation, at_neighbour, vectors, suffix) for suffix in ("", "_masked")}
 
 
-def products(dtype: str, row: int, terms: Terms) -> dict[str, Callable]:
-    """What makes a row's part of an outer product, in a tuple with one vector for each term.
+def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
+    """What computes a row's terms of an outer product at all sites of one row of the grid.
 
-    zeros{row}()                                            where it begins
-    add{row}(sums, values, w, shift, factor)                with ``values`` at the neighbours times ``factor``
-    add{row}_masked(sums, values, w, shift, factor, end)
-    store{row}(sums, result, w, distance)                   into planes of ``result`` that are ``distance`` apart
-    store{row}_streaming(sums, result, w, distance)         past the caches
-    store{row}_masked(sums, result, w, distance, end, inside)   lanes of ``inside``, 0 where there is no neighbour
+    ``operation(c_row, a_image, a_s, b_image, b_s, weights, weights_s, samples, r, width, n, shift, end)`` stores the sums over
+    the ``samples``, each with its weight, of a at the neighbour times b at the site, into planes that are ``n`` apart from
+    ``c_row`` on; 0 where there is no neighbour. With the loops over blocks and samples in here, thirteen rows are thirteen
+    calls to Numba, not thirteen times four loops.
 
     Args:
         dtype: of the result.
-        row: a number.
         terms: of the row.
+        streaming: whether blocks in the interior are stored past the caches.
     """
     table = operation_table(dtype)
-    return {
-        f"zeros{row}": _zeros(table, terms),
-        f"add{row}": _add_products(table, terms, ""),
-        f"add{row}_masked": _add_products(table, terms, "_masked"),
-        f"store{row}": _store(table, terms, "store_c"),
-        f"store{row}_streaming": _store(table, terms, "store_c_streaming"),
-        f"store{row}_masked": _store_masked(table, terms),
-    }
+    operations = table.emit
+
+    def emit(builder, c_row, a_image, a_s, b_image, b_s, weights, weights_s, samples, r, width, n, shift, end):
+        def block(w, masked):
+            suffix = "_masked" if masked else ""
+            inside = [operations["between"](builder, w, _int(0), width)] if masked else []
+            masks = [[_exists(table, builder, w, column, end)] if masked else [] for _, column in terms]
+            sums = [cgutils.alloca_once_value(builder, table.constant(0.0)) for _ in terms]
+            with cgutils.for_range(builder, samples) as sample:
+                a_row, b_row = (
+                    operations["row_of_sample"](builder, image, sample.index, stride, r, width)
+                    for image, stride in ((a_image, a_s), (b_image, b_s))
+                )
+                weight = operations["load_splat"](builder, weights, builder.mul(sample.index, weights_s))
+                factor = builder.fmul(weight, operations[f"load{suffix}"](builder, b_row, w, *inside))
+                for total, (_, column), mask in zip(sums, terms, masks, strict=True):
+                    index = _plus(builder, builder.add(w, shift), column)
+                    value = operations[f"load{suffix}"](builder, a_row, index, *mask)
+                    builder.store(operations["add_product"](builder, builder.load(total), value, factor), total)
+            store = operations[f"store_c{suffix or ('_streaming' if streaming else '')}"]
+            for total, (k, _), mask in zip(sums, terms, masks, strict=True):
+                value = operations["keep"](builder, builder.load(total), *mask) if masked else builder.load(total)
+                store(builder, c_row, builder.add(builder.mul(n, _int(k)), w), value, *inside)
+
+        columns = [0, *(column for _, column in terms)]
+        least_end = operations["least"](builder, width, end)
+        with cgutils.for_range_slice(builder, _int(0), width, _int(table.lanes), inc=True) as (w, _):
+            last = _plus(builder, w, table.lanes + max(columns))
+            begins, ends = builder.icmp_signed(">=", w, _int(-min(columns))), builder.icmp_signed("<=", last, least_end)
+            with builder.if_else(builder.and_(begins, ends)) as (interior, border):
+                with interior:
+                    block(w, masked=False)
+                with border:
+                    block(w, masked=True)
+
+    return _operation(table, 0, [types.int64] * 13, emit)
 
 
 def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vectors: int, suffix: str) -> Callable:
@@ -86,56 +112,9 @@ def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vector
     return _operation(table, vectors, [table.vector_type] * vectors + [types.int64] * integers, emit)
 
 
-def _zeros(table: Table, terms: Terms) -> Callable:
-    return _operation(table, len(terms), [], lambda builder: [table.constant(0.0)] * len(terms), always_tuple=True)
-
-
-def _add_products(table: Table, terms: Terms, suffix: str) -> Callable:
-    def emit(builder, sums, values, w, shift, factor, *end):
-        found = []
-        for number, (_, column) in enumerate(terms):
-            mask = [_exists(table, builder, w, column, *end)] if suffix else []
-            index = _plus(builder, builder.add(w, shift), column)
-            value = table.emit[f"load{suffix}"](builder, values, index, *mask)
-            found.append(table.emit["add_product"](builder, builder.extract_value(sums, number), value, factor))
-        return found
-
-    arguments = [
-        _tuple(table, terms),
-        types.int64,
-        types.int64,
-        types.int64,
-        table.vector_type,
-        *[types.int64] * len(suffix[:1]),
-    ]
-    return _operation(table, len(terms), arguments, emit, always_tuple=True)
-
-
-def _store(table: Table, terms: Terms, name: str) -> Callable:
-    def emit(builder, sums, result, w, distance):
-        for number, (k, _) in enumerate(terms):
-            index = builder.add(builder.mul(distance, _int(k)), w)
-            table.emit[name](builder, result, index, builder.extract_value(sums, number))
-
-    return _operation(table, 0, [_tuple(table, terms), types.int64, types.int64, types.int64], emit)
-
-
-def _store_masked(table: Table, terms: Terms) -> Callable:
-    def emit(builder, sums, result, w, distance, end, inside):
-        for number, (k, column) in enumerate(terms):
-            index = builder.add(builder.mul(distance, _int(k)), w)
-            exists = _exists(table, builder, w, column, end)
-            value = table.emit["keep"](builder, builder.extract_value(sums, number), exists)
-            table.emit["store_c_masked"](builder, result, index, value, inside)
-
-    return _operation(table, 0, [_tuple(table, terms), *[types.int64] * 4, table.mask_type], emit)
-
-
-def _operation(
-    table: Table, results: int, arguments: Sequence[types.Type], emit: Callable, always_tuple: bool = False
-) -> Callable:
-    """An intrinsic whose ``emit`` returns ``results`` vectors in a list: a tuple if there are several, or ``always_tuple``."""
-    in_tuple = always_tuple or results > 1
+def _operation(table: Table, results: int, arguments: Sequence[types.Type], emit: Callable) -> Callable:
+    """An intrinsic whose ``emit`` returns ``results`` vectors in a list: a tuple if there are several."""
+    in_tuple = results > 1
     result = types.UniTuple(table.vector_type, results) if in_tuple else table.vector_type if results else types.void
 
     def typing(typingctx, *given):
@@ -150,10 +129,6 @@ def _operation(
     names = ["typingctx", *(f"a{i}" for i in range(len(arguments)))]
     typing.__signature__ = inspect.Signature([inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names])
     return intrinsic(typing)
-
-
-def _tuple(table: Table, terms: Terms) -> types.UniTuple:
-    return types.UniTuple(table.vector_type, len(terms))
 
 
 def _exists(table: Table, builder, w, column: int, end):
