@@ -163,10 +163,15 @@ def denoising(
     out: options.Out = None,
     resume: options.Resume = False,
     device: options.Device = None,
-    images: Annotated[int | None, typer.Option(min=1, help="Test images.", show_default="2000")] = None,
+    images: Annotated[
+        int | None, typer.Option(min=1, help="Test images.", show_default="2000, 200 with --inpainting-only")
+    ] = None,
     inpainting_only: Annotated[
         bool, typer.Option("--inpainting-only", help="Denoise nothing, so that no denoising autoencoder is trained.")
     ] = False,
+    denoiser_epochs: Annotated[
+        int | None, typer.Option(min=1, help="Passes of the denoising autoencoders.", show_default="as the VAE's")
+    ] = None,
 ) -> None:
     """Denoise and inpaint faces with a structured covariance: Table 4 and Figure 11 of the SUPN paper.
 
@@ -185,7 +190,7 @@ def denoising(
     where = options.device_option(device)
     found = _load_images(data, size, levels, note, console)
     with errors_of():
-        config = config_for(found, preset.value, faces, images, inpainting_only)
+        config = config_for(found, preset.value, faces, images, inpainting_only, denoiser_epochs)
     folder = options.run_folder(config, out, resume, where)
     with options.resumable(folder):
         run_denoising(config, found, faces, folder, where, console)

@@ -30,6 +30,8 @@ class Config:
         slow_images: test images for BM3D and for inferred codes, the first ones: they take long.
         inpainted: test images to be inpainted, the first ones.
         rounds: how often what fills the unknown pixels is encoded.
+        denoiser_epochs: passes of the denoising autoencoders, at a rate that falls by a cosine; None for as many
+            as the VAE, ended as it was.
     """
 
     faces: Faces
@@ -41,6 +43,7 @@ class Config:
     slow_images: int = 200
     inpainted: int = 200
     rounds: int = 5
+    denoiser_epochs: int | None = None
 
     experiment = "denoising"
 
@@ -63,7 +66,12 @@ def trained_faces(folder: Path) -> Faces:
 
 
 def config_for(
-    data: ImageData, preset: str, folder: Path | None, images: int | None = None, inpainting_only: bool = False
+    data: ImageData,
+    preset: str,
+    folder: Path | None,
+    images: int | None = None,
+    inpainting_only: bool = False,
+    denoiser_epochs: int | None = None,
 ) -> Config:
     """The configuration for a data set.
 
@@ -71,8 +79,9 @@ def config_for(
         data: the images.
         preset: of faces, for networks that are to be trained.
         folder: instead, that of a finished run of faces.
-        images: test images; None for 2,000.
+        images: test images; None for 2,000, or as many as are inpainted if nothing else is done.
         inpainting_only: whether nothing is denoised, so that no denoising autoencoder is trained.
+        denoiser_epochs: as of `Config`.
 
     Raises:
         ValueError: the finished run is not what `trained_faces` takes, or one of other images.
@@ -83,7 +92,8 @@ def config_for(
         faces = trained_faces(folder)
         check_same_data(faces, data)
         config = Config(faces, hashlib.sha256((folder / CHECKPOINT).read_bytes()).hexdigest())
-    count = min(config.images if images is None else images, len(data.test))
+    most = config.inpainted if inpainting_only else config.images
+    count = min(most if images is None else images, len(data.test))
     pixels = config.faces.size**2
     return replace(
         config,
@@ -92,4 +102,5 @@ def config_for(
         eigenvectors=min(config.eigenvectors, pixels // 4),
         slow_images=min(config.slow_images, count),
         inpainted=min(config.inpainted, count),
+        denoiser_epochs=denoiser_epochs,
     )

@@ -92,7 +92,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
             f"{config.degree:,}. Posterior mean: Wiener filter with the known noise; encoded again: with code and Σ from the "
             "first posterior mean; code inferred: with the code's posterior given the noisy image, by Laplace, of which the "
             f"decoder's derivatives make a low-rank term. The {DENOISER} has the VAE's widths and code and was trained on the "
-            "same images for as many steps, with mean squared error and with the noise of each table.\n",
+            f"same images {_passes(config)}, with mean squared error and with the noise of each table.\n",
         ]
     parts += [
         f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds, and "
@@ -105,6 +105,11 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f" on {where_text(results)}.\n",
     ]
     return "\n".join(parts)
+
+
+def _passes(config: Config) -> str:
+    """How long the denoising autoencoders were trained."""
+    return "as long" if config.denoiser_epochs is None else f"for {config.denoiser_epochs} passes"
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

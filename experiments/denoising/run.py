@@ -128,6 +128,7 @@ def train_denoiser(
         options: of `training.fit`.
     """
     faces, name = config.faces, f"denoise {sampler.noise.name}"
+    epochs, stopping = config.denoiser_epochs, None
 
     def prepare(x: Tensor) -> tuple[Tensor, Tensor]:
         return x, x + sampler(torch.randn(x.shape).to(x))
@@ -135,11 +136,11 @@ def train_denoiser(
     def loss(x: Tensor, noisy: Tensor) -> Tensor:
         return (x - network(noisy)).square().mean()
 
-    u = torch.randn(images.validation.shape, generator=seeded_generator(faces.seed, f"{name} validation noise"))
-    stopping = stopping_by(faces, images, lambda x, rows: loss(x, x + sampler(u[rows].to(x))))
-    losses = fit_on_images(
-        faces, network, loss, images.base, name, faces.base_epochs, prepare=prepare, stopping=stopping, **options(name)
-    )
+    if epochs is None:
+        epochs = faces.base_epochs
+        u = torch.randn(images.validation.shape, generator=seeded_generator(faces.seed, f"{name} validation noise"))
+        stopping = stopping_by(faces, images, lambda x, rows: loss(x, x + sampler(u[rows].to(x))))
+    losses = fit_on_images(faces, network, loss, images.base, name, epochs, prepare=prepare, stopping=stopping, **options(name))
     network.requires_grad_(False)
     return losses
 

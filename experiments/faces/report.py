@@ -106,10 +106,9 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"images: {rms}.\n\n"
         + _best_source(results["sources"])
         + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
-        f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, a "
-        f"learning rate that falls from {config.learning_rate:g} to 0 by a cosine, {config.base_epochs} and "
-        f"{config.covariance_epochs} passes over images and mirror images, codes drawn from q(z | x) to train the covariance "
-        f"networks of a VAE.{_stopped(config, results)}{_given(config)}\n\n"
+        f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, "
+        f"{_schedule(config)} of covariance networks, over images and mirror images, codes drawn from q(z | x) to train those "
+        f"of a VAE.{_stopped(config, results)}{_given(config)}\n\n"
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
         f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
@@ -117,18 +116,29 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
     )
 
 
+def _schedule(config: Config) -> str:
+    """Learning rates and passes."""
+    patience, peak = config.patience, f"{config.learning_rate:g}"
+    passes = f"{config.covariance_epochs} passes"
+    if patience is None:
+        return (
+            f"a learning rate that falls from {peak} to 0 by a cosine, {config.base_epochs} passes of base models and {passes}"
+        )
+    return (
+        f"base models that end by their own loss of {config.validation_images:,} training images that no network was trained "
+        f"on: {config.base_epochs} passes at most, and a learning rate of {peak} that falls by {patience.factor:g} after "
+        f"{patience.epochs} passes without a lower loss, {patience.drops} times before the end, never before "
+        f"{patience.least_epochs} passes; a learning rate that falls from {peak} to 0 by a cosine and {passes}"
+    )
+
+
 def _stopped(config: Config, results: dict[str, Any]) -> str:
     """How many passes the base models had, where they ended by themselves."""
-    curves, patience = results.get("curves"), config.patience
-    if not curves or patience is None:
+    curves = results.get("curves")
+    if not curves or config.patience is None:
         return ""
     passes = "; ".join(f"{name} {len(curve['validation'])}, the best {curve['best']}" for name, curve in curves.items())
-    return (
-        f" Base models ended by their own loss of {config.validation_images:,} training images that no network was trained on: "
-        f"{config.base_epochs} passes at most and, in place of the cosine, a rate that falls by {patience.factor:g} after "
-        f"{patience.epochs} passes without a lower loss, {patience.drops} times before the end, never before "
-        f"{patience.least_epochs} passes. Passes: {passes}."
-    )
+    return f" Passes: {passes}."
 
 
 def _given(config: Config) -> str:

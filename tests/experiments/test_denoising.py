@@ -107,6 +107,27 @@ def test_networks_of_a_finished_run_are_used(npz, finished, tmp_path, monkeypatc
         assert found[POSTERIOR] == rows[POSTERIOR]
 
 
+def test_denoising_autoencoders_have_the_passes_that_are_asked_for(image_folder, finished, tmp_path, monkeypatch):
+    losses, train = {}, run.train_denoiser
+
+    def train_denoiser(config, network, sampler, *args):
+        losses[sampler.noise.name] = train(config, network, sampler, *args)
+        return losses[sampler.noise.name]
+
+    monkeypatch.setattr(run, "train_denoiser", train_denoiser)
+    outcome = denoise(image_folder, tmp_path / "longer", "--denoiser-epochs", "3")
+    assert outcome.exit_code == 0, outcome.output
+    steps = 2 * TINY.train // TINY.batch_size
+    assert TINY.base_epochs != 3
+    assert {len(of_noise) for of_noise in losses.values()} == {3 * steps}
+    results, before = read(tmp_path / "longer"), read(finished)
+    assert results["inpainting"] == before["inpainting"]
+    for name, rows in results["denoising"].items():
+        assert rows[INFERRED_POSTERIOR]["mse"] == before["denoising"][name][INFERRED_POSTERIOR]["mse"]
+        assert rows[DENOISER]["mse"] != before["denoising"][name][DENOISER]["mse"]
+    assert "on the same images for 3 passes" in (tmp_path / "longer" / "results.md").read_text(encoding="utf-8")
+
+
 def test_inpainting_alone_gives_the_same_and_trains_no_denoiser(image_folder, finished, tmp_path):
     outcome = denoise(image_folder, tmp_path / "alone", "--inpainting-only")
     assert outcome.exit_code == 0, outcome.output
