@@ -54,19 +54,19 @@ def check_resumable(config: Config, folder: Path, device: torch.device) -> None:
     if not isinstance(begun, dict):
         raise ValueError(f"{path} is not the configuration of a run; nothing was changed there")
     asked = json.loads(json.dumps({**config.as_dict(), "device": device.type}))
-    differing = [f"{name} is {there!r} there, {here!r} here" for name, there, here in _differences("", begun, asked)]
+    differing = [f"{name} is {there!r} there, {here!r} here" for name, there, here in differences("", begun, asked)]
     if differing:
         raise ValueError(f"the run in {folder} has another configuration: " + "; ".join(differing[:4]))
 
 
-def _differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
-    """The places, such as models[0].epochs, at which two values of JSON differ."""
-    if isinstance(there, dict) and isinstance(here, dict) and there.keys() == here.keys():
-        for key in here:
-            yield from _differences(f"{name}.{key}" if name else key, there[key], here[key])
+def differences(name: str, there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
+    """The places, such as models[0].epochs, at which two values of JSON differ; what one of them lacks is None there."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in {**there, **here}:
+            yield from differences(f"{name}.{key}" if name else key, there.get(key), here.get(key))
     elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
         for index, pair in enumerate(zip(there, here, strict=True)):
-            yield from _differences(f"{name}[{index}]", *pair)
+            yield from differences(f"{name}[{index}]", *pair)
     elif there != here:
         yield name or "it", there, here
 

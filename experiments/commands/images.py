@@ -210,10 +210,13 @@ def reach(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="Of dense,r8,r32,dilated,greedy,fine-tuned,scratch; all are compared with the first.", show_default="all"
+            help="Of dense,r8,r32,dilated,greedy,fine-tuned,scratch; all are compared with the table's first.",
+            show_default="all",
         ),
     ] = None,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Networks of each of these rows.", show_default="3")] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Networks of each of these rows, earlier ones included.", show_default="3")
+    ] = None,
     epochs: Annotated[
         int | None, typer.Option(min=1, help="Passes of every network.", show_default="8, and 30 from scratch")
     ] = None,
@@ -222,7 +225,7 @@ def reach(
     ] = None,
     earlier: Annotated[
         Path | None,
-        typer.Option(help="Results of a finished run, to whose table the rows are added; what it has is not trained again."),
+        typer.Option(help="Results of a finished run, to whose table the networks are added that it does not have."),
     ] = None,
 ) -> None:
     """What reaches further than a dense stencil: factors, offsets apart, a mean trained with its covariance.
@@ -232,7 +235,7 @@ def reach(
     from rich.console import Console
 
     from ..faces.bases import bases_file, load_bases
-    from ..reach.presets import config_for
+    from ..reach.presets import config_for, with_earlier
     from ..reach.run import run_reach
 
     console = Console()
@@ -242,7 +245,10 @@ def reach(
     where = options.device_option(device)
     found = _load_images(data, size, levels, note, console)
     with errors_of():
-        config = config_for(found, file, None if rows is None else rows.split(","), seeds, epochs, measured, earlier)
+        config = config_for(found, file, None if rows is None else rows.split(","), seeds, epochs, measured)
+    if earlier is not None:
+        with errors_of("--earlier"):
+            config = with_earlier(config, earlier)
     folder = options.run_folder(config, out, resume, where)
     with options.resumable(folder):
         run_reach(config, found, file, folder, where, console, earlier)

@@ -21,7 +21,8 @@ class Config:
     """All that the numbers of a run depend on, besides the machine, the versions of the libraries, and a VAE that is given.
 
     Args:
-        faces: how the VAE and its covariance networks were or are trained; the denoising autoencoders are trained alike.
+        faces: how the VAE and its covariance networks were or are trained; the denoising autoencoders are trained alike
+            but for ``denoiser_epochs``.
         checkpoint: SHA-256 of the finished run's networks; None if they are trained in this run.
         noises: what is removed; none to inpaint alone.
         images: test images, the first ones.
@@ -84,8 +85,11 @@ def config_for(
         denoiser_epochs: as of `Config`.
 
     Raises:
-        ValueError: the finished run is not what `trained_faces` takes, or one of other images.
+        ValueError: the finished run is not what `trained_faces` takes, or one of other images; passes of denoising
+            autoencoders where none is trained.
     """
+    if inpainting_only and denoiser_epochs is not None:
+        raise ValueError(f"denoiser_epochs is {denoiser_epochs}, expected none where no denoising autoencoder is trained")
     if folder is None:
         config = Config(replace(faces_config_for("faces", preset, data), covariances=(DIAGONAL, STRUCTURED)), checkpoint=None)
     else:
@@ -101,6 +105,6 @@ def config_for(
         images=count,
         eigenvectors=min(config.eigenvectors, pixels // 4),
         slow_images=min(config.slow_images, count),
-        inpainted=min(config.inpainted, count),
+        inpainted=count if inpainting_only else min(config.inpainted, count),
         denoiser_epochs=denoiser_epochs,
     )

@@ -109,7 +109,11 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
 
 def _passes(config: Config) -> str:
     """How long the denoising autoencoders were trained."""
-    return "as long" if config.denoiser_epochs is None else f"for {config.denoiser_epochs} passes"
+    if config.denoiser_epochs is not None:
+        return f"for {config.denoiser_epochs} passes, at a rate that falls by a cosine"
+    if config.faces.patience is not None:
+        return f"for at most {config.faces.base_epochs} passes, ended by its own loss of validation images"
+    return "for as many steps"
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> str:

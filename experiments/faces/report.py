@@ -107,8 +107,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + _best_source(results["sources"])
         + "Not in the paper, and chosen here: dequantisation noise uniform over one gray level, mirror images, "
         f"{config.latent_size} numbers in a code, 5 x 5 convolutions of widths {'-'.join(map(str, config.channels))}, "
-        f"{_schedule(config)} of covariance networks, over images and mirror images, codes drawn from q(z | x) to train those "
-        f"of a VAE.{_stopped(config, results)}{_given(config)}\n\n"
+        "passes over images and mirror images, codes drawn from q(z | x) to train the covariance networks of a VAE. "
+        f"{_schedule(config)}{_stopped(config, results)}{_given(config)}\n\n"
         f"Preset {config.preset}, seed {config.seed}, {'bfloat16' if config.bfloat16 else 'float32'} networks in training"
         f"{', compiled' if config.compiled else ''}; `{results['command']}`, training {seconds['training']:.0f} s, "
         f"scores {seconds['scores']:.0f} s in {results['processes']} process{'es' if results['processes'] > 1 else ''} on "
@@ -117,18 +117,16 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
 
 
 def _schedule(config: Config) -> str:
-    """Learning rates and passes."""
-    patience, peak = config.patience, f"{config.learning_rate:g}"
-    passes = f"{config.covariance_epochs} passes"
+    """Learning rates and passes, in sentences."""
+    patience = config.patience
+    cosine = f"passes at a learning rate that falls from {config.learning_rate:g} to 0 by a cosine"
     if patience is None:
-        return (
-            f"a learning rate that falls from {peak} to 0 by a cosine, {config.base_epochs} passes of base models and {passes}"
-        )
+        return f"{config.base_epochs} and {config.covariance_epochs} {cosine}, of base models and of covariance networks."
     return (
-        f"base models that end by their own loss of {config.validation_images:,} training images that no network was trained "
-        f"on: {config.base_epochs} passes at most, and a learning rate of {peak} that falls by {patience.factor:g} after "
-        f"{patience.epochs} passes without a lower loss, {patience.drops} times before the end, never before "
-        f"{patience.least_epochs} passes; a learning rate that falls from {peak} to 0 by a cosine and {passes}"
+        f"Covariance networks: {config.covariance_epochs} {cosine}. Base models: at most {config.base_epochs} passes, ended by "
+        f"their own loss of {config.validation_images:,} training images that no network was trained on; a learning rate of "
+        f"{config.learning_rate:g} that falls to {patience.factor:g} of itself after {patience.epochs} passes without a lower "
+        f"loss, {patience.drops} times before the end, never before {patience.least_epochs} passes."
     )
 
 
@@ -138,7 +136,7 @@ def _stopped(config: Config, results: dict[str, Any]) -> str:
     if not curves or config.patience is None:
         return ""
     passes = "; ".join(f"{name} {len(curve['validation'])}, the best {curve['best']}" for name, curve in curves.items())
-    return f" Passes: {passes}."
+    return f" Passes of base models: {passes}."
 
 
 def _given(config: Config) -> str:

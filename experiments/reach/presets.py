@@ -11,7 +11,7 @@ from ..datasets import ImageData
 from ..faces.bases import load_bases
 from ..faces.presets import Config as Faces
 from ..faces.presets import check_same_data
-from .earlier import MEASURED, check_same_networks, load_measured
+from .earlier import digest_of_table, load_measured
 
 BASE = "VAE"
 OFFSETS = ("dense", "dilated", "greedy")
@@ -58,14 +58,14 @@ class Config:
     Args:
         faces: how the VAE was trained.
         checkpoint: SHA-256 of the file that holds it.
-        rows: the first one is what all others are compared with, or that of the earlier run.
-        seeds: networks of each of these rows.
+        rows: the first one is what all others are compared with, or else the first one of the earlier run.
+        seeds: networks of each of these rows, those of the earlier run among them.
         stencil_size: f of the f x f patch, the number of whose offsets all stencils have.
         reach: the furthest offset, in pixels along an axis, that the greedy choice may take.
         epochs: passes over the images, of networks behind a frozen VAE and of those that are fine-tuned with it.
         scratch_epochs: passes of a VAE and a network that begin together.
         measured: test images, the first ones, for coverage, conformal scales and the correlation of both eyes.
-        earlier: SHA-256 of what an earlier run has measured, to whose table this one adds networks; None without one.
+        earlier: SHA-256 of the table of an earlier run to which this one adds networks; None without one.
     """
 
     faces: Faces
@@ -82,9 +82,8 @@ class Config:
     experiment = "reach"
 
     def as_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold; without ``earlier`` if there is none."""
-        values = {"experiment": self.experiment, **asdict(self), "faces": self.faces.as_dict()}
-        return {name: value for name, value in values.items() if name != "earlier" or value is not None}
+        """As values that JSON can hold."""
+        return {"experiment": self.experiment, **asdict(self), "faces": self.faces.as_dict()}
 
     def of_seed(self, seed: int) -> Faces:
         """What trains a network of one seed, counted from 0: as the VAE was trained, but for the seed."""
@@ -98,7 +97,6 @@ def config_for(
     seeds: int | None = None,
     epochs: int | None = None,
     measured: int | None = None,
-    earlier: Path | None = None,
 ) -> Config:
     """The configuration for the VAE of a run of faces.
 
@@ -109,12 +107,10 @@ def config_for(
         seeds: networks of each row; None for 3.
         epochs: of all networks; None for 8, and 30 from scratch.
         measured: test images for what takes long; None for 128.
-        earlier: the folder of a finished run of the same VAE, to whose table networks are added.
 
     Raises:
         ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
-            without the row that it begins with; an earlier run of networks that are trained or measured otherwise, or that
-            has all of these.
+            without the row that it begins with.
     """
     bases, about = load_bases(file)
     faces = Faces.from_dict(about["config"])
@@ -130,11 +126,19 @@ def config_for(
     config = Config(faces, hashlib.sha256(file.read_bytes()).hexdigest(), tuple(ROWS[name] for name in names))
     given = {"seeds": seeds, "epochs": epochs, "scratch_epochs": epochs, "measured": measured}
     config = replace(config, **{key: value for key, value in given.items() if value is not None})
-    config = replace(config, measured=min(config.measured, faces.test), reach=min(config.reach, faces.size // 2 - 1))
-    if earlier is None:
-        return config
-    check_same_networks(earlier, json.loads(json.dumps(config.as_dict())))
-    known = load_measured(earlier)
+    return replace(config, measured=min(config.measured, faces.test), reach=min(config.reach, faces.size // 2 - 1))
+
+
+def with_earlier(config: Config, folder: Path) -> Config:
+    """The configuration of a run that adds its networks to the table of a finished one.
+
+    Raises:
+        ValueError: no finished run in ``folder``, one whose networks are trained or measured otherwise, or one that has all
+            that this one would train.
+    """
+    digest = digest_of_table(folder, json.loads(json.dumps(config.as_dict())))
+    known = load_measured(folder)
     if all(len(known.get(row.name, ())) >= config.seeds for row in config.rows):
-        raise ValueError(f"rows is {','.join(names)}, seeds is {config.seeds}: {earlier} has all of these networks already")
-    return replace(config, earlier=hashlib.sha256((earlier / MEASURED).read_bytes()).hexdigest())
+        rows = "; ".join(row.name for row in config.rows)
+        raise ValueError(f"{folder} has {config.seeds} networks of each row already: {rows}")
+    return replace(config, earlier=digest)

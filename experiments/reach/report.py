@@ -85,7 +85,8 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         + "\n"
         + markdown_table(["", *shares, "scale"], coverage)
         + f"\nNats per image, lower is better, means over {faces.test:,} test images ({faces.bound_images:,} for the bound) "
-        "and the networks of each row; differences image by image ± standard error over images, and over networks. "
+        "and the networks of each row; differences, of the networks that both rows have, image by image ± "
+        "standard error over images, and over networks. "
         "Variance, correlations along an axis and excess kurtosis are of whitened residuals (1, 0, 0, 0 for a perfect model). "
         "Eyes: correlation of the means of the residual over both eyes, under the model and in the data. Coverage: shares of "
         f"pixels, and of means over {BLOCK} x {BLOCK} pixels, within central intervals; scale: the conformal one of 90 % "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+import banded_gmrf as bg
 from programs.files import write_json
 
 from ..checkpoints import CHECKPOINT, save_checkpoint
@@ -17,8 +18,8 @@ from ..faces.bases import load_bases
 from ..faces.images import images_for_testing, images_for_training
 from ..faces.networks import MEMORY_FORMAT
 from ..figures import loss_figure
-from ..results import STATES, Stopwatch, device_name, environment, finished_results, numbered_states, write_results
-from .earlier import Measured, load_measured, runs_of_table, save_measured
+from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
+from .earlier import Measured, load_measured, runs_of_table, save_measured, stencils_of_table
 from .measures import measure
 from .networks import stencils, train_row
 from .presets import BASE, ROWS, Config, Row
@@ -57,7 +58,14 @@ def run_reach(
     test = images_for_testing(faces, data, device, workers=0, console=console)
     vae = load_bases(file)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
     stencil, states = stencils(config, vae, images), numbered_states(folder)
-    measured: Measured = {} if earlier is None else load_measured(earlier)
+    measured: Measured = {}
+    runs: list[dict[str, Any]] = []
+    if earlier is not None:
+        measured, runs = load_measured(earlier), runs_of_table(earlier)
+        # One row, one stencil: chosen again elsewhere, a greedy one might be another.
+        stencil |= {
+            name: bg.Stencil([tuple(o) for o in offsets], ndim=2) for name, offsets in stencils_of_table(earlier).items()
+        }
     losses, networks, trained = {}, {}, {}
     for seed in range(config.seeds):
         dense = None
@@ -72,10 +80,11 @@ def run_reach(
             if row not in new:
                 continue
             trained.setdefault(row.name, []).append(seed)
-            if row.name not in losses:
-                losses[row.name], networks[row.name] = curve, likelihood.covariance
+            if len(trained[row.name]) == 1:
+                label = row.name if seed == 0 else name
+                losses[label], networks[label] = curve, likelihood.covariance
                 if row.training != "frozen":
-                    networks[f"{row.name}: VAE"] = likelihood.autoencoder
+                    networks[f"{label}: VAE"] = likelihood.autoencoder
             kept = state.with_suffix(".json")
             if not kept.exists():
                 write_json(kept, measure(faces, likelihood, test, config.measured, name, console))
@@ -83,15 +92,14 @@ def run_reach(
             measured[row.name].append(json.loads(kept.read_text(encoding="utf-8")))
     results = {
         "definition": "nats per image, ½ and constant included, pixels in [-1, 1]; means over seeds, and over test images; "
-        "differences from the first row, image by image",
+        "differences from the first row, image by image, of the seeds that both have",
         "rows": summarise(measured),
-        "stencils": ({} if earlier is None else finished_results(earlier)["stencils"])
-        | {name: of.offsets for name, of in stencil.items()},
+        "stencils": {name: of.offsets for name, of in stencil.items()},
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
         "config": config.as_dict(),
         "networks": str(file),
-        "earlier": runs_of_table(earlier),
+        "earlier": runs,
         "trained": trained,
         **about,
         "device": device_name(device),

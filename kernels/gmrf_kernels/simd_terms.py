@@ -4,8 +4,8 @@ Numba takes a millisecond or more for each expression of a kernel: with an opera
 a kernel for 62 offsets took fifteen seconds to compile, most of them in Python.
 
 The terms of a row are pairs (k, column): the number of an offset, and where its neighbour is from the site, in sites along the
-row. Operations take ``shift``, the distance from a site to the same place in the row of neighbours, and ``end``, the number of
-sites in that row, 0 where it lies off the grid.
+row. Operations take ``shift``, the distance from a site to the same place in the row of neighbours; those that may meet
+neighbours which do not exist take ``end``, too: the number of sites in that row, 0 where it lies off the grid.
 """
 
 import inspect
@@ -45,8 +45,8 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
 
     ``operation(c_row, a_image, a_s, b_image, b_s, weights, weights_s, samples, r, width, n, shift, end)`` stores the sums over
     the ``samples``, each with its weight, of a at the neighbour times b at the site, into planes that are ``n`` apart from
-    ``c_row`` on; 0 where there is no neighbour. With the loops over blocks and samples in here, thirteen rows are thirteen
-    calls to Numba, not thirteen times four loops.
+    ``c_row`` on; 0 where there is no neighbour. The loops over blocks and samples are in here: Numba would take as long for
+    those of thirteen rows of neighbours as for all else of a kernel.
 
     Args:
         dtype: of the result.
@@ -68,7 +68,7 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
                     for image, stride in ((a_image, a_s), (b_image, b_s))
                 )
                 weight = operations["load_splat"](builder, weights, builder.mul(sample.index, weights_s))
-                factor = builder.fmul(weight, operations[f"load{suffix}"](builder, b_row, w, *inside))
+                factor = operations["multiply"](builder, weight, operations[f"load{suffix}"](builder, b_row, w, *inside))
                 for total, (_, column), mask in zip(sums, terms, masks, strict=True):
                     index = _plus(builder, builder.add(w, shift), column)
                     value = operations[f"load{suffix}"](builder, a_row, index, *mask)

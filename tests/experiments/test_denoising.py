@@ -11,10 +11,11 @@ from typer.testing import CliRunner
 import banded_gmrf as bg
 from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
+from experiments.datasets import ImageData
 from experiments.denoising import inpainting, run
 from experiments.denoising.estimators import BM3D, DENOISER, INFERRED_POSTERIOR, POSTERIOR, PROJECTION, bm3d_estimates
 from experiments.denoising.noise import Noise, Sampler
-from experiments.denoising.presets import DIAGONAL, STRUCTURED, Config
+from experiments.denoising.presets import DIAGONAL, STRUCTURED, Config, config_for
 from experiments.denoising.report import table_rows
 from experiments.faces import figures
 from experiments.faces.presets import PRESETS
@@ -125,7 +126,9 @@ def test_denoising_autoencoders_have_the_passes_that_are_asked_for(image_folder,
     for name, rows in results["denoising"].items():
         assert rows[INFERRED_POSTERIOR]["mse"] == before["denoising"][name][INFERRED_POSTERIOR]["mse"]
         assert rows[DENOISER]["mse"] != before["denoising"][name][DENOISER]["mse"]
-    assert "on the same images for 3 passes" in (tmp_path / "longer" / "results.md").read_text(encoding="utf-8")
+    assert "on the same images for 3 passes, at a rate that falls by a cosine" in (
+        tmp_path / "longer" / "results.md"
+    ).read_text(encoding="utf-8")
 
 
 def test_inpainting_alone_gives_the_same_and_trains_no_denoiser(image_folder, finished, tmp_path):
@@ -165,6 +168,20 @@ def test_runs_that_do_not_fit_are_refused(npz, tmp_path, change, message):
     assert outcome.exit_code == 2
     assert message in " ".join(outcome.output.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
+
+
+def test_passes_of_denoisers_that_are_not_trained_are_refused(npz, tmp_path):
+    outcome = denoise(npz, tmp_path / "new", "--inpainting-only", "--denoiser-epochs", "3")
+    assert outcome.exit_code == 2
+    assert "denoiser_epochs is 3, expected none" in " ".join(outcome.output.replace("│", " ").split())
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("images", "alone", "expected"), [(None, True, 200), (300, True, 300), (300, False, 200)])
+def test_as_many_images_are_inpainted_as_are_asked_for(images, alone, expected):
+    train, test = (torch.zeros(count, 1, 8, 8) for count in (16, 400))
+    data = ImageData("blocks", train, test, "made here")
+    assert config_for(data, "quick", None, images, inpainting_only=alone).inpainted == expected
 
 
 def test_correlated_noise_has_its_covariance():

@@ -383,7 +383,10 @@ def test_base_models_end_by_validation_images_and_leave_their_curves(npz, tmp_pa
     again = run_faces(npz, tmp_path / "again", "--bases", str(tmp_path / BASES))
     assert again.exit_code == 0, again.output
     assert read_results(tmp_path / "again")["curves"]["VAE"] == curve
-    assert f"Passes: VAE {len(curve['validation'])}, the best {curve['best']}." in (tmp_path / "results.md").read_text()
+    assert (
+        f"Passes of base models: VAE {len(curve['validation'])}, the best {curve['best']}."
+        in (tmp_path / "results.md").read_text()
+    )
     config = Config.from_dict(read_results(tmp_path)["config"])
     assert config.patience == patience
 

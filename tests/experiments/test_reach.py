@@ -16,7 +16,7 @@ from experiments.faces.presets import PRESETS, Covariance
 from experiments.reach import measures, offsets, run
 from experiments.reach.measures import measure
 from experiments.reach.presets import ROWS
-from experiments.reach.report import paired_difference
+from experiments.reach.report import paired_difference, summarise
 from supn_models import ConvVAE, StructuredLikelihood
 from tests.experiments.tiny_faces import PRESET
 
@@ -95,6 +95,10 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tm
     assert read(tmp_path)["rows"] == read(finished)["rows"]
 
 
+def interrupted(*args):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def begun(faces, npz, tmp_path_factory):
     """A finished run of two rows of the table."""
@@ -111,14 +115,21 @@ def test_networks_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, 
         trained.append((row, seed))
         return train(config, row, seed, *args, **options)
 
-    monkeypatch.setattr(run, "train_row", train_row)
     second, third = tmp_path / "second", tmp_path / "third"
-    for folder, earlier, *more in (
-        (second, begun, "--rows", "dense,fine-tuned,r8", "--seeds", "1"),
-        (third, second, "--rows", "r8", "--seeds", "2"),
-    ):
-        outcome = run_reach(faces, npz, folder, *more, "--earlier", str(earlier))
-        assert outcome.exit_code == 0, outcome.output
+    more = ["--rows", "dense,fine-tuned,r8", "--seeds", "1", "--earlier", str(begun)]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure", interrupted)
+        assert run_reach(faces, npz, second, *more).exit_code == 130
+    outcome = run_reach(faces, npz, second, *more[:-2], "--resume")
+    assert outcome.exit_code == 2
+    assert "earlier is" in " ".join(outcome.output.replace("│", " ").split())
+    monkeypatch.setattr(run, "train_row", train_row)
+    # On another machine a greedy choice might be another: a row has one stencil.
+    monkeypatch.setattr(run, "stencils", lambda *args: {"dense": bg.Stencil.square(7), "greedy": bg.Stencil.square(7)})
+    outcome = run_reach(faces, npz, second, *more, "--resume")
+    assert outcome.exit_code == 0, outcome.output
+    outcome = run_reach(faces, npz, third, "--rows", "r8", "--seeds", "2", "--earlier", str(second))
+    assert outcome.exit_code == 0, outcome.output
     assert trained == [(ROWS["dense"], 0), (ROWS["fine-tuned"], 0), (ROWS["r8"], 0), (ROWS["r8"], 1)]
     results, all_at_once = read(third), read(finished)
     tuned = ROWS["fine-tuned"].name
@@ -143,8 +154,8 @@ def test_networks_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--rows", "dense,r8", "--measured", "5"], "differ in measured"),
-        (["--seeds", "2", "--rows", "greedy,dense"], "has all of these networks already"),
+        (["--rows", "dense,r8", "--measured", "5"], "measured is 12 there, 5 here"),
+        (["--seeds", "2", "--rows", "greedy,dense"], "has 2 networks of each row already: greedy; dense"),
     ],
 )
 def test_an_earlier_table_that_does_not_fit_is_refused(faces, npz, begun, tmp_path, more, words):
@@ -157,7 +168,7 @@ def test_an_earlier_table_that_does_not_fit_is_refused(faces, npz, begun, tmp_pa
 def test_a_run_of_another_experiment_is_no_earlier_table(faces, npz, tmp_path):
     outcome = run_reach(faces, npz, tmp_path / "new", "--earlier", str(faces))
     assert outcome.exit_code == 2
-    assert "a run of faces, expected one of reach" in " ".join(outcome.output.replace("│", " ").split())
+    assert "experiment is 'faces' there, 'reach' here" in " ".join(outcome.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize(
@@ -235,6 +246,13 @@ def test_dilated_offsets():
 def test_impossible_offsets(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.randn(2, 9, 9))
+
+
+def test_differences_are_of_the_networks_that_both_rows_have():
+    measured = {"a": [{"nats": [1.0, 2.0]}, {"nats": [5.0, 9.0]}], "b": [{"nats": [4.0, 4.0]}]}
+    rows = summarise(measured)
+    assert (rows["a"]["seeds"], rows["a"]["nats"]) == (2, 4.25)
+    assert (rows["b"]["seeds"], rows["b"]["nats"], rows["b"]["nats_difference"]["mean"]) == (1, 4.0, 2.5)
 
 
 def test_paired_differences():
