@@ -46,11 +46,6 @@ def runs_of_table(folder: Path) -> list[dict[str, Any]]:
     return [*there["earlier"], {**own, "where": where_text(there)}]
 
 
-def stencils_of_table(folder: Path) -> dict[str, list[list[int]]]:
-    """The offsets of each stencil in the table in ``folder``."""
-    return finished_results(folder)["stencils"]
-
-
 def digest_of_table(folder: Path, config: dict[str, Any]) -> str:
     """SHA-256 of the table in ``folder``.
 

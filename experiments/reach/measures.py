@@ -16,6 +16,7 @@ from ..whiteness import excess_kurtosis, lag_autocorrelation
 
 LEVELS = (0.5, 0.9, 0.99)
 BLOCK = 8
+PRINCIPAL = (8, 32)
 _FAR = 16
 _BATCH = 8
 
@@ -54,6 +55,38 @@ def measure(
         "kurtosis": excess_kurtosis(whitened),
         **_intervals(likelihood, images[:measured]),
     }
+
+
+@torch.no_grad()
+def principal_gains(
+    likelihood: StructuredLikelihood, training: Tensor, validation: Tensor, images: Tensor, seed: int
+) -> dict[str, float]:
+    """What as many factors as in `PRINCIPAL` could gain, in nats per image, that are alike for all images once whitened.
+
+    They are the leading principal components of whitened training residuals, with the variances of validation images, at least
+    1; the gain is that of test images over the likelihood without them.
+
+    Args:
+        likelihood: in evaluation mode, without factors.
+        training: images that the covariance network was trained on, (count, 1, H, W).
+        validation: images that no network was trained on.
+        images: for testing.
+        seed: of the search for the components.
+    """
+    whitened = [_whitened(likelihood, x).flatten(1) for x in (training, validation, images)]
+    most = min(max(PRINCIPAL), *whitened[0].shape)
+    torch.manual_seed(seed)
+    components = torch.pca_lowrank(whitened[0], most, center=False, niter=4)[2]
+    expected, found = ((y @ components).double().square().mean(0) for y in whitened[1:])
+    variance = expected.clamp(min=1)
+    gains = ((1 - 1 / variance) * found - variance.log()) / 2
+    return {str(count): gains[:count].sum().item() for count in PRINCIPAL}
+
+
+def _whitened(likelihood: StructuredLikelihood, images: Tensor) -> Tensor:
+    """Whitened residuals, (count, H, W)."""
+    batches = images.split(_BATCH)
+    return torch.cat([likelihood(likelihood.autoencoder.encode(x)).whiten(x[:, 0]) for x in batches])
 
 
 def _intervals(likelihood: StructuredLikelihood, images: Tensor) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from ..faces.bases import load_bases
 from ..faces.images import images_for_testing, images_for_training
 from ..faces.networks import MEMORY_FORMAT
 from ..figures import loss_figure
-from ..results import STATES, Stopwatch, device_name, environment, numbered_states, write_results
-from .earlier import Measured, load_measured, runs_of_table, save_measured, stencils_of_table
-from .measures import measure
+from ..results import STATES, Stopwatch, device_name, environment, finished_results, numbered_states, write_results
+from ..training import derived_seed
+from .earlier import Measured, load_measured, runs_of_table, save_measured
+from .measures import measure, principal_gains
 from .networks import stencils, train_row
 from .presets import BASE, ROWS, Config, Row
 from .report import markdown_report, summarise
@@ -59,13 +60,13 @@ def run_reach(
     vae = load_bases(file)[0][BASE].requires_grad_(False).to(device, memory_format=MEMORY_FORMAT)
     stencil, states = stencils(config, vae, images), numbered_states(folder)
     measured: Measured = {}
+    principal: dict[str, float] = {}
     runs: list[dict[str, Any]] = []
     if earlier is not None:
-        measured, runs = load_measured(earlier), runs_of_table(earlier)
+        there, measured, runs = finished_results(earlier), load_measured(earlier), runs_of_table(earlier)
+        principal = there["principal"]
         # One row, one stencil: chosen again elsewhere, a greedy one might be another.
-        stencil |= {
-            name: bg.Stencil([tuple(o) for o in offsets], ndim=2) for name, offsets in stencils_of_table(earlier).items()
-        }
+        stencil |= {name: bg.Stencil([tuple(o) for o in offsets], ndim=2) for name, offsets in there["stencils"].items()}
     losses, networks, trained = {}, {}, {}
     for seed in range(config.seeds):
         dense = None
@@ -80,6 +81,9 @@ def run_reach(
             if row not in new:
                 continue
             trained.setdefault(row.name, []).append(seed)
+            if row == ROWS["dense"] and seed == 0 and len(images.validation):
+                component_seed = derived_seed(faces.seed, "principal components")
+                principal = principal_gains(likelihood, images.covariance[0], images.validation, test, component_seed)
             if len(trained[row.name]) == 1:
                 label = row.name if seed == 0 else name
                 losses[label], networks[label] = curve, likelihood.covariance
@@ -94,6 +98,7 @@ def run_reach(
         "definition": "nats per image, ½ and constant included, pixels in [-1, 1]; means over seeds, and over test images; "
         "differences from the first row, image by image, of the seeds that both have",
         "rows": summarise(measured),
+        "principal": principal,
         "stencils": {name: of.offsets for name, of in stencil.items()},
         "left_out": list(data.left_out),
         "warnings": list(data.warnings),
