@@ -24,7 +24,7 @@ CAPTIONS = {
     "covariances": "Covariances of test signals: the truth, and what the networks predict.",
     "coverage": "How often test signals lie within the ellipsoids of each level: the thin line is right.",
     "figure1": "Test images, the base model's mean, the mean with a sample of each residual, and the residuals.",
-    "figure7": "The same of more images and base models.",
+    "figure7": "More images and base models: the image, the mean, the mean with a sample of each residual, the residuals.",
     "figure8": "Images from codes that are drawn from the prior.",
     "figure9": "From an image to its mirror image in seven steps of the code, with one sample of the residual.",
     "figure10": "Standard deviations of both models of the residual, and a sample of each.",
