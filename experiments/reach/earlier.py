@@ -46,15 +46,12 @@ def runs_of_table(folder: Path) -> list[dict[str, Any]]:
     return [*there["earlier"], {**own, "where": where_text(there)}]
 
 
-def digest_of_table(folder: Path, config: dict[str, Any]) -> str:
-    """SHA-256 of the table in ``folder``.
+def check_same_networks(folder: Path, config: dict[str, Any]) -> None:
+    """Raise ValueError unless ``folder`` holds a finished run whose networks are trained and measured as those of ``config``.
 
     Args:
         folder: of the earlier run.
         config: of the one that adds to its table, as JSON holds it.
-
-    Raises:
-        ValueError: no finished run in ``folder``, or one whose networks are trained or measured otherwise.
     """
     there = finished_results(folder)
     differing = [
@@ -64,5 +61,8 @@ def digest_of_table(folder: Path, config: dict[str, Any]) -> str:
     ]
     if differing:
         raise ValueError(f"the networks of the run in {folder} are others: {'; '.join(differing[:4])}")
-    load_measured(folder)
+
+
+def digest_of_table(folder: Path) -> str:
+    """SHA-256 of the table in ``folder``."""
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in (RESULTS, MEASURED))).hexdigest()

@@ -11,7 +11,7 @@ from ..datasets import ImageData
 from ..faces.bases import load_bases
 from ..faces.presets import Config as Faces
 from ..faces.presets import check_same_data
-from .earlier import digest_of_table, load_measured
+from .earlier import check_same_networks, digest_of_table, load_measured
 
 BASE = "VAE"
 OFFSETS = ("dense", "dilated", "greedy")
@@ -136,9 +136,9 @@ def with_earlier(config: Config, folder: Path) -> Config:
         ValueError: no finished run in ``folder``, one whose networks are trained or measured otherwise, or one that has all
             that this one would train.
     """
-    digest = digest_of_table(folder, json.loads(json.dumps(config.as_dict())))
+    check_same_networks(folder, json.loads(json.dumps(config.as_dict())))
     known = load_measured(folder)
     if all(len(known.get(row.name, ())) >= config.seeds for row in config.rows):
         rows = "; ".join(row.name for row in config.rows)
         raise ValueError(f"{folder} has {config.seeds} networks of each row already: {rows}")
-    return replace(config, earlier=digest)
+    return replace(config, earlier=digest_of_table(folder))

@@ -1,7 +1,7 @@
 """Train the networks of all rows, measure them on test images, and write the tables."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,19 +81,17 @@ def run_reach(
             if row not in new:
                 continue
             trained.setdefault(row.name, []).append(seed)
-            if row == ROWS["dense"] and seed == 0 and len(images.validation):
-                component_seed = derived_seed(faces.seed, "principal components")
-                principal = principal_gains(likelihood, images.covariance[0], images.validation, test, component_seed)
+            if row.name == "dense" and seed == 0 and len(images.validation):
+                shown = likelihood, images.covariance[0], images.validation, test
+                gains = partial(principal_gains, *shown, derived_seed(faces.seed, "principal components"))
+                principal = _kept(state.with_name("principal.json"), gains, stopwatch)
             if len(trained[row.name]) == 1:
                 label = row.name if seed == 0 else name
                 losses[label], networks[label] = curve, likelihood.covariance
                 if row.training != "frozen":
                     networks[f"{label}: VAE"] = likelihood.autoencoder
-            kept = state.with_suffix(".json")
-            if not kept.exists():
-                write_json(kept, measure(faces, likelihood, test, config.measured, name, console))
-                stopwatch.save_time("measures")
-            measured[row.name].append(json.loads(kept.read_text(encoding="utf-8")))
+            scores = partial(measure, faces, likelihood, test, config.measured, name, console)
+            measured[row.name].append(_kept(state.with_suffix(".json"), scores, stopwatch))
     results = {
         "definition": "nats per image, ½ and constant included, pixels in [-1, 1]; means over seeds, and over test images; "
         "differences from the first row, image by image, of the seeds that both have",
@@ -117,6 +115,14 @@ def run_reach(
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
     write_results(folder, results, markdown_report(config, results), console)
     return results
+
+
+def _kept(path: Path, compute: Callable[[], dict[str, Any]], stopwatch: Stopwatch) -> dict[str, Any]:
+    """What ``compute`` measures, from a file among the states if an interrupted run has measured it before."""
+    if not path.exists():
+        write_json(path, compute())
+        stopwatch.save_time("measures")
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def _to_train(config: Config, new: Collection[Row]) -> list[Row]:
