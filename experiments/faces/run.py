@@ -147,7 +147,7 @@ def draw_losses(path: Path, networks: Networks) -> None:
     }
     for owner in networks.bases:
         of_owner = {name: curve for name, curve in networks.covariance_losses.items() if name.startswith(f"{owner}, ")}
-        panels[f"nats per pixel given z, {owner}"] = {
+        panels[f"nats per pixel\ngiven z, {owner}"] = {
             name.removeprefix(f"{owner}, "): curve for name, curve in of_owner.items()
         }
     shortest = min(len(curve) for curves in panels.values() for curve in curves.values())
