@@ -1,7 +1,6 @@
 """`LowRankGMRF`: a Gaussian Markov random field plus a few whole-grid fields with random weights."""
 
 import dataclasses
-import math
 from collections.abc import Sequence
 
 import torch
@@ -16,18 +15,17 @@ from .factors import (
     added_covariance,
     added_variance,
     capacitance_logdet,
-    capacitance_root,
     mixture,
     products,
     random_mixture,
     rank_first,
     rank_last,
-    solve_capacitance,
 )
 from .gmrf import GMRF
 from .inference.constraints import ConstrainedGMRF
 from .inference.inferred_field import InferredField
 from .inference.low_rank_posterior import LowRankPosterior
+from .low_rank_density import log_density, whitened_factors
 from .operators.base import LinearOperator
 from .stencil import Stencil
 from .validation import Finite, broadcast_fields
@@ -224,13 +222,8 @@ class LowRankGMRF(InferredField, Batched):
         self.check_field("value", value)
         if self._validate_args and value.numel() > 0:  # torch's check of the support fails on no values at all
             self._validate_sample(value)
-        ndim, n = len(self._event_shape), self._event_shape.numel()
-        y, (whitened, root) = self._local.whiten(value), self._capacitance()
-        weights = solve_capacitance(root, products(whitened, y, ndim))
-        rest = y - mixture(weights, whitened, ndim)
-        squares = rest.square().flatten(-ndim).sum(-1) + weights.square().sum(-1)
-        logdet = self.precision_cholesky.logdet() - capacitance_logdet(root)  # -½ log |Σ|
-        return (logdet - 0.5 * squares - 0.5 * n * math.log(2 * math.pi)).to(y.dtype)
+        residual = value.to(accumulate_dtype(value.dtype)) - self.loc
+        return log_density(residual, self.precision_cholesky.unexpanded(), self._factors)
 
     def entropy(self) -> Tensor:
         """Differential entropy in nats, (*batch)."""
@@ -301,11 +294,7 @@ class LowRankGMRF(InferredField, Batched):
 
     def _capacitance(self) -> tuple[Tensor, Tensor]:
         """V = LᵀF, (*batch, R, *grid), and the root of I + VᵀV; both in float64."""
-        ndim, factor = len(self._event_shape), self._local.precision_cholesky.unexpanded()
-        fields = rank_first(self._factors.to(accumulate_dtype(factor.dtype)), ndim, len(self._batch_shape))
-        whitened = rank_last(factor.matvec(fields, transpose=True), ndim).double()
-        rows = whitened.flatten(-ndim)
-        return whitened, capacitance_root(rows @ rows.mT)
+        return whitened_factors(self._local.precision_cholesky.unexpanded(), self._factors, len(self._batch_shape))
 
     def _parts(self) -> dict[str, tuple[Tensor | GMRF, int]]:
         return {"local": (self._local, 0), "factors": (self._factors, self.stencil.ndim + 1)}

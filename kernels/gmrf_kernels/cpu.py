@@ -24,7 +24,7 @@ import numba
 import torch
 from torch import Tensor
 
-from . import cpu_loops, cpu_solve, cpu_unrolled, simd_normals
+from . import cpu_loops, cpu_solve, cpu_unrolled, simd_fields, simd_normals
 from .checks import accumulate_dtype
 from .cpu_plan import Plan
 from .memory import empty
@@ -37,7 +37,7 @@ _SERIAL_COEFFICIENTS = 2**15
 _BAND_ROWS = 16
 
 # Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
-_BAND_COEFFICIENTS = 2**17
+_BAND_COEFFICIENTS = 2**13
 
 # Stencils of more offsets are looped over: the time to compile grows faster than their number.
 _MOST_UNROLLED_OFFSETS = 64
@@ -118,6 +118,33 @@ def nll_factor_grad(
     return _outer(residual, whitened, scale, log_diag, offsets, dtype)
 
 
+def inner_products(fields: Tensor, rows: int) -> Tensor:
+    """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
+
+    Above the diagonal are some of them, and 0 in the place of others.
+    """
+    (fields,) = _prepare(fields)
+    terms, batch, *grid = fields.shape
+    spans = -(-math.prod(grid) // simd_fields.SPAN)
+    of_spans = torch.zeros(batch, spans, terms, rows, dtype=torch.float64)
+    arguments = [None, *fields.stride()[:2], terms, rows, math.prod(grid), spans, None]
+    plan = _field_plan("inner_products", fields.dtype, tuple(arguments), batch, terms * rows, torch.get_num_threads())
+    plan(fields, of_spans)
+    return of_spans.sum(1)
+
+
+def combinations(weights: Tensor, fields: Tensor) -> Tensor:
+    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
+    (fields,), weights = _prepare(fields), weights.contiguous()
+    batch, rows, terms = weights.shape
+    result = empty((rows, *fields.shape[1:]), fields.dtype)
+    n = math.prod(fields.shape[2:])
+    arguments = [None, rows, terms, None, *fields.stride()[:2], n, -(-n // simd_fields.SPAN), None, batch * n]
+    plan = _field_plan("combinations", fields.dtype, tuple(arguments), batch, terms * rows, torch.get_num_threads())
+    plan(weights, fields, result)
+    return result
+
+
 def standard_normal(shape: Sequence[int], dtype: torch.dtype, key: int) -> Tensor:
     """The first numbers, in C order, of the stream of float32 or float64 numbers that has this key of 63 bits."""
     result = empty(shape, dtype)
@@ -172,6 +199,8 @@ def _matvec_plan(
     likelihood: bool = False,
 ) -> Plan:
     options = {"likelihood": True} if likelihood else {}
+    if _unrolled(offsets) and shape[0] > 1:
+        options["together"] = 4 if shape[0] >= 4 else 2
     kernel, stencil = _kernel("matvec", offsets, dtype, transpose=transpose, log=log, **options)
     arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if likelihood else [])]
     row_sums = 8 * math.prod(shape[:-1]) if likelihood else 0
@@ -214,6 +243,14 @@ def _outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides
 
 
 @functools.lru_cache(_KEPT_PLANS)
+def _field_plan(kernel: str, dtype: torch.dtype, arguments: tuple, batch: int, products: int, threads: int) -> Plan:
+    *_, n, spans, _ = arguments if arguments[-1] is None else arguments[:-1]
+    with _compile_lock:
+        compiled = _compiled(getattr(simd_fields, kernel), _name(dtype), ())
+    return Plan(compiled, arguments, batch * spans, _num_threads(batch * products * n, threads))
+
+
+@functools.lru_cache(_KEPT_PLANS)
 def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> Plan:
     with _compile_lock:
         kernel = _compiled(simd_normals.source, _name(dtype), ())
@@ -223,7 +260,7 @@ def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> Plan:
 
 def forget_plans() -> None:
     """Make plans anew from here on, because something that they are made of has changed."""
-    for plans in (_matvec_plan, _solve_plan, _outer_plan, _normal_plan):
+    for plans in (_matvec_plan, _solve_plan, _outer_plan, _field_plan, _normal_plan):
         plans.cache_clear()
 
 

@@ -128,44 +128,54 @@ def _mask(g: int, column: int) -> str:
     return f"mask{g}_{'m' if column < 0 else 'p'}{abs(column)}"
 
 
-def matvec(offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False) -> str:
+def matvec(
+    offsets: Offsets, dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool = False, together: int = 1
+) -> str:
     """y = L x or Lᵀx over bands of rows; ``diag`` is the log-diagonal where ``log``.
 
-    With ``likelihood``, the likelihood of each image is stored, too; scratch holds each row's Σ (½ y² - log_diag).
+    With ``likelihood``, the likelihood of each image is stored, too; scratch holds each row's Σ (½ y² - log_diag). So many
+    samples ``together`` share each coefficient that is loaded.
     """
     vector, coefficient = element_bytes(dtype)
     terms = Terms(offsets, dtype, transpose)
     passes = terms.passes(list(range(len(terms.groups))))
+    names = [str(v) if together > 1 else "" for v in range(together)]
 
     def row_pass(number):
         sums = likelihood and number == len(passes) - 1
 
         def begin(masked):
             if number > 0:
-                return f"a = {load('load', 'y_row', 'w', masked)}\n"
-            return f"a = multiply({diagonal_value(masked, log)}, {load('load', 'x_row', 'w', masked)})\n"
+                return "".join(f"a{v} = {load('load', f'y_row{v}', 'w', masked)}\n" for v in names)
+            products = (f"a{v} = multiply(d, {load('load', f'x_row{v}', 'w', masked)})\n" for v in names)
+            return f"d = {diagonal_value(masked, log)}\n" + "".join(products)
 
         def finish(masked):
-            code = store("store", "y_row", "w", "a", masked)
+            code = "".join(store("store", f"y_row{v}", "w", f"a{v}", masked) for v in names)
             if sums:  # lanes beyond the row's end are 0
-                code += f"sums = add_square(sums, a)\nsums = subtract_twice(sums, {load('load', 'd_row', 'w', masked)})\n"
+                code += f"log_d = {load('load', 'd_row', 'w', masked)}\n"
+                code += "".join(f"sums{v} = subtract_twice(add_square(sums{v}, a{v}), log_d)\n" for v in names)
             return code
 
-        code = (
-            f"d_row = diag + (b * diag_b + r * width) * {vector}\n"
-            f"c_row = off + (b * off_b + r * width) * {coefficient}\n"
-            f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\n"
-            f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
-        )
-        code += "sums = no_sums()\n" if sums else ""
-        code += terms.fold(passes[number], begin, finish)
-        code += "store_double(scratch, (s * batch + b) * rows + r, 0.5 * total(sums))\n" if sums else ""
+        code = f"d_row = diag + (b * diag_b + r * width) * {vector}\nc_row = off + (b * off_b + r * width) * {coefficient}\n"
+        for v in names:
+            code += (
+                f"x_row{v} = x + (s{v} * x_s + b * x_b + r * width) * {vector}\n"
+                f"y_row{v} = y + ((s{v} * batch + b) * n + r * width) * {vector}\n"
+            )
+        code += "".join(f"sums{v} = no_sums()\n" for v in names if sums)
+        code += terms.fold(passes[number], begin, finish, vectors=names)
+        total = "store_double(scratch, (s{v} * batch + b) * rows + r, 0.5 * total(sums{v}))\n"
+        code += "".join(total.format(v=v) for v in names if sums)
         return band_rows(code)
 
-    per_sample = "".join(row_pass(number) for number in range(len(passes)))
+    # Where fewer samples are left than go together, the last one is computed several times.
+    group = "".join(f"s{v} = min(first + {i}, samples - 1)\n" for i, v in enumerate(names))
+    body = f"for first in range(0, samples, {together}):\n" + inside(
+        group + "".join(row_pass(number) for number in range(len(passes)))
+    )
     arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
-    body = "for s in range(samples):\n" + inside(per_sample)
-    definitions = terms.folds("add_product", range(len(terms.groups)))
+    definitions = terms.folds("add_product", range(len(terms.groups)), together)
     finish = SUM_OF_ROWS if likelihood else ""
     return band_kernel(dtype, cache, arguments, terms.setup(), body, finish=finish, definitions=definitions)
 

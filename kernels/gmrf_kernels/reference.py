@@ -83,3 +83,18 @@ def nll_factor_grad(
     scaled = scale.reshape(*scale.shape, *[1] * (residual.ndim - 2)) * whitened
     diag, off_diag = outer(residual, scaled, offsets, dtype)
     return diag * log_diag.exp() - scale.sum(0).reshape(-1, *[1] * (log_diag.ndim - 1)), off_diag
+
+
+def inner_products(fields: Tensor, rows: int) -> Tensor:
+    """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
+
+    A backend may leave out what stands above the diagonal.
+    """
+    flat = fields.flatten(2).double()
+    return torch.einsum("tbn,rbn->btr", flat, flat[:rows])
+
+
+def combinations(weights: Tensor, fields: Tensor) -> Tensor:
+    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
+    combined = torch.einsum("btu,ubn->tbn", weights, fields.flatten(2).double())
+    return combined.to(fields.dtype).reshape(-1, *fields.shape[1:])

@@ -64,9 +64,12 @@ def operations(dtype: str) -> dict:
 
 
 @functools.cache
-def operation_table(dtype: str) -> "Table":
-    """The table of `operations`, for what makes larger ones of them; not to be added to."""
-    table = Table(dtype)
+def operation_table(dtype: str, computed: str = "") -> "Table":
+    """The table of `operations`, for what makes larger ones of them; not to be added to.
+
+    ``computed`` is another dtype of arithmetic, float64, for float32.
+    """
+    table = Table(dtype, computed)
     for suffix, stored in (("", table.computed), ("_c", dtype)):
         _add_loads(table, suffix, stored)
         _add_stores(table, suffix, stored)
@@ -82,11 +85,11 @@ def operation_table(dtype: str) -> "Table":
 class Table(dict):
     """Intrinsics by name, and the types that those of one dtype share; ``emit`` has what writes the instructions of each."""
 
-    def __init__(self, dtype: str):
+    def __init__(self, dtype: str, computed: str = ""):
         super().__init__()
         self.emit: dict[str, Callable] = {}
-        self.computed = "float64" if dtype == "float64" else "float32"
-        self.lanes = lanes(dtype)
+        self.computed = computed or ("float64" if dtype == "float64" else "float32")
+        self.lanes = lanes(self.computed)
         self.scalar_type = getattr(types, self.computed)
         self.scalar = _STORED[self.computed]
         self.vector_type = _Vector(self.computed, self.scalar, self.lanes)
@@ -133,14 +136,12 @@ def _add_loads(table: Table, suffix: str, stored: str) -> None:
     stored_vector = ir.VectorType(element, table.lanes)
 
     def widen(builder, value):
-        if stored == "float16":
-            return builder.fpext(value, table.vector)
         if stored == "bfloat16":
             # bfloat16 is the upper half of a float32.
             integers = ir.VectorType(_I32, table.lanes)
             shifted = builder.shl(builder.zext(value, integers), table.constant(16, integers))
             return builder.bitcast(shifted, table.vector)
-        return value
+        return value if element == table.scalar else builder.fpext(value, table.vector)
 
     @table.add(table.vector_type, types.int64, types.int64, name=f"load{suffix}")
     def load(builder, address, index):
@@ -160,8 +161,6 @@ def _add_stores(table: Table, suffix: str, stored: str) -> None:
     stored_vector = ir.VectorType(element, table.lanes)
 
     def narrow(builder, value):
-        if stored == "float16":
-            return builder.fptrunc(value, stored_vector)
         if stored == "bfloat16":
             # Round to nearest even on the bits; a NaN keeps its top bits, with the quiet bit set.
             integers = ir.VectorType(_I32, table.lanes)
@@ -171,7 +170,7 @@ def _add_stores(table: Table, suffix: str, stored: str) -> None:
             is_nan = builder.fcmp_unordered("uno", value, value)
             chosen = builder.select(is_nan, builder.or_(bits, table.constant(0x400000, integers)), rounded)
             return builder.trunc(builder.lshr(chosen, table.constant(16, integers)), stored_vector)
-        return value
+        return value if element == table.scalar else builder.fptrunc(value, stored_vector)
 
     arguments = types.int64, types.int64, table.vector_type
 

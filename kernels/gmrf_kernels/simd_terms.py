@@ -55,12 +55,13 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
     """
     table = operation_table(dtype)
     operations = table.emit
+    columns = [column for _, column in terms]
 
     def emit(builder, c_row, a_image, a_s, b_image, b_s, weights, weights_s, samples, r, width, n, shift, end):
         def block(w, masked):
             suffix = "_masked" if masked else ""
             inside = [operations["between"](builder, w, _int(0), width)] if masked else []
-            masks = [[_exists(table, builder, w, column, end)] if masked else [] for _, column in terms]
+            masks = [[_exists(table, builder, w, column, end)] if masked else [] for column in columns]
             sums = [cgutils.alloca_once_value(builder, table.constant(0.0)) for _ in terms]
             with cgutils.for_range(builder, samples) as sample:
                 a_row, b_row = (
@@ -69,20 +70,18 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
                 )
                 weight = operations["load_splat"](builder, weights, builder.mul(sample.index, weights_s))
                 factor = operations["multiply"](builder, weight, operations[f"load{suffix}"](builder, b_row, w, *inside))
-                for total, (_, column), mask in zip(sums, terms, masks, strict=True):
-                    index = _plus(builder, builder.add(w, shift), column)
-                    value = operations[f"load{suffix}"](builder, a_row, index, *mask)
+                values = _neighbours(table, builder, a_row, w, shift, columns, *([end] if masked else []))
+                for total, value in zip(sums, values, strict=True):
                     builder.store(operations["add_product"](builder, builder.load(total), value, factor), total)
             store = operations[f"store_c{suffix or ('_streaming' if streaming else '')}"]
             for total, (k, _), mask in zip(sums, terms, masks, strict=True):
                 value = operations["keep"](builder, builder.load(total), *mask) if masked else builder.load(total)
                 store(builder, c_row, builder.add(builder.mul(n, _int(k)), w), value, *inside)
 
-        columns = [0, *(column for _, column in terms)]
         least_end = operations["least"](builder, width, end)
         with cgutils.for_range_slice(builder, _int(0), width, _int(table.lanes), inc=True) as (w, _):
-            last = _plus(builder, w, table.lanes + max(columns))
-            begins, ends = builder.icmp_signed(">=", w, _int(-min(columns))), builder.icmp_signed("<=", last, least_end)
+            last = _plus(builder, w, table.lanes + max(0, *columns))
+            begins, ends = builder.icmp_signed(">=", w, _int(-min(0, *columns))), builder.icmp_signed("<=", last, least_end)
             with builder.if_else(builder.and_(begins, ends)) as (interior, border):
                 with interior:
                     block(w, masked=False)
@@ -93,23 +92,53 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
 
 
 def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vectors: int, suffix: str) -> Callable:
+    columns = [column for _, column in terms]
+
     def emit(builder, *arguments):
         sums, arguments = list(arguments[:vectors]), arguments[vectors:]
-        coefficients, values = arguments[0], arguments[1 : 1 + vectors]
+        coefficients, rows = arguments[0], arguments[1 : 1 + vectors]
         w, off_k, shift, *end = arguments[1 + vectors :]
-        for k, column in terms:
-            neighbour = _plus(builder, builder.add(w, shift), column)
+        values = [_neighbours(table, builder, row, w, shift, columns, *end) for row in rows]
+        for i, (k, column) in enumerate(terms):
             plane = builder.mul(off_k, _int(k))
-            index = builder.add(plane, neighbour if at_neighbour else w)
+            index = builder.add(plane, _plus(builder, builder.add(w, shift), column) if at_neighbour else w)
             mask = [_exists(table, builder, w, column, *end)] if suffix else []
             coefficient = table.emit[f"load_c{suffix}"](builder, coefficients, index, *mask)
             for v in range(vectors):
-                value = table.emit[f"load{suffix}"](builder, values[v], neighbour, *mask)
-                sums[v] = table.emit[operation](builder, sums[v], coefficient, value)
+                sums[v] = table.emit[operation](builder, sums[v], coefficient, values[v][i])
         return sums
 
     integers = 4 + vectors + len(suffix[:1])
     return _operation(table, vectors, [table.vector_type] * vectors + [types.int64] * integers, emit)
+
+
+def _neighbours(table: Table, builder, row, w, shift, columns: Sequence[int], *end) -> list:
+    """The vectors that begin at w + shift plus each of the columns; with ``end``, 0 where a row of so many sites has none.
+
+    Those between the two outermost are made of these: most loads would cross from one cache line into the next, and take
+    longer than a permutation.
+    """
+
+    def load(column):
+        index = _plus(builder, builder.add(w, shift), column)
+        if not end:
+            return table.emit["load"](builder, row, index)
+        mask = table.emit["between"](builder, _plus(builder, w, column), _int(0), *end)
+        return table.emit["load_masked"](builder, row, index, mask)
+
+    first, last = min(columns), max(columns)
+    reach = last - first
+    if len(columns) < 3 or reach > table.lanes:
+        return [load(column) for column in columns]
+    outermost = load(first), load(last)
+
+    def between(column):
+        places = (column - first + lane for lane in range(table.lanes))
+        # Lanes of the second vector are numbered after those of the first.
+        lanes = [place if place < table.lanes else place - reach + table.lanes for place in places]
+        return builder.shuffle_vector(*outermost, ir.Constant(ir.VectorType(ir.IntType(32), table.lanes), lanes))
+
+    return [between(column) for column in columns]
 
 
 def _operation(table: Table, results: int, arguments: Sequence[types.Type], emit: Callable) -> Callable:

@@ -5,11 +5,12 @@ Triton's interpreter (``TRITON_INTERPRET=1`` in the environment of the process) 
 
 import triton
 
+from ..reference import combinations, inner_products
 from .gather import matvec, nll
 from .outer import nll_factor_grad, outer
 from .solve import solve
 
-__all__ = ["INTERPRETED", "matvec", "nll", "nll_factor_grad", "outer", "solve"]
+__all__ = ["INTERPRETED", "combinations", "inner_products", "matvec", "nll", "nll_factor_grad", "outer", "solve"]
 
 # Triton decides when a kernel is defined whether it is compiled or interpreted.
 INTERPRETED: bool = triton.knobs.runtime.interpret
