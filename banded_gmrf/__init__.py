@@ -13,6 +13,7 @@ Where things are; every file imports only what stands above it, but for analysis
     analysis/                         how a field is *looked at*: marginal variances, spectra, divergences
     operators/                        what an instrument sees of a field: linear observation operators
     inference/                        what is *inferred*: posteriors, one observation model per class, solvers
+    low_rank_density                  the log density of a field and a few fields of the whole grid
     gmrf, low_rank, pyro              `GMRF`, the distribution; the same plus a few fields of the whole grid; the same for Pyro
     sparse                            `SparseGMRF`, the distribution of a sparse precision
     deepinv, linear_operator          a field in those libraries: as prior, noise and fidelity; as matrices

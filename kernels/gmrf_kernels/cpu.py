@@ -1,31 +1,20 @@
 """CPU backend: Numba kernels with threads over images or rows, specialised to the stencil unless it has many offsets.
 
-`cpu_unrolled` and `cpu_solve`, or `cpu_loops` for many offsets, write the source of a kernel and say what it does; here it is
-compiled, kept on disk, and called. Shapes are those of `reference`.
-
-Compiled kernels lie in ``$BANDED_GMRF_CACHE``, or in ``banded_gmrf`` in the user's cache directory; where that cannot be
-written, each process compiles for itself. `threads` runs them in as many threads as `torch.get_num_threads` says; Numba's own
-pools survive neither concurrent callers nor a fork.
+`cpu_unrolled` and `cpu_solve`, or `cpu_loops` for many offsets, write the source of a kernel and say what it does, and
+`cpu_compile` compiles it; here it is called. Shapes are those of `reference`. `threads` runs a kernel in as many threads as
+`torch.get_num_threads` says; Numba's own pools survive neither concurrent callers nor a fork.
 """
 
 import functools
-import hashlib
 import math
-import os
-import sys
-import tempfile
-import threading
-import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from types import ModuleType
 
-import numba
 import torch
 from torch import Tensor
 
 from . import cpu_loops, cpu_solve, cpu_unrolled, simd_fields, simd_normals
 from .checks import accumulate_dtype
+from .cpu_compile import compiled
 from .cpu_plan import Plan
 from .memory import empty
 from .stencils import Offsets
@@ -53,8 +42,6 @@ _KEPT_PLANS = 512
 
 # What writes the kernels that are specialised to a stencil.
 _UNROLLED = {"matvec": cpu_unrolled.matvec, "solve": cpu_solve.solve, "outer": cpu_unrolled.outer}
-
-_compile_lock = threading.Lock()
 
 
 def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
@@ -245,15 +232,13 @@ def _outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides
 @functools.lru_cache(_KEPT_PLANS)
 def _field_plan(kernel: str, dtype: torch.dtype, arguments: tuple, batch: int, products: int, threads: int) -> Plan:
     *_, n, spans, _ = arguments if arguments[-1] is None else arguments[:-1]
-    with _compile_lock:
-        compiled = _compiled(getattr(simd_fields, kernel), _name(dtype), ())
-    return Plan(compiled, arguments, batch * spans, _num_threads(batch * products * n, threads))
+    function = compiled(getattr(simd_fields, kernel), _name(dtype))
+    return Plan(function, arguments, batch * spans, _num_threads(batch * products * n, threads))
 
 
 @functools.lru_cache(_KEPT_PLANS)
 def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> Plan:
-    with _compile_lock:
-        kernel = _compiled(simd_normals.source, _name(dtype), ())
+    kernel = compiled(simd_normals.source, _name(dtype))
     items = -(-size // simd_normals.block_size(_name(dtype)))
     return Plan(kernel, [None, None, size], items, _num_threads(size, threads))
 
@@ -308,99 +293,18 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _renew_lock() -> None:
-    """In a forked child: the thread that held the parent's lock does not exist."""
-    global _compile_lock
-    _compile_lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
 def _unrolled(offsets: Offsets) -> bool:
     return len(offsets) <= _MOST_UNROLLED_OFFSETS
 
 
 def _kernel(operation: str, offsets: Offsets, dtype: torch.dtype, **options) -> tuple[Callable, list[Tensor | int]]:
     """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
-    with _compile_lock:
-        if _unrolled(offsets):
-            return _compiled(_UNROLLED[operation], _name(dtype), (("offsets", offsets), *options.items())), []
-        stencil = [_table(offsets), len(offsets)]
-        return _compiled(getattr(cpu_loops, operation), _name(dtype), tuple(options.items())), stencil
+    if _unrolled(offsets):
+        return compiled(_UNROLLED[operation], _name(dtype), offsets=offsets, **options), []
+    return compiled(getattr(cpu_loops, operation), _name(dtype), **options), [_table(offsets), len(offsets)]
 
 
 @functools.cache
 def _table(offsets: Offsets) -> Tensor:
     """The table of `cpu_loops`."""
     return torch.tensor(cpu_loops.table(offsets), dtype=torch.int64)
-
-
-@functools.cache
-def _compiled(write: Callable[..., str], dtype: str, options: tuple) -> Callable:
-    """The kernel with this source, from the disk cache or compiled now."""
-    if numba.config.DISABLE_JIT:
-        raise RuntimeError(
-            "NUMBA_DISABLE_JIT is set, and the CPU backend's kernels only run compiled: unset it, or compute with "
-            "use_backend('reference')"
-        )
-    source = write(dtype=dtype, cache=True, **dict(options))
-    # Numba checks the source file, not the intrinsics that it calls, which are those of `simd` and what is made of them.
-    intrinsics = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("simd*.py")))
-    digest = hashlib.sha256((source + intrinsics + numba.__version__).encode()).hexdigest()[:24]
-    name = f"{write.__name__}_{digest}.py"
-    try:
-        return _from_disk(source, _cache_directory() / name)
-    except (OSError, RuntimeError) as error:
-        warnings.warn(f"compiled kernels are not kept on disk: {error}", stacklevel=2)
-        return _execute(write(dtype=dtype, cache=False, **dict(options)), Path(name))
-
-
-def _cache_directory() -> Path:
-    given = os.environ.get("BANDED_GMRF_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded_gmrf"
-
-
-def _from_disk(source: str, path: Path) -> Callable:
-    """The kernel compiled before into the folder of ``path``, else compiled now and kept there.
-
-    A machine that lost its power, or a disk that was full, leaves files that are empty or end too early: they are replaced.
-    """
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    _write_once(path, source)
-    try:
-        return _execute(source, path)
-    except OSError:
-        raise
-    except Exception:  # whatever unpickling some of a file, or loading some of a library, raises
-        for folder in {path.parent, Path(numba.config.CACHE_DIR or path.parent)}:
-            for file in folder.rglob(f"{path.stem}.*"):
-                file.unlink(missing_ok=True)
-        _write_once(path, source)
-        return _execute(source, path)
-
-
-def _write_once(path: Path, text: str) -> None:
-    """Write a file that several processes may want at once, in one step."""
-    content = text.encode()
-    if path.exists() and path.stat().st_size == len(content):
-        return
-    handle, temporary = tempfile.mkstemp(suffix=".tmp", prefix=f"{path.stem}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _execute(source: str, path: Path) -> Callable:
-    module = ModuleType(f"gmrf_kernels_{path.stem}")
-    module.__file__ = str(path)
-    sys.modules[module.__name__] = module  # where Numba looks for the module of a kernel that it loads from disk
-    exec(compile(source, path, "exec"), module.__dict__)
-    return module.kernel.ctypes

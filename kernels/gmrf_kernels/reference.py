@@ -97,4 +97,4 @@ def inner_products(fields: Tensor, rows: int) -> Tensor:
 def combinations(weights: Tensor, fields: Tensor) -> Tensor:
     """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
     combined = torch.einsum("btu,ubn->tbn", weights, fields.flatten(2).double())
-    return combined.to(fields.dtype).reshape(-1, *fields.shape[1:])
+    return combined.to(fields.dtype).unflatten(-1, fields.shape[2:])

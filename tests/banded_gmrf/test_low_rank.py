@@ -8,6 +8,7 @@ import torch
 from torch.distributions import MultivariateNormal, kl_divergence
 
 import banded_gmrf as bg
+from banded_gmrf import low_rank_density
 from tests.cases import STENCILS, dense, random_cholesky
 
 # Dense inverses lose a multiple of cond ≈ 10³ roundings of float64 (10⁻¹⁶).
@@ -97,6 +98,74 @@ def test_gradients_equal_the_dense_ones():
         options = {"allow_unused": True, "materialize_grads": True, "retain_graph": True}
         for a, e in zip(*(torch.autograd.grad(v, leaves, cotangent, **options) for v in (actual, expected)), strict=True):
             torch.testing.assert_close(a, e, rtol=1e-8, atol=1e-8)
+
+
+# Batches with which the density is one fused operation: that of the value, and that of all that the distribution is made of.
+FUSED = [((), ()), ((3,), ()), ((), (2,)), ((2, 3), (2, 1))]
+
+
+def density_of_leaves(sample=(), batch=(), dtype=torch.float64, grid=(3, 4), rank=3):
+    """The log density as a function of these: the residual, the coefficients of L and the factors."""
+    L = random_cholesky(STENCILS["3x3"], grid, batch, dtype)
+    leaves = [torch.randn(*sample, *batch, *grid).to(dtype), *L.coefficients[:2], torch.randn(*batch, rank, *grid).to(dtype)]
+
+    def density(residual, log_diag, off_diag, factors):
+        L = bg.StencilCholesky(log_diag, off_diag, STENCILS["3x3"])
+        return bg.LowRankGMRF(torch.zeros_like(log_diag), L, factors, validate_args=False).log_prob(residual)
+
+    return density, [t.detach().clone().requires_grad_() for t in leaves]
+
+
+@pytest.mark.parametrize(("sample", "batch"), FUSED, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_fused_density_equals_the_composed_one(sample, batch, dtype, monkeypatch):
+    density, leaves = density_of_leaves(sample, batch, dtype)
+    fused = low_rank_density._fused
+    calls = []
+    monkeypatch.setattr(low_rank_density, "_fused", lambda *args: calls.append(1) or fused(*args))
+    value = density(*leaves)
+    with torch.no_grad():
+        assert torch.equal(density(*leaves), value)
+    assert len(calls) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(low_rank_density, "nothing_intervenes", lambda tensors: False)
+        composed = density(*leaves)
+    assert len(calls) == 2
+    # Float32 sums of a dozen numbers; gradients in bfloat16 are rounded once.
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    torch.testing.assert_close(value, composed, rtol=tolerance, atol=tolerance)
+    cotangent = torch.randn_like(value)
+    rounding = max(tolerance, 2 * torch.finfo(dtype).eps)
+    for some in (leaves, leaves[:1], leaves[1:2], leaves[2:3], leaves[3:]):
+        of_both = [torch.autograd.grad(v, some, cotangent, retain_graph=True) for v in (value, composed)]
+        for actual, expected in zip(*of_both, strict=True):
+            assert actual.dtype == expected.dtype == dtype
+            torch.testing.assert_close(actual, expected, rtol=rounding, atol=10 * rounding)
+
+
+@pytest.mark.parametrize(("sample", "batch"), FUSED, ids=str)
+def test_higher_and_batched_derivatives_of_the_fused_density(sample, batch):
+    density, leaves = density_of_leaves(sample, batch, grid=(2, 3), rank=2)
+    assert torch.autograd.gradcheck(density, leaves, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(density, leaves)
+
+
+def test_a_gradient_of_the_fused_density_stays_on_its_own_way():
+    """Where one input is made of another, a second derivative counts the way between them once."""
+    density, (residual, log_diag, off_diag, factors) = density_of_leaves()
+
+    def of_log_diag(log_diag):
+        return density(residual.detach() * log_diag, log_diag, off_diag.detach(), factors.detach() * log_diag.exp())
+
+    assert torch.autograd.gradgradcheck(of_log_diag, (log_diag,))
+
+
+def test_saved_tensors_of_the_fused_density_may_be_moved():
+    density, leaves = density_of_leaves((2,))
+    expected = torch.autograd.grad(density(*leaves).sum(), leaves)
+    with torch.autograd.graph.save_on_cpu():
+        actual = torch.autograd.grad(density(*leaves).sum(), leaves)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e3, 1e6])

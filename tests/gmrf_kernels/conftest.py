@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gmrf_kernels
-from gmrf_kernels import cpu
+from gmrf_kernels import cpu, cpu_compile
 from tests import emulation
 
 # Each backend, and the device of the tensors that it is tested on: a new one inherits the suite by a line here. In a process
@@ -49,4 +49,4 @@ def poisoned_memory():
 def nothing_compiled(monkeypatch):
     """As in a new process: kernels come from the disk cache or are compiled."""
     cpu.forget_plans()
-    monkeypatch.setattr(cpu, "_compiled", functools.cache(cpu._compiled.__wrapped__))
+    monkeypatch.setattr(cpu_compile, "_compiled", functools.cache(cpu_compile._compiled.__wrapped__))

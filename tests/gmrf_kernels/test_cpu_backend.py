@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import banded_gmrf as bg
-from gmrf_kernels import cpu, cpu_plan, memory, threads
+from gmrf_kernels import cpu, cpu_compile, cpu_plan, memory, reference, threads
 from tests.cases import GRIDS
 from tests.gmrf_kernels.cpu_backend import HANGS, assert_same_bits, forks, in_forked_process, run_python
 from tests.gmrf_kernels.operators import (
@@ -307,7 +307,7 @@ def test_a_process_forked_while_other_threads_call(monkeypatch):
         other.start()
     try:
         # Holding the lock makes certain what the other threads make likely.
-        with cpu._compile_lock:
+        with cpu_compile._lock:
             child = ThreadPoolExecutor(1).submit(in_forked_process, _digests, 1, calls)
             while not multiprocessing.active_children():
                 time.sleep(0.01)
@@ -405,6 +405,27 @@ def test_a_sample_is_solved_alike_alone_and_among_others(transpose, dtype, count
     assert alone[:4].isfinite().all()
 
 
+@pytest.mark.parametrize("transpose", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_sample_is_multiplied_alike_alone_and_among_others(transpose, dtype):
+    """To the bit, in each number of samples that are computed together; also where one of them is not finite."""
+    diag, off_diag, x, *_ = arguments("matvec", OFFSETS["5x5"], (9, 37), 9, 3, dtype)
+    x[4, 2, 3, 5] = torch.inf
+
+    def product(x):
+        return cpu.matvec(diag, off_diag, x, OFFSETS["5x5"], transpose, False)
+
+    alone = torch.cat([product(one) for one in x.split(1)])
+    for samples in range(2, 10):
+        torch.testing.assert_close(product(x[:samples]), alone[:samples], rtol=0, atol=0, equal_nan=True)
+    assert alone[:4].isfinite().all()
+    residual, log_diag, off_diag, *_ = arguments("nll", OFFSETS["5x5"], (9, 37), 9, 3, dtype)
+    values = torch.cat([cpu.nll(one, log_diag, off_diag, OFFSETS["5x5"])[0] for one in residual.split(1)])
+    for samples in (2, 3, 5, 9):
+        value, _ = cpu.nll(residual[:samples], log_diag, off_diag, OFFSETS["5x5"])
+        torch.testing.assert_close(value, values[:samples], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("samples", "batch", "threads", "expected"),
     [
@@ -421,6 +442,34 @@ def test_a_sample_is_solved_alike_alone_and_among_others(transpose, dtype, count
 )
 def test_samples_share_coefficients_unless_that_leaves_threads_without_work(samples, batch, threads, expected):
     assert cpu._solved_in_step(samples, batch, threads) == expected
+
+
+# --- several fields ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("grid", "batch", "fields", "rows"),
+    [((1,), 1, 1, 1), ((3, 5), 2, 5, 4), ((33, 40), 3, 7, 6), ((4, 2, 3), 2, 21, 16), ((65, 64), 2, 17, 16), ((3, 3), 0, 5, 4)],
+)
+def test_products_and_combinations_of_fields(grid, batch, fields, rows, dtype):
+    """Tiles and spans that do not come out even, in float64 whatever the fields are."""
+    fields = torch.randn(fields, batch, *grid, dtype=dtype) + 1
+    weights = torch.randn(batch, rows, len(fields), dtype=torch.float64)
+    turned = fields.movedim(0, 1).contiguous().movedim(1, 0)
+    # Sums of fewer than 10⁴ products, each of them rounded, of numbers below 10.
+    sums, inner = {"rtol": 1e-13, "atol": 1e-12}, torch.tril(torch.ones(len(fields), rows, dtype=torch.float64))
+    once = torch.finfo(dtype).eps
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for t in (fields, turned):
+            products, combined = cpu.inner_products(t, rows), cpu.combinations(weights, t)
+            torch.testing.assert_close(products * inner, reference.inner_products(t, rows) * inner, **sums)
+            torch.testing.assert_close(combined, reference.combinations(weights, t), rtol=once, atol=1e-13 + once / 8)
+            results.append((products, combined))
+    for result in results:
+        assert_same_bits(result, results[0])
 
 
 # --- stencils of many offsets ---
@@ -480,6 +529,6 @@ def test_the_same_bits_of_looped_kernels_for_any_number_of_threads(name, looped)
 
 def test_one_looped_kernel_serves_all_stencils(looped):
     call("solve", arguments("solve", OFFSETS["far line"], (7,)))
-    compiled = cpu._compiled.cache_info().currsize
+    compiled = cpu_compile._compiled.cache_info().currsize
     call("solve", arguments("solve", OFFSETS["volume"], (2, 2, 3)))
-    assert cpu._compiled.cache_info().currsize == compiled
+    assert cpu_compile._compiled.cache_info().currsize == compiled

@@ -9,7 +9,7 @@ from pathlib import Path
 import numba
 import pytest
 
-from gmrf_kernels import cpu
+from gmrf_kernels import cpu, cpu_compile
 from tests.gmrf_kernels.cpu_backend import assert_same_bits, run_python
 from tests.gmrf_kernels.operators import OFFSETS, arguments, call
 
@@ -46,7 +46,7 @@ def test_an_unusable_cache_only_costs_the_compile(tmp_path, monkeypatch, nothing
     regular_file = tmp_path / "file"
     regular_file.write_text("")
     monkeypatch.setenv("BANDED_GMRF_CACHE", str(regular_file / "cache"))
-    cpu._compiled.cache_clear()
+    cpu_compile._compiled.cache_clear()
     cpu.forget_plans()
     with pytest.warns(UserWarning, match="compiled kernels are not kept"):
         actual = call("matvec", args)
@@ -59,12 +59,12 @@ def test_an_unusable_cache_only_costs_the_compile(tmp_path, monkeypatch, nothing
 
 def test_where_the_cache_lies(monkeypatch, tmp_path):
     monkeypatch.setenv("BANDED_GMRF_CACHE", str(tmp_path / "a"))
-    assert cpu._cache_directory() == tmp_path / "a"
+    assert cpu_compile._cache_directory() == tmp_path / "a"
     monkeypatch.delenv("BANDED_GMRF_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cpu._cache_directory() == tmp_path / "banded_gmrf"
+    assert cpu_compile._cache_directory() == tmp_path / "banded_gmrf"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cpu._cache_directory() == Path.home() / ".cache" / "banded_gmrf"
+    assert cpu_compile._cache_directory() == Path.home() / ".cache" / "banded_gmrf"
 
 
 def test_the_cache_is_the_users_own(tmp_path, monkeypatch, nothing_compiled):
@@ -84,7 +84,7 @@ def test_damaged_files_are_replaced(suffix, content, tmp_path, monkeypatch, noth
     (file,) = tmp_path.rglob(f"*{suffix}")
     intact = file.stat().st_size
     file.write_bytes(file.read_bytes()[: intact // 2] if content is None else content)
-    cpu._compiled.cache_clear()
+    cpu_compile._compiled.cache_clear()
     cpu.forget_plans()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -92,7 +92,7 @@ def test_damaged_files_are_replaced(suffix, content, tmp_path, monkeypatch, noth
     (file,) = tmp_path.rglob(f"*{suffix}")
     assert abs(file.stat().st_size - intact) < 16  # the index has the time of the source file
     # The next process finds everything in order.
-    cpu._compiled.cache_clear()
+    cpu_compile._compiled.cache_clear()
     cpu.forget_plans()
     monkeypatch.setattr(numba.core.compiler.CompilerBase, "compile_extra", None)
     assert_same_bits(call("matvec", args), expected)
@@ -109,7 +109,7 @@ def test_files_of_processes_of_one_number_do_not_meet(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", record)
     for text in ("first", "the second"):
-        cpu._write_once(tmp_path / "file.py", text)
+        cpu_compile._write_once(tmp_path / "file.py", text)
     assert len(set(temporary)) == 2
     assert [path.read_text() for path in tmp_path.iterdir()] == ["the second"]
 

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 import banded_gmrf as bg
-from gmrf_kernels import cpu, cpu_solve, simd_normals, standard_normal, use_backend
+from gmrf_kernels import cpu, cpu_compile, cpu_solve, simd_normals, standard_normal, use_backend
 from gmrf_kernels.cpu_plan import Plan
 
 DTYPES = [torch.float32, torch.float64]
@@ -89,7 +89,7 @@ def test_numbers_of_a_key(dtype, tolerance, key):
 def test_counters_beyond_32_bits(block):
     """The numbers that a kernel finds far on in a stream, 2³³ and more of them."""
     source = simd_normals.source("float64", cache=False).replace("normals(key, block)", "normals(key, block + numbers - 16)")
-    kernel = cpu._execute(source.replace("w + 16 <= numbers", "True"), Path("numbers_far_on.py"))
+    kernel = cpu_compile._execute(source.replace("w + 16 <= numbers", "True"), Path("numbers_far_on.py"))
     numbers = torch.zeros(2, 8, dtype=torch.float64)
     Plan(kernel, [5, numbers, block + 16], 1, 1)()
     drawn = [philox([(8 * block + i) % 2**32, (8 * block + i) >> 32, 0, 0], [5, 0]) for i in range(8)]
@@ -141,7 +141,7 @@ def test_the_tail_reaches_beyond_what_many_draws_need(dtype, farthest, monkeypat
     """Radii of the smallest uniform numbers, whatever the angle: 24 bits would end at 5.8, which large images pass."""
     monkeypatch.setattr(simd_normals, "philox", lambda counter, key: [counter[0], counter[2], counter[0], counter[2]])
     source = simd_normals.source("float32" if dtype == torch.float32 else "float64", cache=False)
-    kernel = cpu._execute(source, Path("numbers_of_small_words.py"))
+    kernel = cpu_compile._execute(source, Path("numbers_of_small_words.py"))
     lanes = 16 if dtype == torch.float32 else 8
     numbers = torch.zeros(2, lanes, dtype=dtype)  # cosines and sines of the first words of the first counters
     Plan(kernel, [0, numbers, numbers.numel()], 1, 1)()
@@ -344,7 +344,7 @@ def drawn_inside(monkeypatch):
         return cpu_solve.solve(*args, normal=normal, **options)
 
     monkeypatch.setitem(cpu._UNROLLED, "solve", solve)
-    monkeypatch.setattr(cpu, "_compiled", cpu._compiled.__wrapped__)
+    monkeypatch.setattr(cpu_compile, "_compiled", cpu_compile._compiled.__wrapped__)
     cpu.forget_plans()
     yield written
     cpu.forget_plans()
