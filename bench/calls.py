@@ -14,6 +14,7 @@ between. All calls of a group take turns, so that a change in the machine's spee
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,6 +35,9 @@ from .rows import Row
 
 Call = Callable[[], object]
 
+# Whole-grid factors beside a field.
+_RANKS = 1, 16, 64
+
 # Of the hot calls' number and time, for cold ones: each costs a pause.
 _COLD_SHARE = 0.1
 
@@ -46,6 +50,7 @@ class Sizes:
         small: one image or a few, for fixed costs and constructions.
         samples: few coefficients and many, for samples beside solves.
         shared: one factor that several samples share.
+        low_rank: fields with and without whole-grid factors.
         pause: seconds before a cold call.
         seconds: for which each call is timed hot; a tenth of them cold, without the pauses.
         most: hot calls of each, at most.
@@ -54,6 +59,7 @@ class Sizes:
     small: tuple[Case, ...]
     samples: tuple[Case, ...]
     shared: tuple[Case, ...]
+    low_rank: tuple[Case, ...]
     pause: float = 2e-3
     seconds: float = 1.0
     most: int = 1000
@@ -65,7 +71,8 @@ def default_sizes(device: str) -> Sizes:
     many = (Case("7", (64, 64), 64), Case("7", (1024, 1024), 8))
     samples = (Case("7", (64, 64), 1), *many, *(replace(case, dtype="float64") for case in many))
     shared = (Case("7", (1024, 1024), 1, samples=16),)
-    return Sizes(*(tuple(replace(case, device=device) for case in cases) for cases in (small, samples, shared)))
+    low_rank = tuple(Case(stencil, (64, 64), batch) for stencil in ("3", "7") for batch in (1, 32))
+    return Sizes(*(tuple(replace(case, device=device) for case in cases) for cases in (small, samples, shared, low_rank)))
 
 
 def chosen_sizes(given: dict[str, str | None], device: str) -> Sizes:
@@ -75,7 +82,7 @@ def chosen_sizes(given: dict[str, str | None], device: str) -> Sizes:
         ValueError: a value that does not exist, or no case at all.
     """
     cases = tuple(dict.fromkeys(work.case for work in plan([override(Sweep(operations=("sample",)), given)], device)))
-    return Sizes(cases, cases, tuple(replace(case, samples=16) for case in cases))
+    return Sizes(cases, cases, tuple(replace(case, samples=16) for case in cases), cases)
 
 
 @dataclass(frozen=True)
@@ -246,6 +253,34 @@ def samples_of_one_factor(problem: Problem) -> Iterator[Group]:
     )
 
 
+def low_rank_densities(problem: Problem) -> Iterator[Group]:
+    """A field's log density, and its gradient, without and with factors of the whole grid."""
+    stencil, x = problem.stencil, problem.x
+    log_diag, off_diag = leaves = trained(problem)
+    loc = torch.zeros_like(log_diag, requires_grad=False)
+    generator = torch.Generator().manual_seed(1)
+    most = 0.1 * torch.randn(len(loc), _RANKS[-1], *loc.shape[1:], generator=generator)
+
+    def field(*factors: torch.Tensor) -> bg.GMRF | bg.LowRankGMRF:
+        factor = bg.StencilCholesky(log_diag, off_diag, stencil)
+        return (bg.LowRankGMRF if factors else bg.GMRF)(loc, factor, *factors, validate_args=False)
+
+    def value(*factors: torch.Tensor) -> object:
+        with torch.no_grad():
+            return field(*factors).log_prob(x)
+
+    def gradients(*factors: torch.Tensor) -> object:
+        return torch.autograd.grad(field(*factors).log_prob(x).sum(), (*leaves, *factors))
+
+    kinds = {"GMRF": ()}
+    for rank in sorted({min(rank, loc[0].numel()) for rank in _RANKS}):
+        factors = most[:, :rank].to(loc).contiguous()
+        kinds[f"R = {rank}"] = (factors.requires_grad_(),)
+    for title, call in (("log density", value), ("log density and its gradient", gradients)):
+        calls = {name: partial(call, *factors) for name, factors in kinds.items()}
+        yield Group(f"{title}, low rank", calls, "GMRF", {"R = 16": "≤ 3"})
+
+
 def groups(problem: Problem, sizes: Sizes) -> Iterator[Group]:
     """All groups of a case."""
     for cases, make in (
@@ -253,6 +288,7 @@ def groups(problem: Problem, sizes: Sizes) -> Iterator[Group]:
         (sizes.small, constructions),
         (sizes.samples, samples_beside_solves),
         (sizes.shared, samples_of_one_factor),
+        (sizes.low_rank, low_rank_densities),
     ):
         if problem.case in cases:
             yield from make(problem)
@@ -272,7 +308,7 @@ def run_calls(sizes: Sizes, device: str, folder: Path, console: Console) -> Resu
     """
     start = time.perf_counter()
     rows, interrupted = [], False
-    cases = list(dict.fromkeys((*sizes.small, *sizes.samples, *sizes.shared)))
+    cases = list(dict.fromkeys((*sizes.small, *sizes.samples, *sizes.shared, *sizes.low_rank)))
     with progress_bar(console) as progress:
         task = progress.add_task("", total=len(cases))
         try:
@@ -357,6 +393,7 @@ _NOTES = """\
   checks or protection of what it keeps. No call can be faster. It takes longer than the two others together: a kernel pushes
   Python's and torch's code out of the caches.
 * Results of all layers were compared with each other before they were timed.
+* *R* is the number of factors of a `banded_gmrf.LowRankGMRF`; gradients are with respect to L and the factors.
 * *Numbers, then a solve* does what a sample does, but draws its normal numbers before, not inside of, the solve.
 * Ratios are to the call that is named behind them, on the same images. Aims are the project's, for hot calls on a CPU.
 """

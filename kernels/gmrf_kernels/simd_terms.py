@@ -70,7 +70,7 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
                 )
                 weight = operations["load_splat"](builder, weights, builder.mul(sample.index, weights_s))
                 factor = operations["multiply"](builder, weight, operations[f"load{suffix}"](builder, b_row, w, *inside))
-                values = _neighbours(table, builder, a_row, w, shift, columns, *([end] if masked else []))
+                values = _permuted_neighbours(table, builder, a_row, w, shift, columns, *([end] if masked else []))
                 for total, value in zip(sums, values, strict=True):
                     builder.store(operations["add_product"](builder, builder.load(total), value, factor), total)
             store = operations[f"store_c{suffix or ('_streaming' if streaming else '')}"]
@@ -98,7 +98,9 @@ def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vector
         sums, arguments = list(arguments[:vectors]), arguments[vectors:]
         coefficients, rows = arguments[0], arguments[1 : 1 + vectors]
         w, off_k, shift, *end = arguments[1 + vectors :]
-        values = [_neighbours(table, builder, row, w, shift, columns, *end) for row in rows]
+        # One vector waits for its coefficients from memory, and permutations would only come on top.
+        neighbours = _neighbours if vectors == 1 else _permuted_neighbours
+        values = [neighbours(table, builder, row, w, shift, columns, *end) for row in rows]
         for i, (k, column) in enumerate(terms):
             plane = builder.mul(off_k, _int(k))
             index = builder.add(plane, _plus(builder, builder.add(w, shift), column) if at_neighbour else w)
@@ -113,11 +115,7 @@ def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vector
 
 
 def _neighbours(table: Table, builder, row, w, shift, columns: Sequence[int], *end) -> list:
-    """The vectors that begin at w + shift plus each of the columns; with ``end``, 0 where a row of so many sites has none.
-
-    Those between the two outermost are made of these: most loads would cross from one cache line into the next, and take
-    longer than a permutation.
-    """
+    """The vectors that begin at w + shift plus each of the columns; with ``end``, 0 where a row of so many sites has none."""
 
     def load(column):
         index = _plus(builder, builder.add(w, shift), column)
@@ -126,11 +124,16 @@ def _neighbours(table: Table, builder, row, w, shift, columns: Sequence[int], *e
         mask = table.emit["between"](builder, _plus(builder, w, column), _int(0), *end)
         return table.emit["load_masked"](builder, row, index, mask)
 
+    return [load(column) for column in columns]
+
+
+def _permuted_neighbours(table: Table, builder, row, w, shift, columns: Sequence[int], *end) -> list:
+    """The same, all made of the two outermost: most loads would cross from one cache line into the next, and take longer."""
     first, last = min(columns), max(columns)
     reach = last - first
     if len(columns) < 3 or reach > table.lanes:
-        return [load(column) for column in columns]
-    outermost = load(first), load(last)
+        return _neighbours(table, builder, row, w, shift, columns, *end)
+    outermost = _neighbours(table, builder, row, w, shift, (first, last), *end)
 
     def between(column):
         places = (column - first + lane for lane in range(table.lanes))

@@ -17,7 +17,7 @@ from bench.cases import Case, Problem
 from bench.measure import turns_by_the_clock
 
 CASE = Case("3", (6, 7), batch=2)
-TINY = Sizes((CASE,), (CASE,), (replace(CASE, samples=3),), pause=1e-4, seconds=0.0)
+TINY = Sizes((CASE,), (CASE,), (replace(CASE, samples=3),), (CASE,), pause=1e-4, seconds=0.0)
 
 
 def test_all_calls_are_rows(tmp_path):
@@ -34,6 +34,8 @@ def test_all_calls_are_rows(tmp_path):
         "construction": {"likelihood", "StencilCholesky", "GMRF, unchecked", "GMRF, checked"},
         "sample": {"solve", "numbers, then a solve", "sample", "torch.randn"},
         "3 samples of one factor": {"1 solve", "3 solves, one by one", "1 solve of 3 vectors", "3 samples"},
+        "log density, low rank": {"GMRF", "R = 1", "R = 16", "R = 42"},
+        "log density and its gradient, low rank": {"GMRF", "R = 1", "R = 16", "R = 42"},
     }.items():
         assert {call for of, call in named if of == group} == expected
     for row in named.values():
@@ -54,7 +56,7 @@ def test_all_calls_are_rows(tmp_path):
 @pytest.mark.parametrize("shape", [(1, 1), (3, 5)])
 def test_layers_agree_on_other_shapes_and_dtypes(shape, dtype):
     case = replace(CASE, grid=shape, dtype=dtype)
-    for group in groups(Problem(case), Sizes((case,), (), ())):
+    for group in groups(Problem(case), Sizes((case,), (), (), ())):
         for row in measure_group(group, case, TINY):
             assert row["status"] == "measured", row
 
