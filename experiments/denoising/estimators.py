@@ -1,12 +1,15 @@
 """Estimates of images from noisy ones."""
 
+import warnings
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from supn_models import ConvAutoencoder, StructuredLikelihood, infer_code
+import banded_gmrf as bg
+from banded_gmrf.inference.low_rank_posterior import LowRankPosterior
+from supn_models import ConvAutoencoder, InferredCode, StructuredLikelihood, infer_code
 
 from .noise import Sampler
 from .presets import Config
@@ -56,8 +59,17 @@ def estimator(
     return estimates
 
 
-def inferred_estimates(noisy: Tensor, likelihood: StructuredLikelihood, sampler: Sampler) -> Tensor:
-    """Posterior means of images (count, 1, height, width) with codes inferred from the noisy images: `supn_models.infer_code`.
+def inferred(
+    likelihood: StructuredLikelihood, observe: Callable[[bg.LowRankGMRF], LowRankPosterior], start: Tensor
+) -> InferredCode:
+    """`supn_models.infer_code`, which does not warn: tables say for how many images the search has not converged."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "infer_code has not converged", RuntimeWarning)
+        return infer_code(likelihood, observe, start)
+
+
+def inferred_estimates(noisy: Tensor, likelihood: StructuredLikelihood, sampler: Sampler) -> tuple[Tensor, Tensor]:
+    """Posterior means of images (count, 1, height, width) with codes inferred from the noisy images, and which have converged.
 
     Args:
         noisy: few images: all are in memory with the decoder's derivatives.
@@ -66,7 +78,8 @@ def inferred_estimates(noisy: Tensor, likelihood: StructuredLikelihood, sampler:
     """
     y = noisy[:, 0]
     start = likelihood.autoencoder.encode(noisy)
-    return infer_code(likelihood, lambda q: sampler.posterior(q, y), start).image.mean[:, None]
+    found = inferred(likelihood, lambda q: sampler.posterior(q, y), start)
+    return found.image.mean[:, None], found.converged
 
 
 def bm3d_estimates(noisy: Tensor, sampler: Sampler) -> Tensor:

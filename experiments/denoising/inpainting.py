@@ -1,14 +1,16 @@
 """Unknown pixels of faces from the others: a structured residual, and the code, given what is known."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from banded_gmrf.inference.inferred_field import InferredField
-from supn_models import StructuredLikelihood, infer_code
+from supn_models import StructuredLikelihood
 
 from ..training import seeded_generator
+from .estimators import inferred
 from .presets import Config
 
 LEVELS = (0.5, 0.9, 0.99)
@@ -26,15 +28,18 @@ class Inpainted:
         mean: (count, height, width).
         stddev: of each pixel, (count, height, width); 0 of those that are known.
         samples: (DRAWS, count, height, width).
+        converged: bool (count,), false where the search for a code has not; None where none was made.
     """
 
     mean: Tensor
     stddev: Tensor
     samples: Tensor
+    converged: Tensor | None = None
 
     def __getitem__(self, rows: slice) -> "Inpainted":
         """Those of some images."""
-        return Inpainted(self.mean[rows], self.stddev[rows], self.samples[:, rows])
+        converged = None if self.converged is None else self.converged[rows]
+        return Inpainted(self.mean[rows], self.stddev[rows], self.samples[:, rows], converged)
 
 
 def masks(config: Config) -> dict[str, Tensor]:
@@ -72,11 +77,7 @@ def inpaint(
     parts = [
         _inpaint(config, likelihood, average, *part) for part in zip(images.split(_BATCH), known.split(_BATCH), strict=True)
     ]
-    keys = "mean", "stddev", "samples"
-    found = {
-        name: Inpainted(*(torch.cat([getattr(part[name], key) for _, part in parts], -3) for key in keys))
-        for name in (FILLED, INFERRED)
-    }
+    found = {name: _joined([part[name] for _, part in parts]) for name in (FILLED, INFERRED)}
     return torch.cat([vae for vae, _ in parts]), found
 
 
@@ -90,12 +91,18 @@ def _inpaint(
         code = vae.encode(conditional[:, None])
         q = likelihood(code).condition(known, image)
         conditional = q.mean
-    inferred = infer_code(likelihood, lambda q: q.condition(known, image), code).image
-    return plain, {FILLED: _described(q), INFERRED: _described(inferred)}
+    found = inferred(likelihood, lambda q: q.condition(known, image), code)
+    return plain, {FILLED: _described(q), INFERRED: _described(found.image, found.converged)}
 
 
-def _described(q: InferredField) -> Inpainted:
-    return Inpainted(q.mean, q.stddev, q.sample((DRAWS,)))
+def _described(q: InferredField, converged: Tensor | None = None) -> Inpainted:
+    return Inpainted(q.mean, q.stddev, q.sample((DRAWS,)), converged)
+
+
+def _joined(parts: Sequence[Inpainted]) -> Inpainted:
+    mean, stddev, samples = (torch.cat([getattr(part, key) for part in parts], -3) for key in ("mean", "stddev", "samples"))
+    converged = [part.converged for part in parts if part.converged is not None]
+    return Inpainted(mean, stddev, samples, torch.cat(converged) if converged else None)
 
 
 def scores(
@@ -122,4 +129,6 @@ def scores(
             "mse_of_a_sample": error(of.samples[0]),
             **{f"coverage_{level:g}": (inside <= level).double().mean().item() for level in LEVELS},
         }
+        if of.converged is not None:
+            rows[name]["not_converged"] = int((~of.converged).sum())
     return rows

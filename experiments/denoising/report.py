@@ -97,7 +97,7 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
     parts += [
         f"Inpainting: the first {config.inpainted:,} test images; codes from the image filled in, {config.rounds} rounds, and "
         "taken for known; or inferred from there, given the known pixels. Coverage is the share of unknown pixels within "
-        "intervals of 50, 90 and 99 %.\n",
+        f"intervals of 50, 90 and 99 %.{_not_converged_text(results)}\n",
         f"Training images {faces.base_images:,} and their mirror images, {'at most ' if faces.patience else ''}"
         f"{faces.base_epochs} passes; networks "
         f"{'of a finished run of faces' if config.checkpoint else 'trained in this run'}, preset {faces.preset}, seed "
@@ -105,6 +105,14 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f" on {where_text(results)}.\n",
     ]
     return "\n".join(parts)
+
+
+def _not_converged_text(results: dict[str, Any]) -> str:
+    """For how many images the search for the code has not converged; nothing for results that do not say it."""
+    key, tables = "not_converged", {**results["denoising"], **results["inpainting"]}
+    counts = {title: row[key] for title, rows in tables.items() for row in rows.values() if key in row}
+    told = "; ".join(f"{title}, {count}" for title, count in counts.items() if count) or "none"
+    return f" Images for which the search for the code had not converged after its last iteration: {told}." if counts else ""
 
 
 def _passes(config: Config) -> str:

@@ -90,7 +90,7 @@ def run_denoising(
         rows[name] = json.loads(kept.read_text(encoding="utf-8"))
         few = slice(0, _SHOWN)
         shown[name] = {"image": test[few], "noisy": noisy[few], **estimates(noisy[few])}
-        shown[name][INFERRED_POSTERIOR] = inferred_estimates(noisy[few], structured, sampler)
+        shown[name][INFERRED_POSTERIOR], _ = inferred_estimates(noisy[few], structured, sampler)
         if BM3D in rows[name]:
             shown[name][BM3D] = bm3d_estimates(noisy[few], sampler)
     inpainted = _inpaint(config, structured, images.base[0], test[: config.inpainted], folder, console)
@@ -162,7 +162,8 @@ def _rows(
 ) -> dict[str, dict[str, float]]:
     slow, few = {}, noisy[: config.slow_images].split(_BATCH)
     inferring = track(few, f"codes, {sampler.noise.name}", console=console)
-    slow[INFERRED_POSTERIOR] = torch.cat([inferred_estimates(batch, structured, sampler) for batch in inferring])
+    means, converged = zip(*(inferred_estimates(batch, structured, sampler) for batch in inferring), strict=True)
+    slow[INFERRED_POSTERIOR] = torch.cat(means)
     try:
         filtering = track(few, f"{BM3D}, {sampler.noise.name}", console=console)
         slow[BM3D] = torch.cat([bm3d_estimates(batch, sampler) for batch in filtering])
@@ -170,7 +171,9 @@ def _rows(
         console.print(f"{BM3D} is left out: it needs the package bm3d (pip install bm3d)")
     parts = [estimates(batch) for batch in track(noisy.split(_BATCH), sampler.noise.name, console=console)]
     found = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return table_rows(test, found | slow)
+    rows = table_rows(test, found | slow)
+    rows[INFERRED_POSTERIOR]["not_converged"] = int((~torch.cat(converged)).sum())
+    return rows
 
 
 def _inpaint(

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,14 +13,14 @@ import banded_gmrf as bg
 from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.datasets import ImageData
-from experiments.denoising import inpainting, run
+from experiments.denoising import estimators, inpainting, report, run
 from experiments.denoising.estimators import BM3D, DENOISER, INFERRED_POSTERIOR, POSTERIOR, PROJECTION, bm3d_estimates
 from experiments.denoising.noise import Noise, Sampler
 from experiments.denoising.presets import DIAGONAL, STRUCTURED, Config, config_for
 from experiments.denoising.report import table_rows
 from experiments.faces import figures
 from experiments.faces.presets import PRESETS
-from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood
+from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood, infer_code
 from tests.experiments.tiny_faces import PRESET
 
 # Of torch's own, when its rules of forward mode are first imported.
@@ -66,6 +67,7 @@ def test_results_are_complete_and_an_interrupted_run_resumes_to_them(image_folde
     for rows in results["denoising"].values():
         assert rows[DENOISER]["ratio"] == 1
         assert rows[PROJECTION]["images"] == rows[BM3D]["images"] == rows[INFERRED_POSTERIOR]["images"] == 3
+        assert 0 <= rows[INFERRED_POSTERIOR]["not_converged"] <= 3
     assert len(results["inpainting"]) == 3
     assert len(results["left_out"]) == 1
     assert "Left out 1 file" in (finished / "results.md").read_text(encoding="utf-8")
@@ -215,6 +217,30 @@ def test_posterior_means_equal_dense_wiener_filters(noise):
     torch.testing.assert_close(sampler.posterior_mean(q, y).double(), expected, rtol=1e-4, atol=1e-5)
 
 
+def test_searches_that_have_not_converged_are_counted_not_shown(recwarn, monkeypatch):
+    """One image begins at its mode, the other far from it."""
+    torch.manual_seed(0)
+    size, stencil = 8, bg.Stencil.square(3)
+    vae = ConvVAE((size, size), latent_size=2, channels=(4,)).eval().requires_grad_(False)
+    network = LatentCovarianceNetwork((size, size), 2, stencil, decoder_channels=(4,), channels=4).eval().requires_grad_(False)
+    likelihood = StructuredLikelihood(vae, network)
+    y = 0.5 * torch.randn(2, size, size)
+    mode = infer_code(likelihood, lambda q: q.posterior(y, 0.1), vae.encode(y[:, None]), max_iterations=100).code.mean.float()
+    start = mode + torch.tensor([[0.0], [3.0]])
+    monkeypatch.setattr(estimators, "infer_code", partial(infer_code, max_iterations=1))
+    found = estimators.inferred(likelihood, lambda q: q.posterior(y, 0.1), start)
+    assert found.converged.tolist() == [True, False]
+    assert not any("converged" in str(warning.message) for warning in recwarn)
+    results = {
+        "denoising": {"white": {"rows": {"not_converged": 0}}},
+        "inpainting": {"half": {"a": {}, "b": {"not_converged": 2}}},
+    }
+    assert report._not_converged_text(results).endswith("last iteration: half, 2.")
+    results["inpainting"] = {}
+    assert report._not_converged_text(results).endswith("last iteration: none.")
+    assert report._not_converged_text({"denoising": {"white": {"rows": {}}}, "inpainting": {}}) == ""
+
+
 def test_table_of_known_errors():
     images = torch.zeros(4, 1, 16, 16)
     rows = table_rows(images, {DENOISER: images + 0.2, BM3D: images[:2] + 0.1})
@@ -261,7 +287,9 @@ def test_inpainting_conditions_on_the_known_pixels():
         torch.testing.assert_close(found.mean[0].double().flatten()[~site], expected, rtol=1e-4, atol=1e-4)
         rows = inpainting.scores(images, known, average, plain, completions)
         assert list(rows) == ["average face", "VAE", inpainting.FILLED, inpainting.INFERRED]
-        assert set(rows[inpainting.INFERRED]) == {"mse", "mse_of_a_sample", *(f"coverage_{p}" for p in (0.5, 0.9, 0.99))}
+        columns = {"mse", "mse_of_a_sample", *(f"coverage_{p}" for p in (0.5, 0.9, 0.99))}
+        assert set(rows[inpainting.FILLED]) == columns
+        assert set(rows[inpainting.INFERRED]) == {*columns, "not_converged"}
 
 
 def test_coverage_of_known_deviations():
