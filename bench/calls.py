@@ -37,6 +37,7 @@ Call = Callable[[], object]
 
 # Whole-grid factors beside a field.
 _RANKS = 1, 16, 64
+_MOST_FACTOR_BYTES = 2**28
 
 # Of the hot calls' number and time, for cold ones: each costs a pause.
 _COLD_SHARE = 0.1
@@ -259,7 +260,9 @@ def low_rank_densities(problem: Problem) -> Iterator[Group]:
     log_diag, off_diag = leaves = trained(problem)
     loc = torch.zeros_like(log_diag, requires_grad=False)
     generator = torch.Generator().manual_seed(1)
-    most = 0.1 * torch.randn(len(loc), _RANKS[-1], *loc.shape[1:], generator=generator)
+    # The density holds a few times as much.
+    ranks = sorted({min(rank, loc[0].numel()) for rank in _RANKS if rank * loc.nbytes <= _MOST_FACTOR_BYTES})
+    most = 0.1 * torch.randn(len(loc), max(ranks, default=0), *loc.shape[1:], generator=generator)
 
     def field(*factors: torch.Tensor) -> bg.GMRF | bg.LowRankGMRF:
         factor = bg.StencilCholesky(log_diag, off_diag, stencil)
@@ -273,7 +276,7 @@ def low_rank_densities(problem: Problem) -> Iterator[Group]:
         return torch.autograd.grad(field(*factors).log_prob(x).sum(), (*leaves, *factors))
 
     kinds = {"GMRF": ()}
-    for rank in sorted({min(rank, loc[0].numel()) for rank in _RANKS}):
+    for rank in ranks:
         factors = most[:, :rank].to(loc).contiguous()
         kinds[f"R = {rank}"] = (factors.requires_grad_(),)
     for title, call in (("log density", value), ("log density and its gradient", gradients)):

@@ -26,7 +26,7 @@ _SERIAL_COEFFICIENTS = 2**15
 _BAND_ROWS = 16
 
 # Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
-_BAND_COEFFICIENTS = 2**13
+_BAND_COEFFICIENTS = 2**17
 
 # Stencils of more offsets are looped over: the time to compile grows faster than their number.
 _MOST_UNROLLED_OFFSETS = 64
@@ -108,26 +108,31 @@ def nll_factor_grad(
 def inner_products(fields: Tensor, rows: int) -> Tensor:
     """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
 
-    Above the diagonal are some of them, and 0 in the place of others.
+    Entries above the diagonal may be missing: they are then 0.
     """
     (fields,) = _prepare(fields)
     terms, batch, *grid = fields.shape
     spans = -(-math.prod(grid) // simd_fields.SPAN)
     of_spans = torch.zeros(batch, spans, terms, rows, dtype=torch.float64)
-    arguments = [None, *fields.stride()[:2], terms, rows, math.prod(grid), spans, None]
-    plan = _field_plan("inner_products", fields.dtype, tuple(arguments), batch, terms * rows, torch.get_num_threads())
-    plan(fields, of_spans)
+    arguments = (None, *fields.stride()[:2], terms, rows, math.prod(grid), spans, None)
+    operations = batch * terms * rows * math.prod(grid)
+    _field_plan("inner_products", fields.dtype, arguments, batch * spans, operations, torch.get_num_threads())(fields, of_spans)
     return of_spans.sum(1)
 
 
-def combinations(weights: Tensor, fields: Tensor) -> Tensor:
-    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
+def combinations(weights: Tensor, fields: Tensor, room: int = 0) -> Tensor:
+    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid).
+
+    With ``room``, behind them are so many fields more, for the caller to fill.
+    """
     (fields,), weights = _prepare(fields), weights.contiguous()
     batch, rows, terms = weights.shape
-    result = empty((rows, *fields.shape[1:]), fields.dtype)
+    result = empty((rows + room, *fields.shape[1:]), fields.dtype)
     n = math.prod(fields.shape[2:])
-    arguments = [None, rows, terms, None, *fields.stride()[:2], n, -(-n // simd_fields.SPAN), None, batch * n]
-    plan = _field_plan("combinations", fields.dtype, tuple(arguments), batch, terms * rows, torch.get_num_threads())
+    spans = -(-n // simd_fields.SPAN)
+    arguments = (None, rows, terms, None, *fields.stride()[:2], n, spans, None, batch * n)
+    operations = batch * terms * rows * n
+    plan = _field_plan("combinations", fields.dtype, arguments, batch * spans, operations, torch.get_num_threads())
     plan(weights, fields, result)
     return result
 
@@ -230,10 +235,9 @@ def _outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides
 
 
 @functools.lru_cache(_KEPT_PLANS)
-def _field_plan(kernel: str, dtype: torch.dtype, arguments: tuple, batch: int, products: int, threads: int) -> Plan:
-    *_, n, spans, _ = arguments if arguments[-1] is None else arguments[:-1]
+def _field_plan(kernel: str, dtype: torch.dtype, arguments: tuple, items: int, operations: int, threads: int) -> Plan:
     function = compiled(getattr(simd_fields, kernel), _name(dtype))
-    return Plan(function, arguments, batch * spans, _num_threads(batch * products * n, threads))
+    return Plan(function, arguments, items, _num_threads(operations, threads))
 
 
 @functools.lru_cache(_KEPT_PLANS)

@@ -152,7 +152,9 @@ def matvec(
 
         def finish(masked):
             code = "".join(store("store", f"y_row{v}", "w", f"a{v}", masked) for v in names)
-            if sums:  # lanes beyond the row's end are 0
+            if sums:
+                # Neighbours may be infinite where the site lies beyond the row's end, and their coefficients 0: NaN.
+                code += "".join(f"a{v} = keep(a{v}, inside)\n" for v in names if masked)
                 code += f"log_d = {load('load', 'd_row', 'w', masked)}\n"
                 code += "".join(f"sums{v} = subtract_twice(add_square(sums{v}, a{v}), log_d)\n" for v in names)
             return code

@@ -88,13 +88,19 @@ def nll_factor_grad(
 def inner_products(fields: Tensor, rows: int) -> Tensor:
     """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
 
-    A backend may leave out what stands above the diagonal.
+    Entries above the diagonal may be missing: they are then 0. (Here they are not.)
     """
     flat = fields.flatten(2).double()
     return torch.einsum("tbn,rbn->btr", flat, flat[:rows])
 
 
-def combinations(weights: Tensor, fields: Tensor) -> Tensor:
-    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
+def combinations(weights: Tensor, fields: Tensor, room: int = 0) -> Tensor:
+    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid).
+
+    With ``room``, behind them are so many fields more, for the caller to fill.
+    """
+    rows = weights.shape[1]
+    result = fields.new_empty(rows + room, *fields.shape[1:])
     combined = torch.einsum("btu,ubn->tbn", weights, fields.flatten(2).double())
-    return combined.to(fields.dtype).unflatten(-1, fields.shape[2:])
+    result[:rows] = combined.unflatten(-1, fields.shape[2:])
+    return result

@@ -67,7 +67,7 @@ def operations(dtype: str) -> dict:
 def operation_table(dtype: str, computed: str = "") -> "Table":
     """The table of `operations`, for what makes larger ones of them; not to be added to.
 
-    ``computed`` is another dtype of arithmetic, float64, for float32.
+    ``computed`` is the dtype of arithmetic where it is not the usual one: float64 for what is stored in float32.
     """
     table = Table(dtype, computed)
     for suffix, stored in (("", table.computed), ("_c", dtype)):

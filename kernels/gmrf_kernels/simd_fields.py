@@ -65,16 +65,16 @@ def operations(dtype: str) -> dict:
     table = Table("float64")
 
     def tile(builder, address, first, number, stride):
-        """The fields of a tile by number and address, from the ``first`` of ``number`` fields on."""
+        """The number and the address of each field of a tile, from the ``first`` of ``number`` fields on."""
         last = builder.sub(number, _int(1))
         fields = [emit["least"](builder, builder.add(first, _int(i)), last) for i in range(_TILE)]
-        return [(field, place(builder, address, field, stride)) for field in fields]
+        return [(field, address_of(builder, address, field, stride)) for field in fields]
 
-    def place(builder, address, field, stride):
+    def address_of(builder, address, field, stride):
         return builder.add(address, builder.mul(builder.mul(field, stride), _int(element_bytes(dtype)[0])))
 
     def each_block(builder, count, vectors, block):
-        """``block(places, ending, *mask)`` for the sites of a span, so many vectors at a time; a mask is for the last sites."""
+        """``block(sites, ending, *mask)`` for the sites of a span, so many vectors at a time; a mask is for the last sites."""
         size = _int(vectors * step)
         whole = builder.mul(builder.udiv(count, size), size)
         with cgutils.for_range_slice(builder, _int(0), whole, size, inc=True) as (w, _):
@@ -90,8 +90,8 @@ def operations(dtype: str) -> dict:
         left, right = tile(builder, fields, i, terms, stride), tile(builder, fields, j, rows, stride)
         sums = [[cgutils.alloca_once_value(builder, computing.constant(0.0)) for _ in right] for _ in left]
 
-        def block(places, ending, *mask):
-            (w,) = places
+        def block(sites, ending, *mask):
+            (w,) = sites
             a, b = ([emit[f"load_c{ending}"](builder, field, w, *mask) for _, field in side] for side in (left, right))
             for value, row in zip(a, sums, strict=True):
                 for other, total in zip(b, row, strict=True):
@@ -107,17 +107,17 @@ def operations(dtype: str) -> dict:
     def tile_of_combinations(builder, weights, t, rows, terms, fields, stride, result, result_stride, count):
         targets = tile(builder, result, t, rows, result_stride)
 
-        def block(places, ending, *mask):
-            sums = [[cgutils.alloca_once_value(builder, computing.constant(0.0)) for _ in places] for _ in targets]
+        def block(sites, ending, *mask):
+            sums = [[cgutils.alloca_once_value(builder, computing.constant(0.0)) for _ in sites] for _ in targets]
             with cgutils.for_range(builder, terms) as term:
-                field = place(builder, fields, term.index, stride)
-                values = [emit[f"load_c{ending}"](builder, field, w, *mask) for w in places]
+                field = address_of(builder, fields, term.index, stride)
+                values = [emit[f"load_c{ending}"](builder, field, w, *mask) for w in sites]
                 for (row, _), totals in zip(targets, sums, strict=True):
                     weight = emit["load_splat"](builder, weights, builder.add(builder.mul(row, terms), term.index))
                     for total, value in zip(totals, values, strict=True):
                         add_product(builder, total, weight, value)
             for (_, target), totals in zip(targets, sums, strict=True):
-                for w, total in zip(places, totals, strict=True):
+                for w, total in zip(sites, totals, strict=True):
                     emit[f"store_c{ending}"](builder, target, w, builder.load(total), *mask)
 
         # Two vectors: a sum waits four cycles for its last product, and eight sums keep the machine busy meanwhile.

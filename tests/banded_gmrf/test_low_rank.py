@@ -9,6 +9,7 @@ from torch.distributions import MultivariateNormal, kl_divergence
 
 import banded_gmrf as bg
 from banded_gmrf import low_rank_density
+from gmrf_kernels import cpu
 from tests.cases import STENCILS, dense, random_cholesky
 
 # Dense inverses lose a multiple of cond ≈ 10³ roundings of float64 (10⁻¹⁶).
@@ -166,6 +167,65 @@ def test_saved_tensors_of_the_fused_density_may_be_moved():
     with torch.autograd.graph.save_on_cpu():
         actual = torch.autograd.grad(density(*leaves).sum(), leaves)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def test_a_fused_density_of_many_samples_takes_memory_in_proportion(monkeypatch):
+    density, leaves = density_of_leaves((300,), rank=2)
+    sizes = []
+
+    def combinations(weights, fields, room=0):
+        sizes.append(weights.numel() + fields.numel() / fields[0].numel())
+        return combine(weights, fields, room)
+
+    combine = cpu.combinations
+    monkeypatch.setattr(cpu, "combinations", combinations)
+    density(*leaves).sum().backward()
+    assert len(sizes) == 2
+    assert max(sizes) < 4 * 300
+
+
+def test_gradients_of_the_fused_density_hold_no_more_than_they_are():
+    """Neither a graph, where none was asked for, nor the gradients of all factors beside that of one residual."""
+    density, leaves = density_of_leaves((2,), rank=5)
+    cotangents = torch.eye(2, dtype=torch.float64)
+    batched = torch.autograd.grad(density(*leaves), leaves, cotangents, is_grads_batched=True)
+    assert not any(gradient.requires_grad for gradient in batched)
+    for one, of_one in zip(cotangents, zip(*batched, strict=True), strict=True):
+        for actual, expected in zip(of_one, torch.autograd.grad(density(*leaves), leaves, one), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
+    for some in (leaves[:1], leaves):
+        residual_bar = torch.autograd.grad(density(*leaves).sum(), some)[0]
+        assert residual_bar.untyped_storage().nbytes() == residual_bar.nbytes
+
+
+def test_factors_alike_for_all_images_are_fused(monkeypatch):
+    L = random_cholesky(STENCILS["3x3"], (3, 4), (2, 3))
+    x, factors = torch.randn(5, 2, 3, 3, 4).double(), torch.randn(2, 3, 4).double().requires_grad_()
+
+    def density():
+        return bg.LowRankGMRF(torch.zeros(3, 4).double(), L, factors).log_prob(x)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(low_rank_density, "_fused", None)
+        patch.setattr(low_rank_density, "nothing_intervenes", lambda tensors: False)
+        composed = density()
+    monkeypatch.setattr(low_rank_density, "_composed", None)
+    value = density()
+    torch.testing.assert_close(value, composed, **CLOSE)
+    actual, expected = (torch.autograd.grad(v.square().sum(), factors)[0] for v in (value, composed))
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_gradients_of_the_fused_density_with_large_factors(scale, monkeypatch):
+    """In float64 they lose no more digits than those of the composed one, which lose 10⁻¹⁶ times the scale."""
+    density, leaves = density_of_leaves()
+    leaves[3] = (scale * leaves[3].detach()).requires_grad_()
+    leaves[0] = (leaves[0].detach() + torch.einsum("r,rhw->hw", torch.randn(3).double(), leaves[3].detach())).requires_grad_()
+    fused = torch.autograd.grad(density(*leaves), leaves)
+    monkeypatch.setattr(low_rank_density, "nothing_intervenes", lambda tensors: False)
+    for actual, expected in zip(fused, torch.autograd.grad(density(*leaves), leaves), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-14 * scale * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e-12, 1.0, 1e3, 1e6])

@@ -420,6 +420,9 @@ def test_a_sample_is_multiplied_alike_alone_and_among_others(transpose, dtype):
         torch.testing.assert_close(product(x[:samples]), alone[:samples], rtol=0, atol=0, equal_nan=True)
     assert alone[:4].isfinite().all()
     residual, log_diag, off_diag, *_ = arguments("nll", OFFSETS["5x5"], (9, 37), 9, 3, dtype)
+    # At a row's end: sites beyond it have this neighbour, and are not of the image.
+    residual[4, 2, 3, 36] = torch.inf
+    assert cpu.nll(residual, log_diag, off_diag, OFFSETS["5x5"])[0][4, 2] == torch.inf
     values = torch.cat([cpu.nll(one, log_diag, off_diag, OFFSETS["5x5"])[0] for one in residual.split(1)])
     for samples in (2, 3, 5, 9):
         value, _ = cpu.nll(residual[:samples], log_diag, off_diag, OFFSETS["5x5"])
