@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from bench import calls
 from bench.__main__ import app
-from bench.calls import Group, Sizes, default_sizes, groups, measure_group, run_calls
+from bench.call_groups import Group
+from bench.calls import Sizes, default_sizes, groups, measure_group, run_calls
 from bench.cases import Case, Problem
 from bench.measure import turns_by_the_clock
 
