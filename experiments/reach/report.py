@@ -8,6 +8,7 @@ import torch
 
 from programs.tables import markdown_table
 
+from ..faces.presets import Config as Faces
 from ..results import data_text, where_text
 from .measures import BLOCK, LEVELS
 from .presets import Config
@@ -94,11 +95,21 @@ def markdown_report(config: Config, results: dict[str, Any]) -> str:
         f"All stencils have the {len(results['stencils']['dense'])} offsets of f = {config.stencil_size} in number. Dilated: a "
         "3 x 3 patch dilated by 1, 2, 3, 4, 8 and 16. "
         + ("" if greedy is None else f"Greedy, from training residuals: {' '.join(f'({y}, {x})' for y, x in greedy)}. ")
-        + f"{config.epochs} passes, {config.scratch_epochs} from scratch.\n\n"
+        + f"{config.epochs} passes, {config.scratch_epochs} from scratch.{_images_text(faces)}\n\n"
         + _principal_text(results["principal"])
         + f"The VAE is of the run {results['networks']}. "
         + " ".join(_run_text(run) for run in [*results["earlier"], {**results, "where": where_text(results)}])
         + "\n"
+    )
+
+
+def _images_text(faces: Faces) -> str:
+    """Who sees which images, where a frozen VAE's networks and those that are trained with one differ in it."""
+    if not faces.held_out:
+        return ""
+    return (
+        f" Networks behind the VAE that stays as it is learn from the {faces.covariance_images:,} training images that it has "
+        f"not seen; mean and covariance trained together, from all {faces.base_images + faces.covariance_images:,}."
     )
 
 

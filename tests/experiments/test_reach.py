@@ -14,7 +14,7 @@ from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.faces import figures
 from experiments.faces.presets import PRESETS, Covariance
-from experiments.reach import measures, offsets, run
+from experiments.reach import measures, offsets, report, run
 from experiments.reach.measures import measure
 from experiments.reach.presets import ROWS
 from experiments.reach.report import paired_difference, summarise
@@ -269,6 +269,14 @@ def test_principal_components_gain_what_factors_gain():
     # Eight components with variances estimated from 2,000 images: each of six too many loses at most some hundredths.
     assert gains["8"] == pytest.approx(expected, abs=0.2)
     assert list(gains) == ["8", "32"]
+
+
+def test_who_sees_which_images_is_said():
+    held_out = replace(PRESET, train=100, held_out=0.25, validation=0.05)
+    text = report._images_text(held_out)
+    assert "learn from the 25 training images" in text
+    assert text.endswith("trained together, from all 95.")
+    assert report._images_text(replace(PRESET, train=100)) == ""
 
 
 def test_differences_are_of_the_networks_that_both_rows_have():
