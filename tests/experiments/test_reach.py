@@ -147,9 +147,9 @@ def test_networks_are_added_to_an_earlier_table_to_the_same_numbers(faces, npz, 
         {"dense": [0, 1], "greedy": [0, 1]},
         {tuned: [0], "dense + 8 factors": [0]},
     ]
-    report = (third / "results.md").read_text(encoding="utf-8")
-    assert "dense, seeds 0 1; greedy, seeds 0 1: `" in report
-    assert "dense + 8 factors, seeds 1: `" in report
+    written = (third / "results.md").read_text(encoding="utf-8")
+    assert "dense, seeds 0 1; greedy, seeds 0 1: `" in written
+    assert "dense + 8 factors, seeds 1: `" in written
 
 
 @pytest.mark.parametrize(
