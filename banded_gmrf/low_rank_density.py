@@ -60,7 +60,7 @@ def log_density(residual: Tensor, factor: StencilCholesky, factors: Tensor) -> T
     """
     log_diag, off_diag, stencil = factor.coefficients
     ndim, batch = stencil.ndim, factor.batch_shape
-    if len(factors.shape) == ndim + 1:
+    if factors.ndim == ndim + 1:
         factors = factors.expand(*batch, *factors.shape)
     # One factor and as many fields for each vector of a sample, none of them empty: what the fused operation takes.
     same_batch = batch == log_diag.shape[:-ndim] == off_diag.shape[: -ndim - 1] == factors.shape[: -ndim - 1]

@@ -112,10 +112,11 @@ def inner_products(fields: Tensor, rows: int) -> Tensor:
     """
     (fields,) = _prepare(fields)
     terms, batch, *grid = fields.shape
-    spans = -(-math.prod(grid) // simd_fields.SPAN)
+    n = math.prod(grid)
+    spans = -(-n // simd_fields.SPAN)
     of_spans = torch.zeros(batch, spans, terms, rows, dtype=torch.float64)
-    arguments = (None, *fields.stride()[:2], terms, rows, math.prod(grid), spans, None)
-    operations = batch * terms * rows * math.prod(grid)
+    arguments = (None, *fields.stride()[:2], terms, rows, n, spans, None)
+    operations = batch * terms * rows * n
     _field_plan("inner_products", fields.dtype, arguments, batch * spans, operations, torch.get_num_threads())(fields, of_spans)
     return of_spans.sum(1)
 

@@ -202,7 +202,7 @@ def _add_scalars(table: Table) -> None:
     @table.add(types.int64, types.int64, types.int64)
     def take_ticket(builder, address, index):
         """The int64 counter's value, and one more for the next thread."""
-        return builder.atomic_rmw("add", _pointer(builder, address, index, _I64), ir.Constant(_I64, 1), "monotonic")
+        return builder.atomic_rmw("add", _pointer(builder, address, index, _I64), integer(1), "monotonic")
 
     @table.add(types.int64, types.int64, types.int64, types.int64)
     def add_done(builder, address, index, count):
@@ -214,7 +214,7 @@ def _add_scalars(table: Table) -> None:
     def sites_of_row(builder, plane, depth, line, height, width):
         """``width``, or 0 where the row lies off the grid."""
         on_grid = [builder.icmp_unsigned("<", place, size) for place, size in ((plane, depth), (line, height))]
-        return builder.select(builder.and_(*on_grid), width, ir.Constant(_I64, 0))
+        return builder.select(builder.and_(*on_grid), width, integer(0))
 
     @table.add(types.int64, types.int64, types.int64)
     def least(builder, a, b):
@@ -228,7 +228,7 @@ def _add_scalars(table: Table) -> None:
     def row_of_sample(builder, image, sample, stride, row, width):
         """The address of a row of the ``sample``-th of vectors that are ``stride`` apart, the first of which is ``image``."""
         index = builder.add(builder.mul(sample, stride), builder.mul(row, width))
-        return builder.add(image, builder.mul(index, ir.Constant(_I64, ELEMENT_BYTES[table.computed])))
+        return builder.add(image, builder.mul(index, integer(ELEMENT_BYTES[table.computed])))
 
     @table.add(types.void, types.int64, types.int64, table.scalar_type)
     def store_scalar(builder, address, index, value):
@@ -408,6 +408,11 @@ def _add_sums(table: Table) -> None:
         arguments = [ir.Constant(_DOUBLE, 0.0), sums]
         # "reassoc": a tree over the lanes rather than one after the other.
         return table.call(builder, "llvm.vector.reduce.fadd", _DOUBLE, arguments, element=_DOUBLE, fastmath=["reassoc"])
+
+
+def integer(number: int) -> ir.Constant:
+    """An int64 in LLVM, as all arguments and indices are."""
+    return ir.Constant(_I64, number)
 
 
 def _pointer(builder, address, index, element: ir.Type):

@@ -4,20 +4,17 @@ Fields lie ``stride`` elements apart, and each has its sites side by side. A til
 loaded and converted to float64 serves several products. Tiles that reach beyond the last field take that one several times.
 """
 
-from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
 from .cpu_source import element_bytes, inside, span_kernel
-from .simd import Table, operation_table
+from .simd import Table, integer, operation_table
 
 # Fields of a tile, on either side.
 _TILE = 4
 
 # Sites of an item, at most: those of some fields stay in the nearest caches.
 SPAN = 2**10
-
-_I64 = ir.IntType(64)
 
 # Of item ``item``: its image, and its sites from ``first`` on.
 _PLACE = (
@@ -66,21 +63,21 @@ def operations(dtype: str) -> dict:
 
     def tile(builder, address, first, number, stride):
         """The number and the address of each field of a tile, from the ``first`` of ``number`` fields on."""
-        last = builder.sub(number, _int(1))
-        fields = [emit["least"](builder, builder.add(first, _int(i)), last) for i in range(_TILE)]
+        last = builder.sub(number, integer(1))
+        fields = [emit["least"](builder, builder.add(first, integer(i)), last) for i in range(_TILE)]
         return [(field, address_of(builder, address, field, stride)) for field in fields]
 
     def address_of(builder, address, field, stride):
-        return builder.add(address, builder.mul(builder.mul(field, stride), _int(element_bytes(dtype)[0])))
+        return builder.add(address, builder.mul(builder.mul(field, stride), integer(element_bytes(dtype)[0])))
 
     def each_block(builder, count, vectors, block):
         """``block(sites, ending, *mask)`` for the sites of a span, so many vectors at a time; a mask is for the last sites."""
-        size = _int(vectors * step)
+        size = integer(vectors * step)
         whole = builder.mul(builder.udiv(count, size), size)
-        with cgutils.for_range_slice(builder, _int(0), whole, size, inc=True) as (w, _):
-            block([builder.add(w, _int(v * step)) for v in range(vectors)], "")
-        with cgutils.for_range_slice(builder, whole, count, _int(step), inc=True) as (w, _):
-            block([w], "_masked", emit["between"](builder, w, _int(0), count))
+        with cgutils.for_range_slice(builder, integer(0), whole, size, inc=True) as (w, _):
+            block([builder.add(w, integer(v * step)) for v in range(vectors)], "")
+        with cgutils.for_range_slice(builder, whole, count, integer(step), inc=True) as (w, _):
+            block([w], "_masked", emit["between"](builder, w, integer(0), count))
 
     def add_product(builder, total, a, b):
         builder.store(emit["add_product"](builder, builder.load(total), a, b), total)
@@ -124,7 +121,3 @@ def operations(dtype: str) -> dict:
         each_block(builder, count, 2, block)
 
     return {**computing, **table}
-
-
-def _int(number: int) -> ir.Constant:
-    return ir.Constant(_I64, number)

@@ -17,7 +17,7 @@ from numba import types
 from numba.core import cgutils
 
 from .cpu_source import inside, span_kernel, store
-from .simd import Table, lanes
+from .simd import Table, integer, lanes
 from .simd import operations as simd_operations
 
 _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
@@ -193,7 +193,7 @@ class _Normals:
             zeros = ir.Constant(ir.VectorType(_I32, len(lanes)), [0] * len(lanes))
             return _Lanes(builder, builder.shuffle_vector(first, ir.Constant(kind, ir.Undefined), zeros))
 
-        first = builder.mul(block, ir.Constant(_I64, self.table.lanes))
+        first = builder.mul(block, integer(self.table.lanes))
         number, key = splat(first) + _Lanes(builder, ir.Constant(kind, list(lanes))), splat(key)
         zero = _Lanes(builder, ir.Constant(kind, None))
         return philox([number, number >> 32, zero, zero], [key, key >> 32])

@@ -16,7 +16,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .simd import Table, operation_table
+from .simd import Table, integer, operation_table
 
 Terms = Sequence[tuple[int, int]]
 
@@ -60,7 +60,7 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
     def emit(builder, c_row, a_image, a_s, b_image, b_s, weights, weights_s, samples, r, width, n, shift, end):
         def block(w, masked):
             suffix = "_masked" if masked else ""
-            inside = [operations["between"](builder, w, _int(0), width)] if masked else []
+            inside = [operations["between"](builder, w, integer(0), width)] if masked else []
             masks = [[_exists(table, builder, w, column, end)] if masked else [] for column in columns]
             sums = [cgutils.alloca_once_value(builder, table.constant(0.0)) for _ in terms]
             with cgutils.for_range(builder, samples) as sample:
@@ -76,12 +76,12 @@ def outer_row(dtype: str, terms: Terms, streaming: bool) -> Callable:
             store = operations[f"store_c{suffix or ('_streaming' if streaming else '')}"]
             for total, (k, _), mask in zip(sums, terms, masks, strict=True):
                 value = operations["keep"](builder, builder.load(total), *mask) if masked else builder.load(total)
-                store(builder, c_row, builder.add(builder.mul(n, _int(k)), w), value, *inside)
+                store(builder, c_row, builder.add(builder.mul(n, integer(k)), w), value, *inside)
 
         least_end = operations["least"](builder, width, end)
-        with cgutils.for_range_slice(builder, _int(0), width, _int(table.lanes), inc=True) as (w, _):
+        with cgutils.for_range_slice(builder, integer(0), width, integer(table.lanes), inc=True) as (w, _):
             last = _plus(builder, w, table.lanes + max(0, *columns))
-            begins, ends = builder.icmp_signed(">=", w, _int(-min(0, *columns))), builder.icmp_signed("<=", last, least_end)
+            begins, ends = builder.icmp_signed(">=", w, integer(-min(0, *columns))), builder.icmp_signed("<=", last, least_end)
             with builder.if_else(builder.and_(begins, ends)) as (interior, border):
                 with interior:
                     block(w, masked=False)
@@ -102,7 +102,7 @@ def _fold(table: Table, terms: Terms, operation: str, at_neighbour: bool, vector
         neighbours = _neighbours if vectors == 1 else _permuted_neighbours
         values = [neighbours(table, builder, row, w, shift, columns, *end) for row in rows]
         for i, (k, column) in enumerate(terms):
-            plane = builder.mul(off_k, _int(k))
+            plane = builder.mul(off_k, integer(k))
             index = builder.add(plane, _plus(builder, builder.add(w, shift), column) if at_neighbour else w)
             mask = [_exists(table, builder, w, column, *end)] if suffix else []
             coefficient = table.emit[f"load_c{suffix}"](builder, coefficients, index, *mask)
@@ -121,7 +121,7 @@ def _neighbours(table: Table, builder, row, w, shift, columns: Sequence[int], *e
         index = _plus(builder, builder.add(w, shift), column)
         if not end:
             return table.emit["load"](builder, row, index)
-        mask = table.emit["between"](builder, _plus(builder, w, column), _int(0), *end)
+        mask = table.emit["between"](builder, _plus(builder, w, column), integer(0), *end)
         return table.emit["load_masked"](builder, row, index, mask)
 
     return [load(column) for column in columns]
@@ -165,12 +165,8 @@ def _operation(table: Table, results: int, arguments: Sequence[types.Type], emit
 
 def _exists(table: Table, builder, w, column: int, end):
     """Mask of the lanes whose neighbour is in its row and in the grid."""
-    return table.emit["between"](builder, w, _int(max(0, -column)), _plus(builder, end, -max(0, column)))
+    return table.emit["between"](builder, w, integer(max(0, -column)), _plus(builder, end, -max(0, column)))
 
 
 def _plus(builder, value, number: int):
-    return builder.add(value, _int(number)) if number else value
-
-
-def _int(number: int) -> ir.Constant:
-    return ir.Constant(ir.IntType(64), number)
+    return builder.add(value, integer(number)) if number else value
