@@ -28,6 +28,10 @@ _BAND_ROWS = 16
 # Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
 _BAND_COEFFICIENTS = 2**17
 
+# Samples of a factor that a product computes together; fewer gain too little for a kernel of their own, which takes seconds to
+# compile.
+_TOGETHER = 4
+
 # Stencils of more offsets are looped over: the time to compile grows faster than their number.
 _MOST_UNROLLED_OFFSETS = 64
 
@@ -192,8 +196,8 @@ def _matvec_plan(
     likelihood: bool = False,
 ) -> Plan:
     options = {"likelihood": True} if likelihood else {}
-    if _unrolled(offsets) and shape[0] > 1:
-        options["together"] = 4 if shape[0] >= 4 else 2
+    if _unrolled(offsets) and shape[0] >= _TOGETHER:
+        options["together"] = _TOGETHER
     kernel, stencil = _kernel("matvec", offsets, dtype, transpose=transpose, log=log, **options)
     arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if likelihood else [])]
     row_sums = 8 * math.prod(shape[:-1]) if likelihood else 0
