@@ -13,7 +13,7 @@ from ..figures import Column, image_grid
 from ..training import seeded_generator
 from .presets import Config
 
-_GRAY = ("gray value", "gray", -1.0, 1.0)
+GRAY = ("gray value", "gray", -1.0, 1.0)
 _STEPS = 7
 
 
@@ -36,11 +36,11 @@ def draw(
     """
     reconstructing = [name for name in ("AE", "VAE") if name in bases]
     if reconstructing:
-        draw_reconstructions(folder / "figure7.png", config, bases, likelihoods, reconstructing, _spread(images, 6))
+        draw_reconstructions(folder / "figure7.png", config, bases, likelihoods, reconstructing, spread(images, 6))
     if "VAE" in bases:
-        draw_reconstructions(folder / "figure1.png", config, bases, likelihoods, ["VAE"], _spread(images, 3))
-        draw_interpolations(folder / "figure9.png", config, bases["VAE"], likelihoods, _spread(images, 3))
-        draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, _spread(images, 4))
+        draw_reconstructions(folder / "figure1.png", config, bases, likelihoods, ["VAE"], spread(images, 3))
+        draw_interpolations(folder / "figure9.png", config, bases["VAE"], likelihoods, spread(images, 3))
+        draw_variances(folder / "figure10.png", config, bases["VAE"], likelihoods, spread(images, 4))
     if "β-VAE" in bases:
         draw_prior_samples(folder / "figure8.png", config, likelihoods, images.device)
 
@@ -55,19 +55,19 @@ def draw_reconstructions(
 ) -> None:
     """Figures 1 and 7: images, reconstructions, and reconstructions with samples of both residuals from the same noise."""
     noise = _noise(config, len(images), images)
-    columns = [Column("image", _gray(images), "gray")]
+    columns = [Column("image", gray(images), "gray")]
     residuals = []
     for name in names:
         diagonal, structured = (likelihoods[shown.name](bases[name].encode(images)) for shown in config.shown(name))
         mean, prefix = structured.mean, f"{name} " if len(names) > 1 else ""
-        columns.append(Column(f"{prefix}mean", _gray(mean), "gray"))
-        residuals.append(_gray(images[:, 0] - mean))
+        columns.append(Column(f"{prefix}mean", gray(mean), "gray"))
+        residuals.append(gray(images[:, 0] - mean))
         columns.append(Column(f"{prefix}residual", residuals[-1], "residual"))
         for title, q in (("structured", structured), ("diagonal", diagonal)):
             sample = _coloured(q, noise)
-            columns.append(Column(f"{prefix}mean +\n{title}", _gray(mean + sample), "gray"))
-            columns.append(Column(f"{prefix}{title}\nsample", _gray(sample), "residual"))
-    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(torch.cat(residuals))})
+            columns.append(Column(f"{prefix}mean +\n{title}", gray(mean + sample), "gray"))
+            columns.append(Column(f"{prefix}{title}\nsample", gray(sample), "residual"))
+    grid_by_scale(path, columns, {"gray": GRAY, "residual": residual_scale(torch.cat(residuals))})
 
 
 def draw_prior_samples(path: Path, config: Config, likelihoods: dict[str, StructuredLikelihood], device: torch.device) -> None:
@@ -78,13 +78,13 @@ def draw_prior_samples(path: Path, config: Config, likelihoods: dict[str, Struct
     noise = _noise(config, count, structured.mean)
     samples = _coloured(structured, noise)
     columns = [
-        Column("mean", _gray(structured.mean), "gray"),
-        Column("mean +\nstructured", _gray(structured.mean + samples), "gray"),
-        Column("another\nsample", _gray(structured.mean + _coloured(structured, noise.roll(1, 0))), "gray"),
-        Column("mean +\ndiagonal", _gray(diagonal.mean + _coloured(diagonal, noise)), "gray"),
-        Column("structured\nsample", _gray(samples), "residual"),
+        Column("mean", gray(structured.mean), "gray"),
+        Column("mean +\nstructured", gray(structured.mean + samples), "gray"),
+        Column("another\nsample", gray(structured.mean + _coloured(structured, noise.roll(1, 0))), "gray"),
+        Column("mean +\ndiagonal", gray(diagonal.mean + _coloured(diagonal, noise)), "gray"),
+        Column("structured\nsample", gray(samples), "residual"),
     ]
-    _image_grid(path, columns, {"gray": _GRAY, "residual": _residual_scale(columns[-1].images)})
+    grid_by_scale(path, columns, {"gray": GRAY, "residual": residual_scale(columns[-1].images)})
 
 
 def draw_interpolations(
@@ -98,14 +98,14 @@ def draw_interpolations(
     for step in range(_STEPS):
         q = structured(torch.lerp(*ends, step / (_STEPS - 1)))
         rows = torch.stack((q.mean, q.mean + _coloured(q, noise)), dim=1).flatten(0, 1)
-        columns.append(Column(f"{step}/{_STEPS - 1}", _gray(rows), "gray"))
+        columns.append(Column(f"{step}/{_STEPS - 1}", gray(rows), "gray"))
     shown = torch.stack((images, images), dim=1).flatten(0, 1)
     columns = [
-        Column("image", _gray(shown), "gray"),
+        Column("image", gray(shown), "gray"),
         *columns,
-        Column("mirror\nimage", _gray(shown.flip(-1)), "gray"),
+        Column("mirror\nimage", gray(shown.flip(-1)), "gray"),
     ]
-    _image_grid(path, columns, {"gray": _GRAY}, ["mean", "sample"] * len(images))
+    grid_by_scale(path, columns, {"gray": GRAY}, ["mean", "sample"] * len(images))
 
 
 def draw_variances(
@@ -113,27 +113,28 @@ def draw_variances(
 ) -> None:
     """Figure 10: standard deviations of each pixel, and samples, of the diagonal and of the structured residual."""
     noise = _noise(config, len(images), images)
-    columns = [Column("image", _gray(images), "gray")]
+    columns = [Column("image", gray(images), "gray")]
     for title, shown in zip(("diagonal", "structured"), config.shown("VAE"), strict=True):
         q = likelihoods[shown.name](base.encode(images))
         if title == "diagonal":
-            columns.append(Column("mean", _gray(q.mean), "gray"))
-            residuals = _gray(images[:, 0] - q.mean)
+            columns.append(Column("mean", gray(q.mean), "gray"))
+            residuals = gray(images[:, 0] - q.mean)
         columns += [
-            Column(f"{title}\nst. dev.", _gray(q.stddev), "stddev"),
-            Column(f"{title}\nsample", _gray(_coloured(q, noise)), "residual"),
-            Column(f"mean +\n{title}", _gray(q.mean + _coloured(q, noise)), "gray"),
+            Column(f"{title}\nst. dev.", gray(q.stddev), "stddev"),
+            Column(f"{title}\nsample", gray(_coloured(q, noise)), "residual"),
+            Column(f"mean +\n{title}", gray(q.mean + _coloured(q, noise)), "gray"),
         ]
     reach = torch.cat([column.images for column in columns if column.scale == "stddev"]).quantile(0.99).item()
     scales = {
-        "gray": _GRAY,
+        "gray": GRAY,
         "stddev": ("standard deviation", "magma", 0.0, reach),
-        "residual": _residual_scale(residuals),
+        "residual": residual_scale(residuals),
     }
-    _image_grid(path, columns, scales)
+    grid_by_scale(path, columns, scales)
 
 
-def _spread(images: Tensor, count: int) -> Tensor:
+def spread(images: Tensor, count: int) -> Tensor:
+    """``count`` images, or all if there are fewer, evenly spread."""
     return images[torch.linspace(0, len(images) - 1, min(count, len(images))).long()]
 
 
@@ -147,20 +148,20 @@ def _coloured(q: bg.GMRF, noise: Tensor) -> Tensor:
     return q.precision_cholesky.solve(noise, transpose=True)
 
 
-def _gray(images: Tensor) -> Tensor:
+def gray(images: Tensor) -> Tensor:
     """(count, H, W) on the CPU, from that or from (count, 1, H, W)."""
     return images.reshape(-1, *images.shape[-2:]).cpu()
 
 
-def _residual_scale(residuals: Tensor) -> tuple[str, str, float, float]:
+def residual_scale(residuals: Tensor) -> tuple[str, str, float, float]:
     """Colours for residuals as large as these."""
     reach = residuals.abs().flatten().quantile(0.99).item()
     return ("residual", "RdBu_r", -reach, reach)
 
 
-def _image_grid(
+def grid_by_scale(
     path: Path, columns: list[Column], scales: dict[str, tuple[str, str, float, float]], row_labels: list[str] | None = None
 ) -> None:
-    # Columns of one scale side by side, above its colour bar.
+    """`experiments.figures.image_grid` with columns of one scale side by side, above its colour bar."""
     columns = [column for scale in scales for column in columns if column.scale == scale]
     image_grid(path, columns, scales, row_labels or [""] * len(columns[0].images))

@@ -21,6 +21,7 @@ from ..figures import loss_figure
 from ..results import STATES, Stopwatch, device_name, environment, finished_results, numbered_states, write_results
 from ..training import derived_seed
 from .earlier import Measured, load_measured, runs_of_table, save_measured
+from .figures import draw_rows
 from .measures import measure, principal_gains
 from .networks import stencils, train_row
 from .presets import BASE, ROWS, Config, Row
@@ -67,7 +68,7 @@ def run_reach(
         principal = there["principal"]
         # One row, one stencil: chosen again elsewhere, a greedy one might be another.
         stencil |= {name: bg.Stencil([tuple(o) for o in offsets], ndim=2) for name, offsets in there["stencils"].items()}
-    losses, networks, trained = {}, {}, {}
+    losses, likelihoods, trained = {}, {}, {}
     for seed in range(config.seeds):
         dense = None
         new = [row for row in config.rows if seed == len(measured.setdefault(row.name, []))]
@@ -87,9 +88,7 @@ def run_reach(
                 principal = _kept(state.with_name("principal.json"), gains, stopwatch)
             if len(trained[row.name]) == 1:
                 label = row.name if seed == 0 else name
-                losses[label], networks[label] = curve, likelihood.covariance
-                if row.training != "frozen":
-                    networks[f"{label}: VAE"] = likelihood.autoencoder
+                losses[label], likelihoods[label] = curve, likelihood
             scores = partial(measure, faces, likelihood, test, config.measured, name, console)
             measured[row.name].append(_kept(state.with_suffix(".json"), scores, stopwatch))
     results = {
@@ -111,7 +110,10 @@ def run_reach(
     }
     smooth = max(1, min(len(curve) for curve in losses.values()) // 100)
     loss_figure(folder / "training.png", [("nats per pixel", losses)], smooth=smooth)
+    draw_rows(folder / "samples.png", vae, likelihoods, test, faces.seed)
     save_measured(folder, measured)
+    networks = {label: likelihood.covariance for label, likelihood in likelihoods.items()}
+    networks |= {f"{label}: VAE": of.autoencoder for label, of in likelihoods.items() if of.autoencoder is not vae}
     save_checkpoint(folder / CHECKPOINT, networks, {"config": config.as_dict()})
     write_results(folder, results, markdown_report(config, results), console)
     return results

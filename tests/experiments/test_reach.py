@@ -59,6 +59,7 @@ def test_results_are_complete(finished):
         "measured.json",
         "results.json",
         "results.md",
+        "samples.png",
         "training.png",
         CHECKPOINT,
     }
