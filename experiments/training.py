@@ -118,8 +118,9 @@ def fit(
         title: shown beside the progress bar.
         console: where the progress bar is shown.
         state: a file that always holds a recent state of this training, replaced in one step. If it exists, training goes on
-            from there and ends with the same numbers as without the interruption (on a GPU up to the order in which it adds),
-            provided that ``rows`` depends on the step alone and that no other generator than torch's on the CPU draws anything.
+            from there and ends with the same numbers as without the interruption (on a GPU, or with another number of threads,
+            up to the order in which it adds), provided that ``rows`` depends on the step alone and that no other generator than
+            torch's on the CPU draws anything.
         prepare: the batches of all ``data`` to what ``loss`` takes, without gradients and always in full precision: what comes
             from networks that are not trained, or random numbers.
         bfloat16: compute ``loss`` under autocast to bfloat16. What must not be rounded so, a likelihood, takes care of itself.

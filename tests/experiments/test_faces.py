@@ -43,9 +43,9 @@ def run_faces(data, folder, *options):
     return CliRunner().invoke(app, arguments(data, folder, *options))
 
 
-def start_process(*command):
-    """What a new process of Python with one thread has to say; ``command`` is behind ``python -m``."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def start_process(*command, threads=1):
+    """What a new process of Python with so many threads has to say; ``command`` is behind ``python -m``."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     return subprocess.run(
         [sys.executable, "-m", *map(str, command)], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -267,7 +267,9 @@ def assert_killed_within_a_training(folder):
 
 
 def test_run_killed_within_a_training_resumes_to_the_same_numbers(npz, finished, tmp_path, monkeypatch):
-    killed = start_process("tests.experiments.tiny_program", 19, *arguments(npz, tmp_path, "--note", "went through JPEG"))
+    command = arguments(npz, tmp_path, "--note", "went through JPEG")
+    # As many threads as here: another number adds in another order.
+    killed = start_process("tests.experiments.tiny_program", 19, *command, threads=torch.get_num_threads())
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     seconds = assert_killed_within_a_training(tmp_path)
     monkeypatch.setattr(figures, "draw", lambda *args: None)
