@@ -210,7 +210,8 @@ def reach(
     rows: Annotated[
         str | None,
         typer.Option(
-            help="Of dense,r8,r32,dilated,greedy,fine-tuned,scratch; all are compared with the table's first.",
+            help="Of dense,r8,r32,dilated,greedy,dense-all,fine-tuned-unseen,fine-tuned,scratch; all are compared with the "
+            "table's first. Two are controls: dense learns from images that the VAE has not seen, fine-tuned from all.",
             show_default="all",
         ),
     ] = None,

@@ -9,7 +9,7 @@ from torch import Tensor
 import banded_gmrf as bg
 from supn_models import ConvVAE, LatentCovarianceNetwork, StructuredLikelihood
 
-from ..faces.images import TrainingImages
+from ..faces.images import Images, TrainingImages
 from ..faces.networks import MEMORY_FORMAT, build_base, fit_on_images, own_noise, residual_stddev, train_covariance
 from ..faces.presets import Covariance
 from ..training import derived_seed
@@ -55,22 +55,29 @@ def train_row(
         dense: the likelihood of the same seed behind the frozen VAE, with which fine-tuning begins.
         options: state, console, on_state: of `training.fit`.
     """
-    faces = config.of_seed(seed)
+    faces, seen = config.of_seed(seed), _images_of(row, images)
     if row.training == "frozen":
-        likelihood = StructuredLikelihood(vae, build(config, row, seed, stencil, residual_stddev(vae, images.covariance)))
+        likelihood = StructuredLikelihood(vae, build(config, row, seed, stencil, residual_stddev(vae, seen)))
         likelihood.covariance.to(next(vae.parameters()).device, memory_format=MEMORY_FORMAT)
         about = Covariance(BASE, config.stencil_size)
-        losses = train_covariance(faces, about, likelihood, images.covariance, title=row.name, **options)
+        losses = train_covariance(faces, about, likelihood, seen, title=row.name, **options)
     elif row.training == "fine-tuned":
         likelihood = copy.deepcopy(dense).requires_grad_(True)
-        losses = train_jointly(config, row, seed, likelihood, images, config.epochs, **options)
+        losses = train_jointly(config, row, seed, likelihood, seen, config.epochs, **options)
     else:
         base = build_base(faces, BASE).to(next(vae.parameters()).device, memory_format=MEMORY_FORMAT)
         stddev = images.base[0][:_IMAGES_FOR_OFFSETS].std().item()  # of its first residuals: its means are near 0
         network = build(config, row, seed, stencil, stddev).to(next(vae.parameters()).device, memory_format=MEMORY_FORMAT)
         likelihood = StructuredLikelihood(base, network)
-        losses = train_jointly(config, row, seed, likelihood, images, config.scratch_epochs, **options)
+        losses = train_jointly(config, row, seed, likelihood, seen, config.scratch_epochs, **options)
     return likelihood.requires_grad_(False).eval(), losses
+
+
+def _images_of(row: Row, images: TrainingImages) -> Images:
+    """What the networks of a row are trained on."""
+    if row.images == "unseen" or images.covariance is images.base:
+        return images.covariance
+    return (torch.cat((images.base[0], images.covariance[0])),)
 
 
 def build(config: Config, row: Row, seed: int, stencil: bg.Stencil, initial_stddev: float) -> LatentCovarianceNetwork:
@@ -89,7 +96,7 @@ def build(config: Config, row: Row, seed: int, stencil: bg.Stencil, initial_stdd
 
 
 def train_jointly(
-    config: Config, row: Row, seed: int, likelihood: StructuredLikelihood, images: TrainingImages, epochs: int, **options: Any
+    config: Config, row: Row, seed: int, likelihood: StructuredLikelihood, images: Images, epochs: int, **options: Any
 ) -> list[float]:
     """Minimise -log p(x | z) + KL in nats per pixel over the VAE and the covariance network, with one code for each image.
 
@@ -99,12 +106,11 @@ def train_jointly(
     Args:
         config, row, seed: the run's, and which.
         likelihood: trained in place.
-        images: all but the validation images are taken.
+        images: for training.
         epochs: passes.
         options: state, console, on_state: of `training.fit`.
     """
     faces, vae = config.of_seed(seed), likelihood.autoencoder
-    together = images.base if images.covariance is images.base else (torch.cat((images.base[0], images.covariance[0])),)
 
     def loss(x: Tensor, noise: Tensor) -> Tensor:
         q = vae.posterior(x)
@@ -112,5 +118,5 @@ def train_jointly(
         return (vae.divergence(q) - p.log_prob(x[:, 0])).mean() / x[0].numel()
 
     return fit_on_images(
-        faces, likelihood, loss, together, row.name, epochs, prepare=lambda x: (x, own_noise(faces).to(x)), **options
+        faces, likelihood, loss, images, row.name, epochs, prepare=lambda x: (x, own_noise(faces).to(x)), **options
     )

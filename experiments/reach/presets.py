@@ -16,6 +16,7 @@ from .earlier import check_same_networks, digest_of_table, load_measured
 BASE = "VAE"
 OFFSETS = ("dense", "dilated", "greedy")
 TRAININGS = ("frozen", "fine-tuned", "scratch")
+IMAGES = ("unseen", "all")
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,25 @@ class Row:
         offsets: of `OFFSETS`, the same number of them in all.
         rank: R, the number of factors.
         training: of `TRAININGS`, what of the VAE: frozen as it is, or trained on with the network, or both from the beginning.
+        images: of `IMAGES`, for training: those that the frozen VAE has not seen, or all.
     """
 
     offsets: str = "dense"
     rank: int = 0
     training: str = "frozen"
+    images: str = "unseen"
 
     @property
     def name(self) -> str:
         """In tables."""
         factors = f" + {self.rank} factors" if self.rank else ""
         joint = {"frozen": "", "fine-tuned": ", fine-tuned with the mean", "scratch": ", from scratch with the mean"}
-        return f"{self.offsets}{factors}{joint[self.training]}"
+        return f"{self.offsets}{factors}{joint[self.training]}{f', {self.images} images' if self.is_control else ''}"
+
+    @property
+    def is_control(self) -> bool:
+        """Whether it differs from another row only in its images: they tell what of a gain is theirs."""
+        return (self.images == "all") == (self.training == "frozen")
 
 
 ROWS = {
@@ -46,8 +54,10 @@ ROWS = {
     "r32": Row(rank=32),
     "dilated": Row("dilated"),
     "greedy": Row("greedy"),
-    "fine-tuned": Row(training="fine-tuned"),
-    "scratch": Row(training="scratch"),
+    "dense-all": Row(images="all"),
+    "fine-tuned-unseen": Row(training="fine-tuned"),
+    "fine-tuned": Row(training="fine-tuned", images="all"),
+    "scratch": Row(training="scratch", images="all"),
 }
 
 
@@ -103,26 +113,29 @@ def config_for(
     Args:
         data: its images.
         file: of its base models.
-        rows: names of `ROWS`, of which the first is compared with all others; None for all.
+        rows: names of `ROWS`, of which the first is compared with all others; None for all that differ.
         seeds: networks of each row; None for 3.
         epochs: of all networks; None for 8, and 30 from scratch.
         measured: test images for what takes long; None for 128.
 
     Raises:
-        ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice; fine-tuning
-            without the row that it begins with.
+        ValueError: no such file, or one of other images or without a VAE; rows that there are not, or twice, or that differ
+            in images where all networks have the same; fine-tuning without the row that it begins with.
     """
     bases, about = load_bases(file)
     faces = Faces.from_dict(about["config"])
     check_same_data(faces, data)
     if BASE not in bases:
         raise ValueError(f"{file} has no {BASE}, only {', '.join(bases)}")
-    names = list(ROWS) if rows is None else list(rows)
+    names = [name for name, row in ROWS.items() if faces.held_out or not row.is_control] if rows is None else list(rows)
     unknown = [name for name in names if name not in ROWS]
     if unknown or not names or len(set(names)) < len(names):
         raise ValueError(f"rows is {','.join(names)}, expected some of {', '.join(ROWS)}, each once")
-    if "fine-tuned" in names and "dense" not in names[: names.index("fine-tuned")]:
-        raise ValueError("rows has fine-tuned without dense before it, with whose network it begins")
+    for place, name in enumerate(names):
+        if ROWS[name].training == "fine-tuned" and "dense" not in names[:place]:
+            raise ValueError(f"rows has {name} without dense before it, with whose network it begins")
+        if ROWS[name].is_control and not faces.held_out:
+            raise ValueError(f"rows has {name}, but the VAE of {file} has seen all training images: no row differs in them")
     config = Config(faces, hashlib.sha256(file.read_bytes()).hexdigest(), tuple(ROWS[name] for name in names))
     given = {"seeds": seeds, "epochs": epochs, "scratch_epochs": epochs, "measured": measured}
     config = replace(config, **{key: value for key, value in given.items() if value is not None})

@@ -109,7 +109,8 @@ def _images_text(faces: Faces) -> str:
         return ""
     return (
         f" Networks behind the VAE that stays as it is learn from the {faces.covariance_images:,} training images that it has "
-        f"not seen; mean and covariance trained together, from all {faces.base_images + faces.covariance_images:,}."
+        f"not seen; mean and covariance trained together, from all {faces.base_images + faces.covariance_images:,}, unless the "
+        "row says otherwise."
     )
 
 

@@ -13,15 +13,16 @@ import banded_gmrf as bg
 from experiments.__main__ import app
 from experiments.checkpoints import CHECKPOINT, load_checkpoint
 from experiments.faces import figures
+from experiments.faces.images import TrainingImages
 from experiments.faces.presets import PRESETS, Covariance
-from experiments.reach import measures, offsets, report, run
+from experiments.reach import measures, networks, offsets, presets, report, run
 from experiments.reach.measures import measure
 from experiments.reach.presets import ROWS
 from experiments.reach.report import paired_difference, summarise
 from supn_models import ConvVAE, StructuredLikelihood
 from tests.experiments.tiny_faces import PRESET
 
-TINY = replace(PRESET, covariances=(Covariance("VAE", 1),), train=16)
+TINY = replace(PRESET, covariances=(Covariance("VAE", 1),), train=16, held_out=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +74,11 @@ def test_results_are_complete(finished):
         assert ("nats_difference" in row) == (name != "dense")
     one = results["rows"]["dilated"]
     assert one["nats_difference"]["mean"] == pytest.approx(one["nats"] - results["rows"]["dense"]["nats"])
-    networks, _ = load_checkpoint(finished / CHECKPOINT)
-    assert networks["dense + 32 factors"].config["num_factors"] == 32
-    assert networks["greedy"].stencil.offsets == tuple(map(tuple, results["stencils"]["greedy"]))
-    assert "dense, from scratch with the mean: VAE" in networks
+    kept, _ = load_checkpoint(finished / CHECKPOINT)
+    assert kept["dense + 32 factors"].config["num_factors"] == 32
+    assert kept["greedy"].stencil.offsets == tuple(map(tuple, results["stencils"]["greedy"]))
+    assert "dense, from scratch with the mean: VAE" in kept
+    assert "dense, all images: VAE" not in kept
 
 
 def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tmp_path, monkeypatch):
@@ -86,7 +88,7 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(faces, npz, finished, tm
         def interrupted_step(self, *args, **kwargs):
             nonlocal count
             count += 1
-            if count == 30:  # of the eighth training of four steps each
+            if count == 30:  # of the twelfth training, the second one with 32 factors
                 raise KeyboardInterrupt
             return step(self, *args, **kwargs)
 
@@ -179,6 +181,7 @@ def test_a_run_of_another_experiment_is_no_earlier_table(faces, npz, tmp_path):
         (["--rows", "dense,r16"], "rows is dense,r16, expected some of dense, r8"),
         (["--rows", "dense,dense"], "each once"),
         (["--rows", "fine-tuned,dense"], "rows has fine-tuned without dense before it"),
+        (["--rows", "dense-all,fine-tuned-unseen"], "rows has fine-tuned-unseen without dense before it"),
     ],
 )
 def test_bad_rows_are_named(faces, npz, tmp_path, more, words):
@@ -186,6 +189,28 @@ def test_bad_rows_are_named(faces, npz, tmp_path, more, words):
     assert outcome.exit_code == 2
     assert words in " ".join(outcome.output.replace("│", " ").split())
     assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_differ_in_images_alone_need_a_vae_that_has_not_seen_them_all(monkeypatch, tmp_path):
+    seen_all = replace(TINY, held_out=0.0, test=4).as_dict()
+    monkeypatch.setattr(presets, "load_bases", lambda file: ({"VAE": None}, {"config": seen_all}))
+    monkeypatch.setattr(presets, "check_same_data", lambda *args: None)
+    file = tmp_path / "bases.safetensors"
+    file.touch()
+    rows = presets.config_for(None, file).rows
+    assert [row.name for row in rows if row.is_control] == []
+    assert len(rows) == len(ROWS) - 2
+    with pytest.raises(ValueError, match=r"rows has dense-all, but the VAE of .* has seen all training images"):
+        presets.config_for(None, file, ["dense", "dense-all"])
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("dense", 2), ("dense-all", 5), ("fine-tuned-unseen", 2), ("fine-tuned", 5), ("scratch", 5)]
+)
+def test_which_images_train_a_row(name, count):
+    images = TrainingImages((torch.zeros(3, 1, 8, 8),), (torch.ones(2, 1, 8, 8),), torch.empty(0, 1, 8, 8))
+    (found,) = networks._images_of(ROWS[name], images)
+    assert (len(found), found.sum().item()) == (count, 2 * 64)
 
 
 def test_the_file_of_base_models_is_enough(faces, npz, finished, tmp_path):
@@ -276,7 +301,7 @@ def test_who_sees_which_images_is_said():
     held_out = replace(PRESET, train=100, held_out=0.25, validation=0.05)
     text = report._images_text(held_out)
     assert "learn from the 25 training images" in text
-    assert text.endswith("trained together, from all 95.")
+    assert text.endswith("trained together, from all 95, unless the row says otherwise.")
     assert report._images_text(replace(PRESET, train=100)) == ""
 
 
