@@ -1,6 +1,7 @@
 """From features to a Cholesky factor."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,11 +9,11 @@ from torch import Tensor, nn
 import banded_gmrf as bg
 
 from .graph import predicted_factor
+from .head_state import Head
 from .layers import (
     MAX_LOG_RATIO,
     check_features,
     check_positive_int,
-    check_same_meaning,
     check_stddev,
     check_stencil,
     conv,
@@ -20,7 +21,7 @@ from .layers import (
 )
 
 
-class StencilCholeskyHead(nn.Module):
+class StencilCholeskyHead(Head):
     """Features (B, C, *grid) to a `banded_gmrf.StencilCholesky` with batch shape (B,), by one pointwise convolution.
 
     The convolution gives K values per site: s, from which log_diag = s - log(initial_stddev), and K - 1 weights a, from which
@@ -42,11 +43,12 @@ class StencilCholeskyHead(nn.Module):
         initial_stddev: standard deviation of the first prediction, in the units of the data (those of a pixel).
         out_channels: channels of the field; None for a field without an axis of channels.
 
-    A state_dict holds stencil, ``initial_stddev`` and ``out_channels``, too: the same weights mean another factor with others.
+    A state_dict says what its weights mean: the kind of head, stencil, ``initial_stddev`` and ``out_channels``. The same
+    weights mean another factor with others.
 
     Raises:
-        ValueError: an argument out of range, features of another shape, or the state of a head with another stencil,
-            ``initial_stddev`` or ``out_channels``.
+        ValueError: an argument out of range, features of another shape, or the state of another kind of head or of one with
+            another stencil, ``initial_stddev`` or ``out_channels``.
     """
 
     def __init__(self, in_channels: int, stencil: bg.Stencil, initial_stddev: float = 1.0, out_channels: int | None = None):
@@ -79,11 +81,10 @@ class StencilCholeskyHead(nn.Module):
         log_diag = soft_bound(out[:, 0], MAX_LOG_RATIO) - math.log(self.initial_stddev)
         return predicted_factor(log_diag, out[:, 1:] * log_diag.exp()[:, None], self.stencil)
 
-    def get_extra_state(self) -> Tensor:
-        """float64: ``initial_stddev``, ``out_channels`` or 0, and the stencil's offsets one after the other."""
-        offsets = [number for offset in self.stencil.offsets for number in offset]
-        return torch.tensor([self.initial_stddev, self.out_channels or 0, *offsets], dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse weights that meant something else."""
-        check_same_meaning(state, self.get_extra_state())
+    def _meaning(self) -> dict[str, Any]:
+        return {
+            "head": "StencilCholeskyHead",
+            "initial_stddev": self.initial_stddev,
+            "out_channels": self.out_channels,
+            "stencil": self.stencil.to_json(),
+        }

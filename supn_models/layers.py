@@ -90,22 +90,3 @@ def check_features(name: str, x: Tensor, channels: int, ndim: int, why: str = ""
     check_tensor(name, x)
     if x.ndim != ndim + 2 or x.shape[1] != channels or 0 in x.shape[2:]:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, expected (batch, {channels}, *grid) with {ndim} grid axes{why}")
-
-
-def check_same_meaning(there: Tensor, here: Tensor, second: str = "out_channels", others: str = "stencil") -> None:
-    """Raise ValueError unless the extra states of two heads say the same of what their weights mean.
-
-    The initial standard deviation, which may have been measured, need not be the same to the last bit.
-
-    Args:
-        there: initial_stddev, another number, and more of them.
-        here: the same of the head that is to take the weights.
-        second: name of the other number.
-        others: what the rest of them is.
-    """
-    there = there.cpu().double()
-    for place, name in enumerate(("initial_stddev", second)):
-        if not math.isclose(there[place], here[place], rel_tol=1e-6):
-            raise ValueError(f"the weights are of a head with {name} {there[place]:g}, this one has {here[place]:g}")
-    if not torch.equal(there[2:], here[2:]):
-        raise ValueError(f"the weights are of a head with another {others}")

@@ -1,14 +1,16 @@
 """From features to the factors of a low-rank part."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layers import check_features, check_positive_int, check_same_meaning, check_stddev, conv
+from .head_state import Head
+from .layers import check_features, check_positive_int, check_stddev, conv
 
 
-class LowRankHead(nn.Module):
+class LowRankHead(Head):
     """Features (B, C, *grid) to the factors (B, R, *grid) of a `banded_gmrf.LowRankGMRF`, by one pointwise convolution.
 
     It stands beside a `StencilCholeskyHead` on the same features, as in ``bg.LowRankGMRF(mean, L, low_rank(features))``. What
@@ -30,11 +32,11 @@ class LowRankHead(nn.Module):
         out_channels: channels of the field, as for `StencilCholeskyHead`: the factors are (B, R, *grid, out_channels), and
             channels share their weights.
 
-    A state_dict holds ``initial_stddev`` and ``out_channels``, too, as that of `StencilCholeskyHead` does.
+    A state_dict says the kind of head, ``initial_stddev`` and ``out_channels``, as that of `StencilCholeskyHead` does.
 
     Raises:
-        ValueError: an argument out of range, features of another shape, or the state of a head with another
-            ``initial_stddev`` or ``out_channels``.
+        ValueError: an argument out of range, features of another shape, or the state of another kind of head or of one with
+            another ``initial_stddev`` or ``out_channels``.
     """
 
     def __init__(
@@ -71,10 +73,5 @@ class LowRankHead(nn.Module):
             factors = factors.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
         return factors
 
-    def get_extra_state(self) -> Tensor:
-        """float64: ``initial_stddev``, and ``out_channels`` or 0."""
-        return torch.tensor([self.initial_stddev, self.out_channels or 0], dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse weights that meant something else."""
-        check_same_meaning(state, self.get_extra_state())
+    def _meaning(self) -> dict[str, Any]:
+        return {"head": "LowRankHead", "initial_stddev": self.initial_stddev, "out_channels": self.out_channels}

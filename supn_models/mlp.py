@@ -5,17 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
 from gmrf_kernels.checks import check_tensor
 
 from .graph import predicted_factor
-from .layers import MAX_LOG_RATIO, check_positive_int, check_same_meaning, check_stddev, check_stencil, soft_bound
+from .head_state import Head
+from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stencil, soft_bound
 
 
-class CovarianceMLP(nn.Module):
+class CovarianceMLP(Head):
     """Numbers (B, in_features), or anything that flattens to that, to a `banded_gmrf.StencilCholesky` with batch shape (B,).
 
     Linear layers with batch normalisation and ReLU, then one linear output for each entry of the factor that exists: the n
@@ -41,11 +41,12 @@ class CovarianceMLP(nn.Module):
         initial_stddev: standard deviation of the first prediction, in the units of the data.
         standardise: whether the outputs are the entries of W or those of L.
 
-    A state_dict holds ``initial_stddev``, ``standardise``, grid and stencil, too: with others the same weights mean
-    another factor.
+    A state_dict says what its weights mean: the kind of head, ``initial_stddev``, ``standardise``, grid and stencil. The same
+    weights mean another factor with others.
 
     Raises:
-        ValueError: an argument out of range, an input of another size, or the state of a network with another of the four.
+        ValueError: an argument out of range, an input of another size, or the state of another kind of head or of one with
+            another of these four.
     """
 
     def __init__(
@@ -113,14 +114,14 @@ class CovarianceMLP(nn.Module):
             log_diag.unflatten(1, self.grid), off_diag.unflatten(1, (len(self.stencil), *self.grid)), self.stencil
         )
 
-    def get_extra_state(self) -> Tensor:
-        """float64: ``initial_stddev``, ``standardise``, the grid, and the stencil's offsets one after the other."""
-        offsets = [number for offset in self.stencil.offsets for number in offset]
-        return torch.tensor([self.initial_stddev, self.standardise, *self.grid, *offsets], dtype=torch.float64)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse weights that meant something else."""
-        check_same_meaning(state, self.get_extra_state(), "standardise", "grid or stencil")
+    def _meaning(self) -> dict[str, Any]:
+        return {
+            "head": "CovarianceMLP",
+            "initial_stddev": self.initial_stddev,
+            "standardise": self.standardise,
+            "grid": self.grid,
+            "stencil": self.stencil.to_json(),
+        }
 
 
 def _layer(inputs: int, outputs: int) -> nn.Module:

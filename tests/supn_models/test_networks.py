@@ -30,6 +30,8 @@ CASES = [
     pytest.param(bg.Stencil.cross(1, ndim=3), (3, 6, 5), id="3 axes"),
 ]
 
+SQUARE = bg.Stencil.square(3)
+
 
 def nll(factor: bg.StencilCholesky, residual: torch.Tensor) -> torch.Tensor:
     return bg.negative_log_likelihood(residual, factor.log_diag, factor.off_diag, factor.stencil).mean()
@@ -128,28 +130,40 @@ def test_head_of_channels_learns_that_they_are_correlated(grid):
 @pytest.mark.parametrize(
     ("there", "here", "words"),
     [
+        # One factor, or a stencil without offsets: the weights have one shape, and no offset tells the two kinds apart.
+        (LowRankHead(4, 1), StencilCholeskyHead(4, bg.Stencil.square(1)), "of a LowRankHead, this is a StencilCholeskyHead"),
+        (StencilCholeskyHead(4, bg.Stencil.square(1)), LowRankHead(4, 1), "of a StencilCholeskyHead, this is a LowRankHead"),
+        (
+            LowRankHead(4, 1, out_channels=3),
+            StencilCholeskyHead(4, bg.Stencil([], ndim=3), out_channels=3),
+            "of a LowRankHead, this is a StencilCholeskyHead",
+        ),
         (
             StencilCholeskyHead(4, bg.Stencil.square(3), 0.05),
             StencilCholeskyHead(4, bg.Stencil.square(3)),
-            "initial_stddev 0.05, this",
+            "of a StencilCholeskyHead with initial_stddev 0.05, this one has 1.0",
         ),
-        (StencilCholeskyHead(4, bg.Stencil.square(3)), StencilCholeskyHead(4, bg.Stencil.cross(2)), "another stencil"),
+        (
+            StencilCholeskyHead(4, bg.Stencil([1, 2])),
+            StencilCholeskyHead(4, bg.Stencil([1, 3])),
+            r"with stencil .*\[\[1\], \[2\]\]",
+        ),
         (
             StencilCholeskyHead(4, bg.Stencil.box((0, 2)), out_channels=1),
             StencilCholeskyHead(4, bg.Stencil.box((0, 2))),
-            "out_channels 1, this one has 0",
+            "out_channels 1, this one has None",
         ),
-        (LowRankHead(4, 2, initial_stddev=2.0), LowRankHead(4, 2), "initial_stddev 2, this one has 1"),
-        (LowRankHead(4, 6), LowRankHead(4, 2, out_channels=3), "out_channels 0, this one has 3"),
+        (LowRankHead(4, 2, initial_stddev=2.0), LowRankHead(4, 2), "initial_stddev 2.0, this one has 1.0"),
+        (LowRankHead(4, 6), LowRankHead(4, 2, out_channels=3), "out_channels None, this one has 3"),
         (
             CovarianceMLP(3, (2, 2), bg.Stencil.square(3), standardise=False),
             CovarianceMLP(3, (2, 2), bg.Stencil.square(3)),
-            "standardise 0, this one has 1",
+            "standardise False, this one has True",
         ),
         (
             CovarianceMLP(3, (4,), bg.Stencil.box((1,))),
             CovarianceMLP(3, (2, 2), bg.Stencil.box((0, 1))),
-            "another grid or stencil",
+            r"with grid \[4\], this one has \[2, 2\]",
         ),
     ],
 )
@@ -158,6 +172,28 @@ def test_weights_that_meant_something_else_are_refused(there, here, words):
     with pytest.raises(ValueError, match=words):
         here.load_state_dict(there.state_dict())
     there.half().load_state_dict(copy.deepcopy(there).state_dict())
+    there.load_state_dict({name: tensor.half() for name, tensor in there.state_dict().items()})
+
+
+@pytest.mark.parametrize("head", [StencilCholeskyHead(4, bg.Stencil.square(3), 0.3), LowRankHead(4, 2)])
+def test_an_initial_stddev_need_not_be_the_same_to_the_last_bit(head):
+    measured_again = copy.deepcopy(head)
+    measured_again.initial_stddev *= 1 + 1e-12
+    head.load_state_dict(measured_again.state_dict())
+
+
+@pytest.mark.parametrize(
+    "state", [[1.0, 0.0], None, torch.zeros(0), torch.ones(2, dtype=torch.float64), torch.tensor(3), torch.tensor([[91, 93]])]
+)
+@pytest.mark.parametrize(
+    "head",
+    [StencilCholeskyHead(4, SQUARE), LowRankHead(4, 2), CovarianceMLP(3, (2, 2), SQUARE)],
+    ids=lambda head: type(head).__name__,
+)
+def test_a_state_that_is_not_of_a_head_is_refused(head, state):
+    words = f"_extra_state is .*, expected what the state_dict of a {type(head).__name__} holds"
+    with pytest.raises(ValueError if isinstance(state, torch.Tensor) else TypeError, match=words):
+        head.load_state_dict({**head.state_dict(), "_extra_state": state})
 
 
 def test_a_stencil_without_an_axis_of_channels_is_named():
@@ -220,9 +256,6 @@ def test_config_builds_the_same_network():
             assert ours.stencil == theirs.stencil
             ours, theirs = ours.log_diag, theirs.log_diag
         assert torch.equal(ours, theirs)
-
-
-SQUARE = bg.Stencil.square(3)
 
 
 @pytest.mark.parametrize(
