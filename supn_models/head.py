@@ -3,7 +3,6 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 import banded_gmrf as bg
@@ -17,6 +16,7 @@ from .layers import (
     check_stddev,
     check_stencil,
     conv,
+    in_own_precision,
     soft_bound,
 )
 
@@ -72,9 +72,7 @@ class StencilCholeskyHead(Head):
         """The factors, batch (B,), of features (B, C, *grid): on the grid (*grid,) or (*grid, out_channels)."""
         why = "" if self.out_channels is None else f": the last of the stencil's {self.stencil.ndim} axes counts out_channels"
         check_features("features", features, self.in_channels, self.ndim, why)
-        # In the precision of the weights under autocast, too: a likelihood feels errors of its factor that no feature shows.
-        with torch.autocast(features.device.type, enabled=False):
-            out = self.conv(features.to(self.conv.weight.dtype))
+        out = in_own_precision(self.conv, features)
         if self.out_channels is not None:
             out = out.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
         # Bounded: features far from any seen in training must not make exp overflow.

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from banded_gmrf import Stencil
+from banded_gmrf.transformations import without_autocast
 from gmrf_kernels.checks import check_tensor
 
 _CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -17,6 +18,15 @@ _BATCH_NORM = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 def conv(ndim: int, in_channels: int, out_channels: int, kernel_size: int = 3, stride: int = 1) -> nn.Module:
     """A convolution over ``ndim`` axes, padded so that stride 1 keeps a grid's size n and stride 2 makes it ceil(n / 2)."""
     return _CONV[ndim](in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
+
+
+def in_own_precision(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(x)`` in the precision of the layer's weights, whatever that of ``x``, and under autocast, too.
+
+    For parameters of a distribution: a likelihood feels errors of its factor that no feature shows.
+    """
+    with without_autocast(x):
+        return layer(x.to(layer.weight.dtype))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

@@ -3,11 +3,10 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .head_state import Head
-from .layers import check_features, check_positive_int, check_stddev, conv
+from .layers import check_features, check_positive_int, check_stddev, conv, in_own_precision
 
 
 class LowRankHead(Head):
@@ -67,8 +66,7 @@ class LowRankHead(Head):
     def forward(self, features: Tensor) -> Tensor:
         """(B, R, *grid) of features (B, C, *grid), or (B, R, *grid, out_channels)."""
         check_features("features", features, self.in_channels, self.ndim)
-        with torch.autocast(features.device.type, enabled=False):  # as in `StencilCholeskyHead`
-            factors = self.initial_stddev * self.conv(features.to(self.conv.weight.dtype))
+        factors = self.initial_stddev * in_own_precision(self.conv, features)
         if self.out_channels is not None:
             factors = factors.unflatten(1, (-1, self.out_channels)).movedim(2, -1)
         return factors

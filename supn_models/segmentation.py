@@ -10,7 +10,7 @@ import banded_gmrf as bg
 from banded_gmrf.transformations import require
 
 from .head import StencilCholeskyHead
-from .layers import check_positive_int, check_stencil, conv
+from .layers import check_positive_int, check_stencil, conv, in_own_precision
 from .low_rank import LowRankHead
 
 
@@ -19,7 +19,7 @@ class SegmentationHead(nn.Module):
 
     Each class has a local field of its own. All share the weights of the low-rank part, which moves whole regions from one
     class to another. With ``num_factors=0`` the distribution is a `banded_gmrf.GMRF`, else a `banded_gmrf.LowRankGMRF`. It is
-    trained by `categorical_log_likelihood`.
+    trained by `categorical_log_likelihood`, and has the precision of the head's weights, whatever that of the features.
 
     Source: Monteiro et al., Stochastic Segmentation Networks, NeurIPS 2020, whose covariance is diagonal plus low-rank.
 
@@ -57,10 +57,11 @@ class SegmentationHead(nn.Module):
     def forward(self, features: Tensor) -> bg.GMRF | bg.LowRankGMRF:
         """The logits of features (B, C, *grid): batch (B,), events (*grid, num_classes)."""
         factor = self.local(features)
-        mean = self.mean(features).movedim(1, -1).to(factor.dtype)
+        mean = in_own_precision(self.mean, features).movedim(1, -1)
+        # Not validated, as in `StructuredLikelihood`.
         if self.low_rank is None:
-            return bg.GMRF(mean, factor)
-        return bg.LowRankGMRF(mean, factor, self.low_rank(features))
+            return bg.GMRF(mean, factor, validate_args=False)
+        return bg.LowRankGMRF(mean, factor, self.low_rank(features), validate_args=False)
 
 
 def categorical_log_likelihood(logits: Distribution, labels: Tensor, num_samples: int = 16) -> Tensor:

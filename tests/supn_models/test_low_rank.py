@@ -71,6 +71,27 @@ def test_segmentation_head_gives_a_distribution_of_logits(num_factors, stencil, 
     assert loss.isfinite().all()
 
 
+@pytest.mark.parametrize("num_factors", [0, 3])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_segmentation_head_keeps_the_precision_of_its_weights(num_factors, dtype):
+    """Whatever that of the features, as its parts do: not a number differs from those of the same features in float32."""
+    head, features = SegmentationHead(6, 3, STENCIL, num_factors), torch.randn(2, 6, *GRID).to(dtype)
+    expected = head(features.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under_autocast = head(features.float())
+    for q in (head(features), under_autocast):
+        assert torch.equal(q.loc, expected.loc)
+        assert torch.equal(q.log_diag, expected.log_diag)
+        assert num_factors == 0 or torch.equal(q.factors, expected.factors)
+
+
+@pytest.mark.parametrize("num_factors", [0, 3])
+def test_segmentation_head_does_not_look_into_its_numbers(num_factors):
+    """A GPU would have to wait for that at each step. What is not finite shows in the likelihood."""
+    q = SegmentationHead(6, 3, STENCIL, num_factors)(torch.full((1, 6, *GRID), math.nan))
+    assert categorical_log_likelihood(q, torch.zeros(1, *GRID, dtype=torch.int64)).isnan()
+
+
 def test_the_likelihood_is_that_of_the_samples():
     head = SegmentationHead(6, 3, STENCIL, 2)
     q, labels = head(torch.randn(2, 6, *GRID)), torch.randint(3, (2, *GRID))

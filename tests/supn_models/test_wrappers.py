@@ -7,10 +7,20 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, stack_module_state
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 import banded_gmrf as bg
-from supn_models import ConvAutoencoder, CovarianceMLP, CovarianceNetwork, LatentCovarianceNetwork, StructuredLikelihood
+from supn_models import (
+    ConvAutoencoder,
+    CovarianceMLP,
+    CovarianceNetwork,
+    LatentCovarianceNetwork,
+    LowRankHead,
+    SegmentationHead,
+    StencilCholeskyHead,
+    StructuredLikelihood,
+)
 from tests.marks import needs_inductor
 
 STENCIL, GRID = bg.Stencil.square(3), (9, 7)
@@ -136,6 +146,41 @@ def test_exported_network_takes_another_batch_and_grid(strict):
         torch.testing.assert_close(actual.log_diag, expected.log_diag)
         torch.testing.assert_close(actual.off_diag, expected.off_diag)
         torch.testing.assert_close(actual.solve(image[:, 0]), expected.solve(image[:, 0]))
+
+
+@pytest.mark.parametrize(("num_factors", "strict"), [(0, False), (0, True), (2, True)])
+def test_exported_segmentation_takes_another_batch_and_grid(num_factors, strict):
+    head, dynamic_shapes = SegmentationHead(4, 3, STENCIL, num_factors), ({0: AUTO, 2: AUTO, 3: AUTO},)
+    program = torch.export.export(head, (torch.rand(2, 4, *GRID),), dynamic_shapes=dynamic_shapes, strict=strict)
+    for shape in ((2, 4, *GRID), (1, 4, 16, 12)):
+        features = torch.rand(shape)
+        actual, expected = program.module()(features), head(features)
+        assert type(actual) is type(expected)
+        x = torch.randn(shape[0], *shape[2:], 3)
+        torch.testing.assert_close(actual.log_prob(x), expected.log_prob(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "channels"),
+    [
+        (covariance_network, 1),
+        (lambda: StencilCholeskyHead(4, STENCIL), 4),
+        (lambda: LowRankHead(4, 2), 4),
+        (lambda: SegmentationHead(4, 3, STENCIL, 2), 4),
+    ],
+)
+def test_a_network_without_storage_has_shapes_and_takes_weights(make, channels):
+    """On the device "meta": what a forward pass gives is known before there is memory for the weights."""
+    network, features = make(), torch.rand(2, channels, *GRID)
+    with torch.device("meta"):
+        empty = make()
+        known = tree_leaves(empty(torch.rand(2, channels, *GRID)))
+        make().load_state_dict(empty.state_dict())
+    make().to("meta").load_state_dict({name: tensor.to("meta") for name, tensor in network.state_dict().items()})
+    expected = tree_leaves(network(features))
+    assert [(tensor.shape, tensor.dtype, tensor.is_meta) for tensor in known] == [(t.shape, t.dtype, True) for t in expected]
+    empty.load_state_dict(network.state_dict(), assign=True)
+    torch.testing.assert_close(tree_leaves(empty(features)), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize(
