@@ -8,6 +8,7 @@ from torch.distributions import Distribution
 
 import banded_gmrf as bg
 from banded_gmrf.transformations import require
+from gmrf_kernels.checks import accumulate_dtype
 
 from .head import StencilCholeskyHead
 from .layers import check_positive_int, check_stencil, conv, in_own_precision
@@ -73,18 +74,24 @@ def categorical_log_likelihood(logits: Distribution, labels: Tensor, num_samples
     Source: Monteiro et al., Stochastic Segmentation Networks, NeurIPS 2020, equation 5.
 
     Args:
-        logits: batch (*batch,), events (*grid, num_classes); from a `SegmentationHead`.
+        logits: batch (*batch,), events (*grid, num_classes) with at least one grid axis; from a `SegmentationHead`.
         labels: (*batch, *grid), int64, each at least 0 and less than num_classes; negative where there is none.
         num_samples: of the logits.
 
     Returns:
-        (*batch,).
+        (*batch,), in the precision of the samples; float32 if that is float16 or bfloat16.
 
     Raises:
-        TypeError: labels that are not int64.
-        ValueError: labels of another shape, or out of range; ``num_samples`` less than 1.
+        TypeError: logits that are not a distribution, or labels that are not int64.
+        ValueError: events without a grid axis, labels of another shape, or out of range; ``num_samples`` less than 1.
     """
     check_positive_int("num_samples", num_samples)
+    if not isinstance(logits, Distribution):
+        raise TypeError(f"logits is a {type(logits).__name__}, expected a distribution of logits")
+    if len(logits.event_shape) < 2:
+        raise ValueError(
+            f"logits has events {tuple(logits.event_shape)}, expected (*grid, num_classes) with at least one grid axis"
+        )
     if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
         came = labels.dtype if isinstance(labels, Tensor) else f"a {type(labels).__name__}"
         raise TypeError(f"labels is {came}, expected torch.int64")
@@ -92,7 +99,8 @@ def categorical_log_likelihood(logits: Distribution, labels: Tensor, num_samples
     if labels.shape != (*logits.batch_shape, *grid):
         raise ValueError(f"labels has shape {tuple(labels.shape)}, expected {(*logits.batch_shape, *grid)}")
     require(labels < num_classes, f"labels has entries that are {num_classes} or more, expected classes below that")
-    log_probs = logits.rsample((num_samples,)).log_softmax(-1)
+    samples = logits.rsample((num_samples,))
+    log_probs = samples.to(accumulate_dtype(samples.dtype)).log_softmax(-1)
     index = labels.clamp(min=0).unsqueeze(-1).expand(num_samples, *labels.shape, 1)
     sites = log_probs.gather(-1, index).squeeze(-1).masked_fill(labels < 0, 0)
     return sites.flatten(-len(grid)).sum(-1).logsumexp(0) - math.log(num_samples)

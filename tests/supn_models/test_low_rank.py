@@ -107,6 +107,24 @@ def test_the_likelihood_is_that_of_the_samples():
     torch.testing.assert_close(categorical_log_likelihood(q, torch.full_like(labels, -1)), torch.zeros(2))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_likelihood_of_large_images_is_summed_in_enough_precision(dtype):
+    """Over so many sites that float16 has no number for the sum, and bfloat16 none within 100 nats."""
+    head = SegmentationHead(6, 3, STENCIL, 2).to(dtype)
+    q, labels = head(torch.randn(1, 6, 256, 256)), torch.randint(3, (1, 256, 256))
+    torch.manual_seed(1)
+    actual = categorical_log_likelihood(q, labels, num_samples=2)
+    torch.manual_seed(1)
+    samples = q.rsample((2,)).double()
+    each = -nn.functional.cross_entropy(samples.movedim(-1, 2).flatten(0, 1), labels.repeat(2, 1, 1), reduction="none")
+    expected = each.sum((1, 2)).logsumexp(0, keepdim=True) - math.log(2)
+    assert actual.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    # The samples are the same; float32 has 2**-8 nats to the last bit of 65536, and sums them in pairs.
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-12 if dtype == torch.float64 else 1e-6, atol=0)
+    actual.mean().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in head.parameters())
+
+
 def borders_of_coins(count: int, size: int, generator: torch.Generator, first_row: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Crops of a photograph of coins (count, 1, size, size), and each as one of many observers would segment it.
 
@@ -171,6 +189,16 @@ def test_bad_arguments():
         SegmentationHead(6, 2, bg.Stencil.box((1, 1, 1)))
     q = SegmentationHead(6, 3, STENCIL, 2)(features)
     labels = torch.zeros(2, *GRID, dtype=torch.int64)
+    with pytest.raises(TypeError, match="logits is a Tensor, expected a distribution of logits"):
+        categorical_log_likelihood(q.loc, labels)
+    no_grid = torch.distributions.MultivariateNormal(torch.zeros(4, 3), torch.eye(3))
+    with pytest.raises(
+        ValueError, match=r"logits has events \(3,\), expected \(\*grid, num_classes\) with at least one grid axis"
+    ):
+        categorical_log_likelihood(no_grid, torch.zeros(4, dtype=torch.int64))
+    one_axis = bg.GMRF(torch.zeros(3), bg.StencilCholesky(torch.zeros(3), torch.zeros(1, 3), bg.Stencil([1])))
+    with pytest.raises(ValueError, match=r"logits has events \(3,\)"):
+        categorical_log_likelihood(one_axis, torch.tensor(0))
     with pytest.raises(TypeError, match=r"labels is torch.float32, expected torch.int64"):
         categorical_log_likelihood(q, labels.float())
     with pytest.raises(ValueError, match=r"labels has shape \(7, 5\), expected \(2, 7, 5\)"):
