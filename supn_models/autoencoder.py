@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from banded_gmrf.stencil import as_grid
 from gmrf_kernels.checks import check_tensor
 
-from .layers import check_features, check_positive_int, conv, normalization
+from .layers import check_features, check_positive_int, check_positive_ints, conv, normalization
 from .upsampling import upsample
 
 
@@ -142,6 +142,7 @@ class ConvAutoencoder(nn.Module):
         super().__init__()
         check_positive_int("in_channels", in_channels)
         check_positive_int("latent_size", latent_size)
+        check_positive_ints("channels", channels, fewest=1)
         self.config: dict[str, Any] = {
             "grid": tuple(as_grid(grid)),
             "in_channels": in_channels,
@@ -179,8 +180,7 @@ def _grids(
     check_positive_int(name, image_channels)
     check_positive_int("latent_size", latent_size)
     grid = as_grid(grid)
-    if len(channels) == 0 or any(not isinstance(c, int) or c < 1 for c in channels):
-        raise ValueError(f"channels is {tuple(channels)}, expected at least one positive integer")
+    check_positive_ints("channels", channels, fewest=1)
     check_positive_int("kernel_size", kernel_size)
     if kernel_size % 2 == 0:
         raise ValueError(f"kernel_size is {kernel_size}, expected an odd integer")

@@ -13,7 +13,16 @@ from gmrf_kernels.checks import check_tensor
 
 from .autoencoder import ConvDecoder
 from .head import StencilCholeskyHead
-from .layers import ResidualBlock, check_features, check_positive_int, check_stencil, conv
+from .layers import (
+    ResidualBlock,
+    check_features,
+    check_int,
+    check_positive_int,
+    check_positive_ints,
+    check_stddev,
+    check_stencil,
+    conv,
+)
 from .low_rank import LowRankHead
 from .upsampling import upsample
 
@@ -55,8 +64,8 @@ class CovarianceNetwork(nn.Module):
         check_positive_int("channels", channels)
         check_positive_int("num_levels", num_levels)
         check_stencil(stencil)
-        if num_factors != 0:
-            check_positive_int("num_factors", num_factors)
+        check_stddev("initial_stddev", initial_stddev)
+        check_int("num_factors", num_factors, 0)
         ndim = stencil.ndim
         widths = [channels * 2**level for level in range(num_levels)]
         finer_and_coarser = list(itertools.pairwise(widths))
@@ -152,8 +161,8 @@ class LatentCovarianceNetwork(nn.Module):
         grid = as_grid(grid)
         if len(grid) != stencil.ndim:
             raise ValueError(f"grid is {tuple(grid)}, expected {stencil.ndim} axes as the stencil has")
-        if image_channels != 0:
-            check_positive_int("image_channels", image_channels)
+        check_int("image_channels", image_channels, 0)
+        check_positive_ints("decoder_channels", decoder_channels, fewest=1)
         self.image_channels = image_channels
         self._decoder_config = {
             "grid": tuple(grid),

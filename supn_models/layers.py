@@ -1,6 +1,8 @@
 """What the networks share: layers for 1 to 3 grid axes, and checks of their arguments."""
 
 import math
+from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -74,10 +76,24 @@ class ResidualBlock(nn.Module):
         return x + self.body(x)
 
 
+def check_int(name: str, value: int, least: int, most: int | None = None) -> None:
+    """Raise ValueError unless ``value`` is an integer, and no truth value, from ``least`` to ``most``; None: however large."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        expected = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise ValueError(f"{name} is {value!r}, expected an integer {expected}")
+
+
 def check_positive_int(name: str, value: int) -> None:
     """Raise ValueError unless ``value`` is an integer of at least 1."""
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
+    check_int(name, value, 1)
+
+
+def check_positive_ints(name: str, values: Sequence[int], fewest: int = 0) -> None:
+    """Raise ValueError unless ``values`` is a sequence of integers of at least 1, of ``fewest`` or more."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes) or len(values) < fewest:
+        raise ValueError(f"{name} is {values!r}, expected a sequence of integers{f', at least {fewest}' if fewest else ''}")
+    for value in values:
+        check_positive_int(name, value)
 
 
 def check_stencil(stencil: Stencil) -> None:
@@ -87,7 +103,11 @@ def check_stencil(stencil: Stencil) -> None:
 
 
 def check_stddev(name: str, value: float) -> None:
-    """Raise ValueError unless ``value`` is a positive finite number."""
+    """Raise ValueError unless ``value`` is a positive finite number, or a tensor of one."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r}, expected a number")
     if not 0 < value < math.inf:
         raise ValueError(f"{name} is {value}, expected a positive finite number")
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .head_state import Head
-from .layers import check_features, check_positive_int, check_stddev, conv, in_own_precision
+from .layers import check_features, check_int, check_positive_int, check_stddev, conv, in_own_precision
 
 
 class LowRankHead(Head):
@@ -54,13 +54,11 @@ class LowRankHead(Head):
         check_stddev("initial_scale", initial_scale)
         if out_channels is not None:
             check_positive_int("out_channels", out_channels)
-        most = 3 if out_channels is None else 2
-        if ndim not in range(1, most + 1):
-            raise ValueError(f"ndim is {ndim!r}, expected 1 to {most}")
+        check_int("ndim", ndim, 1, 3 if out_channels is None else 2)
         self.in_channels, self.num_factors, self.ndim, self.out_channels = in_channels, num_factors, ndim, out_channels
         self.initial_stddev = float(initial_stddev)
         self.conv = conv(ndim, in_channels, num_factors * (out_channels or 1), kernel_size=1)
-        nn.init.normal_(self.conv.weight, std=initial_scale / math.sqrt(in_channels))
+        nn.init.normal_(self.conv.weight, std=float(initial_scale) / math.sqrt(in_channels))
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, features: Tensor) -> Tensor:

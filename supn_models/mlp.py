@@ -12,7 +12,7 @@ from gmrf_kernels.checks import check_tensor
 
 from .graph import predicted_factor
 from .head_state import Head
-from .layers import MAX_LOG_RATIO, check_positive_int, check_stddev, check_stencil, soft_bound
+from .layers import MAX_LOG_RATIO, check_positive_int, check_positive_ints, check_stddev, check_stencil, soft_bound
 
 
 class CovarianceMLP(Head):
@@ -63,13 +63,12 @@ class CovarianceMLP(Head):
         check_positive_int("in_features", in_features)
         check_stencil(stencil)
         check_stddev("initial_stddev", initial_stddev)
-        for name, sizes in (("grid", grid), ("hidden", hidden)):
-            if not isinstance(sizes, Sequence):
-                raise ValueError(f"{name} is {sizes!r}, expected a sequence of integers")
-            for size in sizes:
-                check_positive_int(name, size)
+        check_positive_ints("grid", grid)
+        check_positive_ints("hidden", hidden)
         if bottleneck is not None:
             check_positive_int("bottleneck", bottleneck)
+        if not isinstance(standardise, bool):
+            raise ValueError(f"standardise is {standardise!r}, expected True or False")
         self.config: dict[str, Any] = {
             "in_features": in_features,
             "grid": tuple(grid),

@@ -11,7 +11,7 @@ from banded_gmrf.transformations import require
 from gmrf_kernels.checks import accumulate_dtype
 
 from .head import StencilCholeskyHead
-from .layers import check_positive_int, check_stencil, conv, in_own_precision
+from .layers import check_int, check_positive_int, check_stddev, check_stencil, conv, in_own_precision
 from .low_rank import LowRankHead
 
 
@@ -39,14 +39,13 @@ class SegmentationHead(nn.Module):
         self, in_channels: int, num_classes: int, stencil: bg.Stencil, num_factors: int = 8, initial_stddev: float = 1.0
     ):
         super().__init__()
-        check_positive_int("num_classes", num_classes)
+        check_positive_int("in_channels", in_channels)
+        check_int("num_classes", num_classes, 2)
         check_stencil(stencil)
-        if num_classes < 2:
-            raise ValueError(f"num_classes is {num_classes}, expected at least 2")
         if stencil.ndim > 2:
             raise ValueError("stencil has 3 axes, expected 1 or 2: the classes are an axis of the logits' grid")
-        if num_factors != 0:
-            check_positive_int("num_factors", num_factors)
+        check_int("num_factors", num_factors, 0)
+        check_stddev("initial_stddev", initial_stddev)
         ndim = stencil.ndim
         of_classes = bg.Stencil([(*offset, 0) for offset in stencil.offsets], ndim=ndim + 1)
         self.mean = conv(ndim, in_channels, num_classes, kernel_size=1)

@@ -169,10 +169,10 @@ def test_bad_arguments():
     for arguments, message in (
         ((0, 4), "in_channels is 0, expected an integer of at least 1"),
         ((6, 0), "num_factors is 0, expected an integer of at least 1"),
-        ((6, 4, 4), "ndim is 4, expected 1 to 3"),
+        ((6, 4, 4), "ndim is 4, expected an integer from 1 to 3"),
         ((6, 4, 2, -1.0), r"initial_stddev is -1.0, expected a positive finite number"),
         ((6, 4, 2, 1.0, 0.0), r"initial_scale is 0.0, expected a positive finite number"),
-        ((6, 4, 3, 1.0, 0.1, 3), "ndim is 3, expected 1 to 2"),
+        ((6, 4, 3, 1.0, 0.1, 3), "ndim is 3, expected an integer from 1 to 2"),
         ((6, 4, 2, 1.0, 0.1, 0), "out_channels is 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -181,7 +181,7 @@ def test_bad_arguments():
         LowRankHead(6, 4)(features[:, :5])
     with pytest.raises(TypeError, match=r"features is a ndarray, expected a torch\.Tensor"):
         LowRankHead(6, 4)(features.numpy())
-    with pytest.raises(ValueError, match="num_classes is 1, expected at least 2"):
+    with pytest.raises(ValueError, match="num_classes is 1, expected an integer of at least 2"):
         SegmentationHead(6, 1, STENCIL)
     with pytest.raises(ValueError, match="num_factors is -1"):
         SegmentationHead(6, 2, STENCIL, -1)

@@ -18,6 +18,7 @@ from supn_models import (
     CovarianceNetwork,
     LatentCovarianceNetwork,
     LowRankHead,
+    SegmentationHead,
     StencilCholeskyHead,
 )
 
@@ -280,6 +281,8 @@ def test_config_builds_the_same_network():
         (lambda: ConvAutoencoder((8, 8), in_channels=0), "in_channels is 0"),
         (lambda: ConvAutoencoder((8, 8), latent_size=0), "latent_size is 0"),
         (lambda: ConvAutoencoder((8, 8), channels=()), r"channels is \(\)"),
+        (lambda: ConvAutoencoder((8, 8), channels=None), "channels is None"),
+        (lambda: ConvAutoencoder((8, 8), channels=(4, True)), "channels is True"),
         (lambda: ConvAutoencoder((8, 8), kernel_size=2), "kernel_size is 2"),
         (lambda: ConvAutoencoder((8, 8), norm=None), "norm is None"),
         (lambda: ConvDecoder(0, (8, 8), 4, (4,)), "out_channels is 0"),
@@ -290,6 +293,66 @@ def test_config_builds_the_same_network():
 def test_bad_arguments_are_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+# By class: arguments that fit, those that count something and the least that they may count, and lengths.
+CONSTRUCTORS = {
+    StencilCholeskyHead: ({"in_channels": 2, "stencil": SQUARE}, {"in_channels": 1, "out_channels": 1}, ["initial_stddev"]),
+    LowRankHead: (
+        {"in_channels": 2, "num_factors": 2},
+        {"in_channels": 1, "num_factors": 1, "ndim": 1, "out_channels": 1},
+        ["initial_stddev", "initial_scale"],
+    ),
+    SegmentationHead: (
+        {"in_channels": 2, "num_classes": 2, "stencil": SQUARE},
+        {"in_channels": 1, "num_classes": 2, "num_factors": 0},
+        ["initial_stddev"],
+    ),
+    CovarianceNetwork: (
+        {"in_channels": 2, "stencil": SQUARE},
+        {"in_channels": 1, "channels": 1, "num_levels": 1, "num_factors": 0},
+        ["initial_stddev"],
+    ),
+    LatentCovarianceNetwork: (
+        {"grid": (4, 4), "latent_size": 2, "stencil": SQUARE, "decoder_channels": (2,), "channels": 2},
+        {
+            "latent_size": 1,
+            "image_channels": 0,
+            "decoder_channels": 1,
+            "kernel_size": 1,
+            "channels": 1,
+            "num_levels": 1,
+            "num_factors": 0,
+        },
+        ["initial_stddev"],
+    ),
+    CovarianceMLP: (
+        {"in_features": 2, "grid": (2, 2), "stencil": SQUARE},
+        {"in_features": 1, "hidden": 1, "bottleneck": 1},
+        ["initial_stddev"],
+    ),
+}
+OPTIONAL = ("out_channels", "bottleneck")
+
+
+@pytest.mark.parametrize("make", CONSTRUCTORS)
+def test_constructors_name_arguments_of_any_wrong_kind(make):
+    good, counts, lengths = CONSTRUCTORS[make]
+    make(**good)
+    several = torch.tensor([0.1, 0.2, 0.3])
+    for name, least in counts.items():
+        for value in (None, True, False, 2.0, math.nan, "2", least - 1, several, several.bool()):
+            if value is not None or name not in OPTIONAL:
+                with pytest.raises(ValueError, match=f"^{name} is "):
+                    make(**good | {name: value})
+    for name in lengths:
+        for value in (None, True, "0.1", 1j, 0, -1.0, math.nan, math.inf, several, torch.tensor(True), torch.tensor(math.nan)):
+            with pytest.raises(ValueError, match=f"^{name} is "):
+                make(**good | {name: value})
+        make(**good | {name: several[0]})  # measured, such as the standard deviation of a tensor
+    if "stencil" in good:
+        with pytest.raises(ValueError, match=r"^stencil is a NoneType"):
+            make(**good | {"stencil": None})
 
 
 @pytest.mark.parametrize(
