@@ -18,7 +18,7 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
 
 def save_pretrained(network: nn.Module, folder: str | Path) -> None:
-    """Write a network's arguments and parameters into a folder, which is made if it is not there.
+    """Write a network's arguments and parameters, in their own dtype, into a folder, which is made if it is not there.
 
     Needs safetensors, which is not among this package's requirements.
 
@@ -44,7 +44,7 @@ def save_pretrained(network: nn.Module, folder: str | Path) -> None:
 def from_pretrained(folder: str | Path) -> nn.Module:
     """The network that `save_pretrained` wrote into a folder: on the CPU, and in evaluation mode.
 
-    Nothing in the folder is executed.
+    Its parameters have the dtype that they were saved in, and the same bits. Nothing in the folder is executed.
 
     Args:
         folder: a local folder.
@@ -60,7 +60,9 @@ def from_pretrained(folder: str | Path) -> nn.Module:
     try:
         about = json.loads((folder / _CONFIG).read_text(encoding="utf-8"))
         network = _NETWORKS[about["class"]].from_config(about["config"])
-        network.load_state_dict(load_file(folder / _WEIGHTS))
-    except (json.JSONDecodeError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        # Assigned, in whatever precision they were saved; and copied, as they may be mapped from a file that is yet to change.
+        state = {key: value.clone() for key, value in load_file(folder / _WEIGHTS).items()}
+        network.load_state_dict(state, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a folder of save_pretrained: {type(error).__name__}: {error}") from error
     return network.eval()

@@ -20,11 +20,13 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", CASES)
-def test_a_network_comes_back_the_same(name, tmp_path):
-    network = CASES[name]()
+def test_a_network_comes_back_the_same(name, dtype, tmp_path):
+    network = CASES[name]().double()
     for parameter in network.parameters():  # heads start at zero
         torch.nn.init.normal_(parameter)
+    network.to(dtype)
     supn_models.save_pretrained(network, tmp_path / "a" / "b")
     again = supn_models.from_pretrained(tmp_path / "a" / "b")
     assert type(again) is type(network)
@@ -33,6 +35,7 @@ def test_a_network_comes_back_the_same(name, tmp_path):
     assert again.state_dict().keys() == network.state_dict().keys()
     for key, value in network.state_dict().items():
         torch.testing.assert_close(again.state_dict()[key], value, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in again.parameters())
 
 
 def test_other_modules_are_refused(tmp_path):
@@ -46,15 +49,33 @@ def test_other_modules_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "broken", ["not json", "[]", '{"class": "Linear", "config": {}}', '{"class": "ConvVAE", "config": {}}']
+    "broken",
+    [
+        b"not json",
+        b"\xff\xfe not UTF-8",
+        b"[]",
+        b'{"class": "Linear", "config": {}}',
+        b'{"class": "ConvVAE", "config": {}}',
+        b'{"class": "ConvVAE", "config": {"grid": [8, 0]}}',
+    ],
 )
 def test_what_is_no_such_folder_is_refused(broken, tmp_path):
     with pytest.raises(FileNotFoundError):
         supn_models.from_pretrained(tmp_path)
     supn_models.save_pretrained(CASES["CovarianceMLP"](), tmp_path)
-    (tmp_path / "config.json").write_text(broken)
+    (tmp_path / "config.json").write_bytes(broken)
     with pytest.raises(ValueError, match="is not a folder of save_pretrained"):
         supn_models.from_pretrained(tmp_path)
+
+
+def test_a_network_of_several_precisions_comes_back_the_same(tmp_path):
+    network = CASES["CovarianceNetwork"]().bfloat16()
+    network.head.double()
+    supn_models.save_pretrained(network, tmp_path)
+    again = supn_models.from_pretrained(tmp_path)
+    assert (again.stem.weight.dtype, again.head.conv.weight.dtype) == (torch.bfloat16, torch.float64)
+    supn_models.save_pretrained(CASES["CovarianceNetwork"](), tmp_path)  # into the file that it was read from
+    torch.testing.assert_close(again.stem.weight, network.stem.weight, rtol=0, atol=0)
 
 
 def test_other_weights_are_refused(tmp_path):
