@@ -111,7 +111,7 @@ def test_the_likelihood_is_that_of_the_samples():
 def test_the_likelihood_of_large_images_is_summed_in_enough_precision(dtype):
     """Over so many sites that float16 has no number for the sum, and bfloat16 none within 100 nats."""
     head = SegmentationHead(6, 3, STENCIL, 2).to(dtype)
-    q, labels = head(torch.randn(1, 6, 256, 256)), torch.randint(3, (1, 256, 256))
+    q, labels = head(torch.randn(1, 6, 256, 256, dtype=dtype)), torch.randint(3, (1, 256, 256))
     torch.manual_seed(1)
     actual = categorical_log_likelihood(q, labels, num_samples=2)
     torch.manual_seed(1)
