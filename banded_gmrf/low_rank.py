@@ -1,12 +1,13 @@
 """`LowRankGMRF`: a Gaussian Markov random field plus a few whole-grid fields with random weights."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, check_dtype, check_tensor, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from .analysis.marginals import VarianceEstimate
 from .batched import Batched, expanded, register_pytree
@@ -28,7 +29,7 @@ from .inference.low_rank_posterior import LowRankPosterior
 from .low_rank_density import log_density, whitened_factors
 from .operators.base import LinearOperator
 from .stencil import Stencil
-from .validation import Finite, broadcast_fields
+from .validation import Finite, broadcast_fields, in_double, warn_of_missing_rank
 
 
 @register_pytree("banded_gmrf.LowRankGMRF")
@@ -75,8 +76,10 @@ class LowRankGMRF(InferredField, Batched):
         if factors.ndim <= ndim:
             raise ValueError(f"factors has shape {tuple(factors.shape)}, expected (*batch, R, {', '.join(map(str, grid))})")
         rank = factors.shape[-ndim - 1]
-        if rank > grid.numel():
+        if rank > math.prod(grid):
             raise ValueError(f"factors has {rank} factors, expected at most as many as the grid {tuple(grid)} has sites")
+        if factors.ndim == ndim + 1:
+            warn_of_missing_rank(factors.shape, local.batch_shape)
         batch = broadcast_fields("factors", factors.shape[: -ndim - 1], "the local field", local.batch_shape)
         self._local = local if batch == local.batch_shape else local.expand(batch)
         self._factors = factors
@@ -164,7 +167,7 @@ class LowRankGMRF(InferredField, Batched):
         """
         local = self._local.covariance_matrix
         rows = self._factors.to(local.dtype).flatten(-len(self._event_shape))
-        return local + rows.mT @ rows
+        return local + mixture(rows.movedim(-1, 0), rows, 1).movedim(0, -1)
 
     @property
     def precision_factors(self) -> Tensor:
@@ -256,11 +259,14 @@ class LowRankGMRF(InferredField, Batched):
         method: str = "auto",
     ) -> LowRankPosterior:
         """The distribution given observation = x + noise, or A x + noise; arguments and errors as for `GMRF.posterior`."""
-        check_tensor("observation", observation)
-        if observation.dtype != accumulate_dtype(self.loc.dtype):
-            check_dtype("observation", observation, "the distribution", self.loc)
         local = self._in_double().posterior(
-            observation.double(), noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
+            in_double("observation", observation, self.loc),
+            noise_variance,
+            tolerance,
+            max_iterations,
+            noise=noise,
+            operator=operator,
+            method=method,
         )
         return LowRankPosterior(self, local, self._validate_args)
 
