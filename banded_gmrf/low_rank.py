@@ -46,7 +46,8 @@ class LowRankGMRF(InferredField, Batched):
     Stochastic Segmentation Networks, NeurIPS 2020, for the low-rank part beside independent sites.
 
     Factors may be 0, equal to each other, or large: the Gram matrix is computed in float64, and is positive definite while the
-    whitened factors Lᵀf have norms below about 10⁷. Beyond, `log_prob` and `entropy` may be NaN.
+    whitened factors Lᵀf have norms below about 10⁷. Beyond, factors that are nearly parallel make `log_prob` and `entropy` wrong
+    by nats, or NaN.
 
     Args:
         loc: the mean, (*batch, *grid), of the factor's dtype (float32 is accepted beside float16 and bfloat16).
@@ -59,6 +60,9 @@ class LowRankGMRF(InferredField, Batched):
         TypeError: ``precision_cholesky`` is not a `StencilCholesky`, or the dtypes differ.
         ValueError: grids, batches or devices that do not fit; more factors than the grid has sites; with ``validate_args``, NaN
             or infinity.
+
+    Warns:
+        UserWarning: factors without batch axes are as many as the batch has distributions: perhaps one is meant for each.
     """
 
     loc: Tensor
