@@ -18,6 +18,7 @@ from torch import Tensor
 from gmrf_kernels import standard_normal
 from gmrf_kernels.checks import accumulate_dtype
 
+from .transformations import without_autocast
 from .validation import as_sites
 
 
@@ -34,7 +35,8 @@ def rank_last(fields: Tensor, ndim: int) -> Tensor:
 
 def mixture(weights: Tensor, factors: Tensor, ndim: int) -> Tensor:
     """Σ_r weights[r] factors[r]: (*sample, *batch, R) and (*batch, R, *grid) to (*sample, *batch, *grid)."""
-    fields = torch.einsum("...r,...rn->...n", weights, factors.flatten(-ndim))
+    with without_autocast(factors):
+        fields = torch.einsum("...r,...rn->...n", weights, factors.flatten(-ndim))
     return fields.unflatten(-1, factors.shape[factors.ndim - ndim :])
 
 

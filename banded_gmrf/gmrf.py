@@ -302,7 +302,7 @@ class GMRF(Distribution, Batched, Conditionable):
 
     def entropy(self) -> Tensor:
         """Differential entropy ½ n (1 + log 2π) - log |L| in nats: (*batch,)."""
-        n = self._event_shape.numel()
+        n = math.prod(self._event_shape)
         return (0.5 * n * (1 + math.log(2 * math.pi)) - self._factor.logdet()).expand(self._batch_shape)
 
     def check_field(self, name: str, field: Tensor) -> None:

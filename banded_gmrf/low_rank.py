@@ -1,12 +1,13 @@
 """`LowRankGMRF`: a Gaussian Markov random field plus a few whole-grid fields with random weights."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import accumulate_dtype, check_dtype, check_tensor, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_vector
 
 from .analysis.marginals import VarianceEstimate
 from .batched import Batched, expanded, register_pytree
@@ -28,7 +29,7 @@ from .inference.low_rank_posterior import LowRankPosterior
 from .low_rank_density import log_density, whitened_factors
 from .operators.base import LinearOperator
 from .stencil import Stencil
-from .validation import Finite, broadcast_fields
+from .validation import Finite, broadcast_fields, in_double, warn_of_missing_rank
 
 
 @register_pytree("banded_gmrf.LowRankGMRF")
@@ -45,7 +46,8 @@ class LowRankGMRF(InferredField, Batched):
     Stochastic Segmentation Networks, NeurIPS 2020, for the low-rank part beside independent sites.
 
     Factors may be 0, equal to each other, or large: the Gram matrix is computed in float64, and is positive definite while the
-    whitened factors Lᵀf have norms below about 10⁷. Beyond, `log_prob` and `entropy` may be NaN.
+    whitened factors Lᵀf have norms below about 10⁷. Beyond, factors that are nearly parallel make `log_prob` and `entropy` wrong
+    by nats, or NaN.
 
     Args:
         loc: the mean, (*batch, *grid), of the factor's dtype (float32 is accepted beside float16 and bfloat16).
@@ -58,6 +60,9 @@ class LowRankGMRF(InferredField, Batched):
         TypeError: ``precision_cholesky`` is not a `StencilCholesky`, or the dtypes differ.
         ValueError: grids, batches or devices that do not fit; more factors than the grid has sites; with ``validate_args``, NaN
             or infinity.
+
+    Warns:
+        UserWarning: factors without batch axes are as many as the batch has distributions: perhaps one is meant for each.
     """
 
     loc: Tensor
@@ -75,8 +80,10 @@ class LowRankGMRF(InferredField, Batched):
         if factors.ndim <= ndim:
             raise ValueError(f"factors has shape {tuple(factors.shape)}, expected (*batch, R, {', '.join(map(str, grid))})")
         rank = factors.shape[-ndim - 1]
-        if rank > grid.numel():
+        if rank > math.prod(grid):
             raise ValueError(f"factors has {rank} factors, expected at most as many as the grid {tuple(grid)} has sites")
+        if factors.ndim == ndim + 1:
+            warn_of_missing_rank(factors.shape, local.batch_shape)
         batch = broadcast_fields("factors", factors.shape[: -ndim - 1], "the local field", local.batch_shape)
         self._local = local if batch == local.batch_shape else local.expand(batch)
         self._factors = factors
@@ -164,7 +171,7 @@ class LowRankGMRF(InferredField, Batched):
         """
         local = self._local.covariance_matrix
         rows = self._factors.to(local.dtype).flatten(-len(self._event_shape))
-        return local + rows.mT @ rows
+        return local + mixture(rows.movedim(-1, 0), rows, 1).movedim(0, -1)
 
     @property
     def precision_factors(self) -> Tensor:
@@ -256,11 +263,14 @@ class LowRankGMRF(InferredField, Batched):
         method: str = "auto",
     ) -> LowRankPosterior:
         """The distribution given observation = x + noise, or A x + noise; arguments and errors as for `GMRF.posterior`."""
-        check_tensor("observation", observation)
-        if observation.dtype != accumulate_dtype(self.loc.dtype):
-            check_dtype("observation", observation, "the distribution", self.loc)
         local = self._in_double().posterior(
-            observation.double(), noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
+            in_double("observation", observation, self.loc),
+            noise_variance,
+            tolerance,
+            max_iterations,
+            noise=noise,
+            operator=operator,
+            method=method,
         )
         return LowRankPosterior(self, local, self._validate_args)
 

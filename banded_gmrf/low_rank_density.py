@@ -82,7 +82,7 @@ def log_density(residual: Tensor, factor: StencilCholesky, factors: Tensor) -> T
 def _composed(residual: Tensor, factor: StencilCholesky, factors: Tensor) -> Tensor:
     """`log_density`, of differentiable operations."""
     ndim = factor.stencil.ndim
-    n = factor.grid.numel()
+    n = math.prod(factor.grid)
     y = factor.matvec(residual, transpose=True)
     batch_ndim = max(len(factor.batch_shape), factors.ndim - ndim - 1)
     whitened, root = whitened_factors(factor, factors, batch_ndim)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from gmrf_kernels.checks import broadcast_batch
+from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_dtype, check_tensor
 from gmrf_kernels.registration import nothing_intervenes
 
 from .stencil import Stencil
@@ -78,6 +78,14 @@ def check_finite(name: str, value: Tensor) -> None:
     require(value.isfinite().all(), f"{name} has NaN or infinite entries, expected finite ones")
 
 
+def in_double(name: str, field: Tensor, loc: Tensor) -> Tensor:
+    """A field in float64, checked to have the dtype of a distribution with the mean ``loc``."""
+    check_tensor(name, field)
+    if field.dtype != accumulate_dtype(loc.dtype):
+        check_dtype(name, field, "the distribution", loc)
+    return field.double()
+
+
 def check_not_boolean(name: str, value: object) -> None:
     """Raise TypeError for truth values in place of numbers: a mask as variances would be 0, exact, where it is False."""
     if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("torch.bool", "bool"):
@@ -123,6 +131,15 @@ def warn_of_pairs(name: str, batch: Sequence[int], other_name: str, other: Seque
         _warn(
             f"{name} has batch shape {tuple(batch)}, {other_name} {tuple(other)}: they broadcast to all pairs of the two. If "
             "the last axis is one channel, leave it out, as in images[:, 0]"
+        )
+
+
+def warn_of_missing_rank(factors: Sequence[int], batch: Sequence[int]) -> None:
+    """Warn where factors (R, *grid), which all of a batch share, are as many as the batch has distributions."""
+    if len(batch) and batch[-1] == factors[0] > 1:
+        _warn(
+            f"factors has shape {tuple(factors)}, of which each of the batch {tuple(batch)} has all {factors[0]}. If each has "
+            "one of them, say so as in factors[:, None]; if each has all, as in factors[None]"
         )
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,11 @@ from torch.distributions import MultivariateNormal
 
 import banded_gmrf as bg
 from banded_gmrf.inference.low_rank_posterior import LowRankPosterior
+from banded_gmrf.transformations import without_autocast
+from banded_gmrf.validation import check_finite
+from gmrf_kernels.checks import check_device, check_dtype, check_tensor
 
-from .layers import check_positive_int
+from .layers import check_evaluation, check_positive_int
 from .likelihood import StructuredLikelihood
 from .vae import ConvVAE
 
@@ -53,29 +57,53 @@ def infer_code(
     Deuflhard, Newton Methods for Nonlinear Problems, 2004).
 
     Args:
-        likelihood: of a `ConvVAE`, in evaluation mode. Where its covariance network has factors, these are taken along.
+        likelihood: of a `ConvVAE`, in evaluation mode, in float32 or float64. Where its covariance network has factors, these
+            are taken along.
         observe: what was observed: ``lambda q: q.condition(mask, values)``, or ``lambda q: q.posterior(y, noise_variance=v)``.
             Each iteration takes one such posterior of the whole batch.
-        start: codes (B, latent_size) to begin with, such as those of the images filled in.
+        start: codes (B, latent_size) to begin with, such as those of the images filled in; of the networks' dtype.
         max_iterations: at least 1; if they do not suffice, it warns (RuntimeWarning).
         tolerance: an image has converged when the next step promises at most so many nats.
 
     Raises:
-        TypeError: the likelihood is not that of a `ConvVAE`: the codes of an autoencoder have no prior; or ``observe`` does not
-            give a posterior of what it was given.
-        ValueError: codes of another shape, a batch of posteriors that is not that of the codes, or a ``tolerance`` that is not
-            positive.
+        TypeError: the likelihood is not that of a `ConvVAE`: the codes of an autoencoder have no prior; another dtype; or
+            ``observe`` does not give a posterior of what it was given.
+        ValueError: batch normalisation or dropout in training mode, codes of another shape or device or with NaN, a batch of
+            posteriors that is not that of the codes, or a ``tolerance`` that is not positive.
     """
+    if not isinstance(likelihood, StructuredLikelihood):
+        raise TypeError(f"likelihood is a {type(likelihood).__name__}, expected a StructuredLikelihood")
     vae = likelihood.autoencoder
     if not isinstance(vae, ConvVAE):
         raise TypeError(f"likelihood is that of a {type(vae).__name__}, expected a ConvVAE, whose codes have a prior")
+    check_evaluation("likelihood", likelihood)
     check_positive_int("max_iterations", max_iterations)
+    if not isinstance(tolerance, Real):
+        raise TypeError(f"tolerance is {tolerance!r}, expected a number")
     if not tolerance > 0:
         raise ValueError(f"tolerance is {tolerance}, expected more than 0")
+    check_tensor("start", start)
     latent_size = vae.config["latent_size"]
     if start.ndim != 2 or start.shape[1] != latent_size:
         raise ValueError(f"start has shape {tuple(start.shape)}, expected (batch, {latent_size})")
+    weight = next(likelihood.parameters())
+    if weight.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"likelihood is {weight.dtype}, expected float32 or float64: steps of a code are lost in rounding")
+    check_dtype("start", start, "likelihood", weight)
+    check_device("start", start, "likelihood", weight)
+    check_finite("start", start)
+    with without_autocast(start):
+        return _infer(likelihood, observe, start, max_iterations, tolerance)
 
+
+def _infer(
+    likelihood: StructuredLikelihood,
+    observe: Callable[[bg.LowRankGMRF], LowRankPosterior],
+    start: Tensor,
+    max_iterations: int,
+    tolerance: float,
+) -> InferredCode:
+    """`infer_code` of what was checked."""
     code = kept = start
     move = torch.zeros_like(start, dtype=torch.float64)
     promised = torch.full_like(move[:, 0], torch.inf)
@@ -99,7 +127,7 @@ def infer_code(
             f"infer_code has not converged for {int((~converged).sum())} of {len(start)} images in {max_iterations} "
             f"iterations: the next step of one of them promises {promised.max().item():.3g} nats",
             RuntimeWarning,
-            stacklevel=2,
+            stacklevel=4,  # `infer_code`, which `torch.no_grad` has wrapped, was called there
         )
     if not torch.equal(code, kept):
         found, image = _step(likelihood, observe, kept)
@@ -114,7 +142,8 @@ def _step(
     jacobian = _jacobian(likelihood, code)
     loc = q.mean - torch.einsum("bl,bl...->b...", code, jacobian)
     factors = jacobian if isinstance(q, bg.GMRF) else torch.cat((jacobian, q.factors), 1)
-    prior = bg.LowRankGMRF(loc, q.precision_cholesky, factors, validate_args=False)
+    # Validated as torch's default is: it is for the observations, which a user gives.
+    prior = bg.LowRankGMRF(loc, q.precision_cholesky, factors)
     image = observe(prior)
     if not isinstance(image, LowRankPosterior):
         raise TypeError(f"observe gives {type(image).__name__}, expected a posterior of the distribution that it is given")

@@ -112,6 +112,25 @@ def check_stddev(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}, expected a positive finite number")
 
 
+def check_evaluation(name: str, module: nn.Module) -> None:
+    """Raise ValueError where a layer depends in training on the rest of its batch, or on chance, and is in training mode."""
+    for place, layer in module.named_modules():
+        if layer.training and isinstance(layer, nn.modules.batchnorm._BatchNorm | nn.modules.dropout._DropoutNd):
+            kind = type(layer).__name__
+            raise ValueError(f"{name} is in training mode, expected evaluation mode ({name}.eval()): its {place} is a {kind}")
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The network inside of what `torch.compile` or training in several processes has put around it."""
+    while True:
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            module = module.module
+        elif isinstance(module, torch._dynamo.OptimizedModule):
+            module = module._orig_mod
+        else:
+            return module
+
+
 def check_features(name: str, x: Tensor, channels: int, ndim: int, why: str = "") -> None:
     """Raise TypeError unless ``x`` is a tensor of floats, ValueError unless it is (B, channels, *grid), no axis empty.
 

@@ -11,7 +11,7 @@ import banded_gmrf as bg
 
 from .autoencoder import ConvAutoencoder
 from .covariance import CovarianceNetwork, LatentCovarianceNetwork
-from .layers import check_positive_int
+from .layers import check_evaluation, check_positive_int, unwrapped
 
 
 class StructuredLikelihood(nn.Module):
@@ -21,14 +21,22 @@ class StructuredLikelihood(nn.Module):
 
     Args:
         autoencoder: gives μ(z) for images of one channel; a `ConvVAE`, too.
-        covariance: gives L from the mean, from the code, or from both.
+        covariance: gives L from the mean, from the code, or from both. It may be compiled or distributed.
 
     Raises:
+        TypeError: other networks.
         ValueError: an autoencoder for images of several channels.
     """
 
     def __init__(self, autoencoder: ConvAutoencoder, covariance: CovarianceNetwork | LatentCovarianceNetwork):
         super().__init__()
+        if not isinstance(autoencoder, ConvAutoencoder):
+            raise TypeError(f"autoencoder is a {type(autoencoder).__name__}, expected a ConvAutoencoder or a ConvVAE")
+        inner = unwrapped(covariance)
+        if not isinstance(inner, CovarianceNetwork | LatentCovarianceNetwork):
+            raise TypeError(
+                f"covariance is a {type(inner).__name__}, expected a CovarianceNetwork or a LatentCovarianceNetwork"
+            )
         if autoencoder.config["in_channels"] != 1:
             raise ValueError(f"autoencoder has {autoencoder.config['in_channels']} image channels, expected 1")
         self.autoencoder, self.covariance = autoencoder, covariance
@@ -54,7 +62,8 @@ class StructuredLikelihood(nn.Module):
         return predicted[0] if isinstance(predicted, tuple) else predicted
 
     def _predicted(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky | tuple[bg.StencilCholesky, Tensor]:
-        return self.covariance(mean) if isinstance(self.covariance, CovarianceNetwork) else self.covariance(code, mean)
+        alone = isinstance(unwrapped(self.covariance), CovarianceNetwork)
+        return self.covariance(mean) if alone else self.covariance(code, mean)
 
 
 @torch.no_grad()
@@ -69,13 +78,11 @@ def importance_log_weights(
 ) -> Tensor:
     """log p(x | z) p(z) / q(z | x) in nats for codes z drawn from q(z | x), p(z) standard normal.
 
-    Batch normalisation must be in evaluation mode (``eval()``), as for every likelihood that is to mean anything.
-
     Args:
         images: (B, channels, *grid).
         posterior: q(z | x), normal with independent components, batch (B,), events (latent_size,); from `ConvVAE.posterior`.
         likelihood: codes (N, latent_size) to p(x | z) with batch (N,) and events (channels, *grid), or (*grid) for one channel:
-            ``vae.likelihood``, or a `StructuredLikelihood`.
+            ``vae.likelihood``, or a `StructuredLikelihood`; in evaluation mode.
         num_samples: codes per image, S.
         chunk_size: pairs of an image and a code whose likelihood is computed at one time. The memory is that of so many factors
             and of the networks that predict them, besides the B x S codes; the result is the same up to rounding.
@@ -85,8 +92,11 @@ def importance_log_weights(
         (B, S), float64.
 
     Raises:
-        ValueError: numbers out of range, or shapes that do not fit.
+        ValueError: numbers out of range, shapes that do not fit, or batch normalisation or dropout in training mode.
     """
+    network = getattr(likelihood, "__self__", likelihood)
+    if isinstance(network, nn.Module):
+        check_evaluation("likelihood", network)
     check_positive_int("num_samples", num_samples)
     check_positive_int("chunk_size", chunk_size)
     mean, stddev = posterior.mean, posterior.stddev

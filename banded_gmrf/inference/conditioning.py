@@ -11,7 +11,7 @@ from gmrf_kernels.checks import check_device, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
 from ..transformations import require
-from ..validation import broadcast_fields, check_not_boolean
+from ..validation import broadcast_fields, check_not_boolean, in_double
 from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
@@ -116,10 +116,17 @@ class Conditionable:
         """
         if covariates is not None:
             trend = trend_parts(covariates, covariate_variance, self.event_shape, self.loc.device)
-            local = self.posterior(
-                observation, noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
+            field = self if self.loc.dtype == torch.float64 else self.to(torch.float64)
+            local = field.posterior(
+                in_double("observation", observation, self.loc),
+                noise_variance,
+                tolerance,
+                max_iterations,
+                noise=noise,
+                operator=operator,
+                method=method,
             )
-            return TrendPosterior(local, *trend, self._validate_args)
+            return TrendPosterior(self, local, *trend, self._validate_args)
         if covariate_variance is not None:
             raise TypeError("covariate_variance is given without covariates")
         factored = isinstance(noise, Conditionable) and hasattr(noise, "precision_cholesky")  # not so a SparseGMRF

@@ -23,11 +23,11 @@ class TrendPosterior(LowRankPosterior):
 
     _own = (*LowRankPosterior._own, "_coefficients_root")
 
-    def __init__(self, local: ConditionalGMRF, covariates: Tensor, root: Tensor, validate_args: bool | None = None):
+    def __init__(self, field, local: ConditionalGMRF, covariates: Tensor, root: Tensor, validate_args: bool | None = None):
         self._coefficients_root = root
         ndim = len(local.event_shape)
         factors = (root.mT @ covariates.double().flatten(-ndim)).unflatten(-1, local.event_shape)
-        super().__init__(_FieldWithTrend(local.prior, factors), local, validate_args)
+        super().__init__(_FieldWithTrend(field, factors), local, validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance=None) -> "TrendPosterior":
         """The distribution repeated over a larger batch; nothing is computed again."""

@@ -33,7 +33,9 @@ def standard_normal(
         draw = getattr(backend_for(torch.device(device)), "standard_normal", None)
         if draw is not None:
             return draw(shape, dtype, stream_key(generator))
-    return torch.randn(shape, dtype=dtype, device=device, generator=generator)
+    # The overload with a generator takes no sizes that torch.export leaves open.
+    chosen = {} if generator is None else {"generator": generator}
+    return torch.randn(shape, dtype=dtype, device=device, **chosen)
 
 
 def stream_key(generator: torch.Generator | None = None) -> int:

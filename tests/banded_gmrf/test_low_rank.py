@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,9 @@ import banded_gmrf as bg
 from banded_gmrf import low_rank_density
 from gmrf_kernels import cpu
 from tests.cases import STENCILS, dense, random_cholesky
+
+# Here and there as many factors as distributions.
+pytestmark = pytest.mark.filterwarnings("ignore:factors has shape")
 
 # Dense inverses lose a multiple of cond ≈ 10³ roundings of float64 (10⁻¹⁶).
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -348,6 +352,60 @@ def test_a_large_factor_in_a_posterior_leaves_its_direction_to_the_observations(
     brightness = (weights @ (y - q.loc).flatten()) / weights.sum()
     expected = bg.GMRF(q.loc + brightness, q.precision_cholesky).posterior(y, 0.3).mean
     torch.testing.assert_close(flat.posterior(y, 0.3).mean, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_autocast_rounds_nothing():
+    """Products of float32 are those that autocast would compute in bfloat16."""
+    q = random_field("3x3", (6, 5), 3, batch=(2,), factors_batch=(2,), dtype=torch.float32)
+
+    def found():
+        torch.manual_seed(1)
+        x = q.sample((3,))
+        tensors = x, q.covariance_matrix, q.covariance_columns([(0, 1), (3, 4)]), q.whiten(x), q.log_prob(x), q.variance
+        return *tensors, q.constrain(torch.ones(1, 6, 5), torch.zeros(2, 1)).sample((2,))
+
+    expected = found()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(torch.equal(a, b) for a, b in zip(found(), expected, strict=True))
+
+
+@pytest.mark.parametrize("method", ["log_prob", "whiten", "entropy", "rsample"])
+@pytest.mark.parametrize("kind", [bg.GMRF, bg.LowRankGMRF])
+def test_export_with_open_sizes(kind, method, keep_torch_defaults):
+    """Sizes of the batch and of the grid stay open. A check of values ends an export, as with torch's own distributions."""
+    stencil = bg.Stencil.square(3)
+
+    class Method(torch.nn.Module):
+        def forward(self, loc, log_diag, off_diag, factors, x):
+            parts = (factors,) if kind is bg.LowRankGMRF else ()
+            q = kind(loc, bg.StencilCholesky(log_diag, off_diag, stencil), *parts, validate_args=False)
+            argument = {"log_prob": (x,), "whiten": (x,), "entropy": (), "rsample": ((2,),)}[method]
+            return getattr(q, method)(*argument)
+
+    def inputs(batch, *grid):
+        shapes = [(batch, *grid), (batch, *grid), (batch, len(stencil), *grid), (batch, 2, *grid), (batch, *grid)]
+        return tuple(0.3 * torch.randn(shape, dtype=torch.float64) for shape in shapes)
+
+    sizes = torch.export.Dim.AUTO
+    open_sizes = tuple({0: sizes, last - 2: sizes, last - 1: sizes} for last in (3, 3, 4, 4, 3))
+    program = torch.export.export(Method(), inputs(3, 6, 7), dynamic_shapes=open_sizes).module()
+    others = inputs(2, 4, 5)
+    found = program(*others)
+    if method == "rsample":
+        assert found.shape == (2, 2, 4, 5)
+    else:
+        torch.testing.assert_close(found, Method()(*others))
+
+
+def test_factors_that_may_lack_their_rank_are_warned_of():
+    loc, factor = torch.zeros(4, 5, 6), random_cholesky(STENCILS["3x3"], (5, 6), (4,), torch.float32)
+    factors = torch.randn(4, 5, 6)
+    with pytest.warns(UserWarning, match=r"factors has shape \(4, 5, 6\), of which each of the batch \(4,\) has all 4"):
+        assert bg.LowRankGMRF(loc, factor, factors).rank == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for said in (factors[:, None], factors[None], factors[:3]):
+            bg.LowRankGMRF(loc, factor, said)
 
 
 def test_constraints():

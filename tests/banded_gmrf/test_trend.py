@@ -62,6 +62,22 @@ def test_trends_equal_the_dense_ones(sparse, shape):
     assert wide.sample((4,)).shape == (4, 3, 2, *GRID)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_trend_of_a_field_in_less_than_float64(sparse, dtype):
+    """Computed in float64 from what the dtype holds, and given in the dtype."""
+    exact, X, y = field(sparse).to(dtype).to(torch.float64), random(3, *GRID), random(2, *GRID).to(dtype)
+    p, expected = (q.posterior(y.to(q.loc.dtype), 0.3, covariates=X, covariate_variance=2.0) for q in (exact.to(dtype), exact))
+    assert p.mean.dtype == dtype
+    torch.testing.assert_close(p.mean, expected.mean.to(dtype))
+    torch.testing.assert_close(p.variance, expected.variance.to(dtype))
+    torch.testing.assert_close(p.coefficients.mean, expected.coefficients.mean, **CLOSE)
+    torch.testing.assert_close(p.log_evidence, expected.log_evidence, **CLOSE)
+    assert p.sample((2,)).dtype == dtype
+    with pytest.raises(TypeError, match=r"observation is torch.float64, the distribution is"):
+        exact.to(dtype).posterior(y.double(), 0.3, covariates=X, covariate_variance=2.0)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -19,7 +19,7 @@ from experiments.reach import measures, networks, offsets, presets, report, run
 from experiments.reach.measures import measure
 from experiments.reach.presets import ROWS
 from experiments.reach.report import paired_difference, summarise
-from supn_models import ConvVAE, StructuredLikelihood
+from supn_models import ConvVAE, CovarianceNetwork, StructuredLikelihood
 from tests.experiments.tiny_faces import PRESET
 
 TINY = replace(PRESET, covariances=(Covariance("VAE", 1),), train=16, held_out=0.5)
@@ -332,7 +332,8 @@ def test_measures_of_a_likelihood_that_is_right():
         def forward(self, code):
             return q.expand((len(code),))
 
-    likelihood = Right(ConvVAE((size, size), latent_size=3, channels=(4, 8)).eval(), torch.nn.Identity())
+    vae, network = ConvVAE((size, size), latent_size=3, channels=(4, 8)), CovarianceNetwork(1, bg.Stencil.square(3))
+    likelihood = Right(vae, network).eval()
     images = q.sample((400,))[:, None]
     found = measure(replace(PRESET, bound_images=2), likelihood, images, 400, "right", None)
     vectors = weights.flatten(1)

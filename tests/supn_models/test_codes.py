@@ -104,15 +104,15 @@ def test_at_the_mode_the_density_has_no_slope():
     assert (log_density(found.code.mean) > log_density(start)).all()
 
 
-class WithFactors(nn.Module):
+class WithFactors(StructuredLikelihood):
     """A likelihood whose residual has one factor."""
 
     def __init__(self, likelihood, factors):
-        super().__init__()
-        self.autoencoder, self.local, self.factors = likelihood.autoencoder, likelihood, factors
+        super().__init__(likelihood.autoencoder, likelihood.covariance)
+        self.factors = factors
 
     def forward(self, code):
-        q = self.local(code)
+        q = super().forward(code)
         return bg.LowRankGMRF(q.mean, q.precision_cholesky, self.factors.expand(len(code), *self.factors.shape))
 
 
@@ -135,8 +135,12 @@ def test_float32_and_too_few_iterations():
     found = infer_code(likelihood, lambda q: q.condition(known, y), start)
     assert found.image.mean.dtype == torch.float32
     assert found.code.mean.dtype == torch.float64
-    with pytest.warns(RuntimeWarning, match="has not converged for . of 2 images in 1 iterations"):
+    with pytest.warns(RuntimeWarning, match="has not converged for . of 2 images in 1 iterations") as warned:
         infer_code(likelihood, lambda q: q.condition(known, y), start, max_iterations=1, tolerance=1e-12)
+    assert warned[0].filename == __file__  # it names the caller's line
+    with torch.autocast("cpu", torch.bfloat16):
+        again = infer_code(likelihood, lambda q: q.condition(known, y), start)
+    assert torch.equal(again.code.mean, found.code.mean)
 
 
 def test_bad_arguments():
@@ -149,6 +153,20 @@ def test_bad_arguments():
     plain = StructuredLikelihood(ConvAutoencoder(GRID, latent_size=LATENT), likelihood.covariance)
     with pytest.raises(TypeError, match="likelihood is that of a ConvAutoencoder, expected a ConvVAE"):
         infer_code(plain, observe, start)
+    with pytest.raises(TypeError, match="likelihood is a LinearVAE, expected a StructuredLikelihood"):
+        infer_code(likelihood.autoencoder, observe, start)
+    with pytest.raises(TypeError, match=r"start is a NoneType, expected a torch.Tensor"):
+        infer_code(likelihood, observe, None)
+    with pytest.raises(TypeError, match=r"start is torch.float32, likelihood is torch.float64"):
+        infer_code(likelihood, observe, start.float())
+    with pytest.raises(ValueError, match="start has NaN or infinite entries"):
+        infer_code(likelihood, observe, start / 0)
+    with pytest.raises(ValueError, match="values has NaN or infinite entries where something was observed"):
+        infer_code(likelihood, lambda q: q.condition(known, y / 0), start)
+    with pytest.raises(TypeError, match="tolerance is None, expected a number"):
+        infer_code(likelihood, observe, start, tolerance=None)
+    with pytest.raises(TypeError, match=r"likelihood is torch.bfloat16, expected float32 or float64"):
+        infer_code(likelihood_of(LinearVAE()).bfloat16(), observe, start.bfloat16())
     with pytest.raises(ValueError, match=r"start has shape \(2, 4\), expected \(batch, 3\)"):
         infer_code(likelihood, observe, torch.zeros(2, 4, dtype=torch.float64))
     with pytest.raises(ValueError, match="tolerance is 0, expected more than 0"):
@@ -159,3 +177,19 @@ def test_bad_arguments():
         infer_code(likelihood, lambda q: q.local.condition(known, y), start)
     with pytest.raises(ValueError, match=r"observe gives a batch \(2,\), expected \(1,\)"):
         infer_code(likelihood, observe, start[:1])
+
+
+@pytest.mark.parametrize("part", ["autoencoder", "covariance"])
+def test_networks_in_training_are_refused(part):
+    """Their results would depend on the rest of the batch, and each step would change their statistics."""
+    vae = ConvVAE(GRID, latent_size=LATENT, channels=(4, 8)).eval()
+    network = LatentCovarianceNetwork(GRID, LATENT, bg.Stencil.square(3), decoder_channels=(4,), channels=4).eval()
+    likelihood = StructuredLikelihood(vae, network)
+    getattr(likelihood, part).train()
+    before = {name: buffer.clone() for name, buffer in likelihood.named_buffers()}
+    known, y, start = known_sites(), torch.randn(BATCH, *GRID), torch.zeros(BATCH, LATENT)
+    with pytest.raises(ValueError, match=rf"expected evaluation mode \(likelihood.eval\(\)\): its {part}\..* is a BatchNorm"):
+        infer_code(likelihood, lambda q: q.condition(known, y), start)
+    assert all(torch.equal(before[name], buffer) for name, buffer in likelihood.named_buffers())
+    likelihood.eval()
+    assert infer_code(likelihood, lambda q: q.condition(known, y), start).code.mean.shape == (BATCH, LATENT)

@@ -138,6 +138,38 @@ def test_an_autoencoder_has_a_structured_likelihood():
     torch.testing.assert_close(q.variance, torch.full((2, 9, 7), 0.09))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["mean", "code"])
+def test_a_compiled_covariance_network(source, keep_torch_defaults):
+    vae = ConvVAE(GRID, latent_size=2, channels=(4,)).eval()
+    network = CovarianceNetwork(1, STENCIL, 4, 1)
+    if source == "code":
+        network = LatentCovarianceNetwork(GRID, 2, STENCIL, decoder_channels=(4,), channels=4)
+    code = torch.randn(3, 2)
+    expected = StructuredLikelihood(vae, network.eval())(code)
+    found = StructuredLikelihood(vae, torch.compile(network, backend="eager"))(code)
+    torch.testing.assert_close(found.log_diag, expected.log_diag)
+
+
+def test_a_likelihood_of_other_networks_is_refused():
+    vae = ConvVAE(GRID, latent_size=2, channels=(4,))
+    network = CovarianceNetwork(1, STENCIL, 4, 1)
+    with pytest.raises(TypeError, match="autoencoder is a CovarianceNetwork, expected a ConvAutoencoder"):
+        StructuredLikelihood(network, vae)
+    with pytest.raises(TypeError, match="covariance is a Identity, expected a CovarianceNetwork or"):
+        StructuredLikelihood(vae, torch.nn.Identity())
+
+
+def test_a_bound_of_networks_in_training_is_refused():
+    vae, images = ConvVAE(GRID, latent_size=2, channels=(4,)).eval(), torch.randn(3, 1, *GRID)
+    posterior = vae.posterior(images)
+    network = LatentCovarianceNetwork(GRID, 2, STENCIL, decoder_channels=(4,), channels=4)
+    with pytest.raises(ValueError, match="likelihood is in training mode, expected evaluation mode"):
+        importance_log_weights(images, posterior, StructuredLikelihood(vae, network), 2)
+    with pytest.raises(ValueError, match="likelihood is in training mode, expected evaluation mode"):
+        importance_log_likelihood(images, posterior, vae.train().likelihood, 2)
+
+
 def test_empty_batch():
     vae, covariances = networks()
     images = torch.empty(0, 1, 9, 7)
