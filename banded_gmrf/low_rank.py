@@ -46,8 +46,8 @@ class LowRankGMRF(InferredField, Batched):
     Stochastic Segmentation Networks, NeurIPS 2020, for the low-rank part beside independent sites.
 
     Factors may be 0, equal to each other, or large: the Gram matrix is computed in float64, and is positive definite while the
-    whitened factors Lᵀf have norms below about 10⁷. Beyond, factors that are nearly parallel make `log_prob` and `entropy` wrong
-    by nats, or NaN.
+    whitened factors Lᵀf have norms below about 10⁷. Beyond, `log_prob` and `entropy` of factors that are nearly parallel are
+    wrong by nats, or NaN.
 
     Args:
         loc: the mean, (*batch, *grid), of the factor's dtype (float32 is accepted beside float16 and bfloat16).

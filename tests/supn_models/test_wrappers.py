@@ -148,7 +148,7 @@ def test_exported_network_takes_another_batch_and_grid(strict):
         torch.testing.assert_close(actual.solve(image[:, 0]), expected.solve(image[:, 0]))
 
 
-@pytest.mark.parametrize(("num_factors", "strict"), [(0, False), (0, True), (2, True)])
+@pytest.mark.parametrize(("num_factors", "strict"), [(0, False), (0, True), (2, False), (2, True)])
 def test_exported_segmentation_takes_another_batch_and_grid(num_factors, strict):
     head, dynamic_shapes = SegmentationHead(4, 3, STENCIL, num_factors), ({0: AUTO, 2: AUTO, 3: AUTO},)
     program = torch.export.export(head, (torch.rand(2, 4, *GRID),), dynamic_shapes=dynamic_shapes, strict=strict)
