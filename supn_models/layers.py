@@ -125,8 +125,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, nn.parallel.DistributedDataParallel):
             module = module.module
-        elif isinstance(module, torch._dynamo.OptimizedModule):
-            module = module._orig_mod
+        elif (compiled := module._modules.get("_orig_mod")) is not None:
+            module = compiled
         else:
             return module
 
