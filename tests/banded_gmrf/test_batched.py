@@ -37,7 +37,7 @@ def distribution(*args, **kwargs):
 def low_rank(*args, **kwargs):
     L = factor(*args, **kwargs)
     batch = L.coefficients.off_diag.shape[:-3]
-    return bg.LowRankGMRF(torch.randn(GRID).to(L.dtype), L, torch.randn(*batch, 2, *GRID).to(L.dtype))
+    return bg.LowRankGMRF(torch.randn(GRID).to(L.dtype), L, torch.randn(*batch, 4, *GRID).to(L.dtype))
 
 
 KINDS = [factor, precision, distribution, low_rank]
