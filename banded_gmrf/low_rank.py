@@ -29,7 +29,8 @@ from .inference.low_rank_posterior import LowRankPosterior
 from .low_rank_density import log_density, whitened_factors
 from .operators.base import LinearOperator
 from .stencil import Stencil
-from .validation import Finite, broadcast_fields, in_double, warn_of_missing_rank
+from .transformations import without_autocast
+from .validation import Finite, broadcast_fields, warn_of_missing_rank
 
 
 @register_pytree("banded_gmrf.LowRankGMRF")
@@ -171,7 +172,8 @@ class LowRankGMRF(InferredField, Batched):
         """
         local = self._local.covariance_matrix
         rows = self._factors.to(local.dtype).flatten(-len(self._event_shape))
-        return local + mixture(rows.movedim(-1, 0), rows, 1).movedim(0, -1)
+        with without_autocast(rows):
+            return local + rows.mT @ rows
 
     @property
     def precision_factors(self) -> Tensor:
@@ -248,7 +250,7 @@ class LowRankGMRF(InferredField, Batched):
     ) -> LowRankPosterior:
         """The distribution given the values of some sites; arguments and errors as for `GMRF.condition`."""
         check_vector("values", values, "the distribution", self.loc, self._event_shape)
-        local = self._in_double().condition(mask, values.double(), tolerance, max_iterations, method=method)
+        local = self._local.to(torch.float64).condition(mask, values.double(), tolerance, max_iterations, method=method)
         return LowRankPosterior(self, local, self._validate_args)
 
     def posterior(
@@ -263,14 +265,8 @@ class LowRankGMRF(InferredField, Batched):
         method: str = "auto",
     ) -> LowRankPosterior:
         """The distribution given observation = x + noise, or A x + noise; arguments and errors as for `GMRF.posterior`."""
-        local = self._in_double().posterior(
-            in_double("observation", observation, self.loc),
-            noise_variance,
-            tolerance,
-            max_iterations,
-            noise=noise,
-            operator=operator,
-            method=method,
+        local = self._local.posterior_in_double(
+            observation, noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
         )
         return LowRankPosterior(self, local, self._validate_args)
 
@@ -298,9 +294,6 @@ class LowRankGMRF(InferredField, Batched):
     def __repr__(self) -> str:
         shapes = ", ".join(f"{name}: {getattr(self, name).shape}" for name in self.arg_constraints)
         return f"{type(self).__name__}({shapes})"
-
-    def _in_double(self) -> GMRF:
-        return self._local.to(torch.float64)
 
     def _capacitance(self) -> tuple[Tensor, Tensor]:
         """V = LᵀF, (*batch, R, *grid), and the root of I + VᵀV; both in float64."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from gmrf_kernels.checks import accumulate_dtype, broadcast_batch, check_dtype, check_tensor
+from gmrf_kernels.checks import broadcast_batch
 from gmrf_kernels.registration import nothing_intervenes
 
 from .stencil import Stencil
@@ -76,14 +76,6 @@ def _sum_is_finite(value: Tensor) -> bool:
 def check_finite(name: str, value: Tensor) -> None:
     """Raise ValueError where a tensor has NaN or infinity, also under `torch.func`'s transformations."""
     require(value.isfinite().all(), f"{name} has NaN or infinite entries, expected finite ones")
-
-
-def in_double(name: str, field: Tensor, loc: Tensor) -> Tensor:
-    """A field in float64, checked to have the dtype of a distribution with the mean ``loc``."""
-    check_tensor(name, field)
-    if field.dtype != accumulate_dtype(loc.dtype):
-        check_dtype(name, field, "the distribution", loc)
-    return field.double()
 
 
 def check_not_boolean(name: str, value: object) -> None:

@@ -40,7 +40,6 @@ class StructuredLikelihood(nn.Module):
         if autoencoder.config["in_channels"] != 1:
             raise ValueError(f"autoencoder has {autoencoder.config['in_channels']} image channels, expected 1")
         self.autoencoder, self.covariance = autoencoder, covariance
-        self._from_mean_alone = isinstance(inner, CovarianceNetwork)
 
     def forward(self, code: Tensor) -> bg.GMRF | bg.LowRankGMRF:
         """Codes (B, latent_size) to a `banded_gmrf.GMRF`, or a `banded_gmrf.LowRankGMRF` if the network has factors.
@@ -63,7 +62,8 @@ class StructuredLikelihood(nn.Module):
         return predicted[0] if isinstance(predicted, tuple) else predicted
 
     def _predicted(self, code: Tensor, mean: Tensor) -> bg.StencilCholesky | tuple[bg.StencilCholesky, Tensor]:
-        return self.covariance(mean) if self._from_mean_alone else self.covariance(code, mean)
+        from_mean_alone = isinstance(unwrapped(self.covariance), CovarianceNetwork)
+        return self.covariance(mean) if from_mean_alone else self.covariance(code, mean)
 
 
 @torch.no_grad()

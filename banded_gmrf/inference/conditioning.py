@@ -7,11 +7,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from gmrf_kernels.checks import check_device, check_vector
+from gmrf_kernels.checks import accumulate_dtype, check_device, check_dtype, check_tensor, check_vector
 
 from ..operators.base import LinearOperator, as_operator, check_adjoint
 from ..transformations import require
-from ..validation import broadcast_fields, check_not_boolean, in_double
+from ..validation import broadcast_fields, check_not_boolean
 from .constraints import ConstrainedGMRF
 from .laplace import LaplaceGMRF, LogLikelihood, laplace
 from .noise import CorrelatedNoise, IndependentNoise
@@ -116,15 +116,8 @@ class Conditionable:
         """
         if covariates is not None:
             trend = trend_parts(covariates, covariate_variance, self.event_shape, self.loc.device)
-            field = self if self.loc.dtype == torch.float64 else self.to(torch.float64)
-            local = field.posterior(
-                in_double("observation", observation, self.loc),
-                noise_variance,
-                tolerance,
-                max_iterations,
-                noise=noise,
-                operator=operator,
-                method=method,
+            local = self.posterior_in_double(
+                observation, noise_variance, tolerance, max_iterations, noise=noise, operator=operator, method=method
             )
             return TrendPosterior(self, local, *trend, self._validate_args)
         if covariate_variance is not None:
@@ -231,6 +224,14 @@ class Conditionable:
             if self._validate_args:
                 check_adjoint(operator, self.loc.device)
         return laplace(self, log_likelihood, operator, tolerance, max_iterations, method, self._validate_args)
+
+    def posterior_in_double(self, observation: Tensor, *arguments: Any, **options: Any) -> ConditionalGMRF:
+        """`posterior` of the distribution in float64, given an observation (*batch, *grid) of its own dtype."""
+        check_tensor("observation", observation)
+        if observation.dtype != accumulate_dtype(self.loc.dtype):
+            check_dtype("observation", observation, "the distribution", self.loc)
+        field = self if self.loc.dtype == torch.float64 else self.to(torch.float64)
+        return field.posterior(observation.double(), *arguments, **options)
 
     def prior_in_double(self) -> Prior:
         """What posteriors ask of the distribution."""
