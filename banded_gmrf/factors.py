@@ -9,7 +9,6 @@ The first is a sum of squares, the least over all a: an error of a counts only s
 factors are. Systems of I + VᵀV are small, and in float64.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -51,12 +50,6 @@ def products(factors: Tensor, fields: Tensor, ndim: int) -> Tensor:
     """Of every factor with fields (*sample, *batch, *grid): (*sample, *batch, R) in float64."""
     # Fields first: the matrix products that einsum makes of it are ten times as fast on a CPU as with factors first.
     return torch.einsum("...n,...rn->...r", fields.double().flatten(-ndim), factors.double().flatten(-ndim))
-
-
-def capacitance_root(gram: Tensor) -> Tensor:
-    """The Cholesky factor C of I + a Gram matrix (*batch, R, R); NaN where that is not finite or not positive definite."""
-    root, failed = torch.linalg.cholesky_ex(gram + torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
-    return root.masked_fill((failed != 0)[..., None, None], math.nan)
 
 
 def capacitance_logdet(root: Tensor) -> Tensor:

@@ -13,19 +13,18 @@ Transformations of torch, its compiler and its profiler see the composed density
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gmrf_kernels.backends import backend_of
 from gmrf_kernels.checks import accumulate_dtype
+from gmrf_kernels.low_rank import capacitance_root
 from gmrf_kernels.registration import nothing_intervenes, requires_grad
 
 from .cholesky import StencilCholesky
 from .factors import (
     capacitance_logdet,
-    capacitance_root,
     mixture,
     products,
     rank_first,
@@ -75,7 +74,7 @@ def log_density(residual: Tensor, factor: StencilCholesky, factors: Tensor) -> T
         off_diag.reshape(items, -1, *factor.grid),
         factors.to(dtype).reshape(items, -1, *factor.grid),
     )
-    value = _differentiable(*arguments, stencil) if requires_grad(arguments) else _fused(*arguments, stencil).value
+    value = _differentiable(*arguments, stencil) if requires_grad(arguments) else _fused(*arguments, stencil, False)[0]
     return value.reshape(residual.shape[:-ndim])
 
 
@@ -93,81 +92,30 @@ def _composed(residual: Tensor, factor: StencilCholesky, factors: Tensor) -> Ten
     return (logdet - 0.5 * squares - 0.5 * n * math.log(2 * math.pi)).to(y.dtype)
 
 
-class _Fused(NamedTuple):
-    """A log density, and what its gradient needs.
-
-    Attributes:
-        value: (S, B).
-        fields: factors and residuals, (R + S, B, *grid).
-        whitened: V, and the rests y - V a: (R + S, B, *grid).
-        root: C, (B, R, R) in float64.
-        weights: a, (S, B, R) in float64.
-    """
-
-    value: Tensor
-    fields: Tensor
-    whitened: Tensor
-    root: Tensor
-    weights: Tensor
-
-
-def _fused(residual: Tensor, log_diag: Tensor, off_diag: Tensor, factors: Tensor, stencil: Stencil) -> _Fused:
-    """Of residuals (S, B, *grid), coefficients (B, ...) and factors (B, R, *grid)."""
-    backend, rank = backend_of(residual), factors.shape[1]
-    fields = torch.cat([factors.movedim(1, 0), residual])
-    whitened = backend.matvec(log_diag, off_diag, fields, stencil.offsets, True, True)
-    inner = backend.inner_products(whitened, rank)
-    root = capacitance_root(inner[:, :rank])
-    weights = torch.cholesky_solve(inner[:, rank:].mT, root).permute(2, 0, 1)
-    rest = whitened[rank:]
-    rest -= backend.combinations(weights.movedim(0, 1), whitened[:rank])
-    axes = tuple(range(-stencil.ndim, 0))
-    squares = rest.square().sum(axes, dtype=root.dtype) + weights.square().sum(-1)
-    logdet = log_diag.sum(axes, dtype=root.dtype) - capacitance_logdet(root)
-    constant = 0.5 * math.prod(log_diag.shape[1:]) * math.log(2 * math.pi)
-    value = (logdet - 0.5 * squares - constant).to(residual.dtype)
-    return _Fused(value, fields, whitened, root, weights)
-
-
 class _LogDensity(torch.autograd.Function):
-    """`_fused`, with the gradient above; where that is differentiated in turn, it is the one of `_composed`."""
+    """The fused density and its gradient; where that is differentiated in turn, it is the one of `_composed`."""
 
     @staticmethod
     def forward(ctx, residual, log_diag, off_diag, factors, stencil):
-        value, fields, *kept = _fused(residual, log_diag, off_diag, factors, stencil)
-        # For the gradient of L alone, and as large as all that the density is of.
-        fields = fields if any(ctx.needs_input_grad[1:3]) else None
-        ctx.save_for_backward(residual, log_diag, off_diag, factors, fields, *kept)
+        value, *kept = _fused(residual, log_diag, off_diag, factors, stencil)
+        ctx.save_for_backward(residual, log_diag, off_diag, factors, *kept)
         ctx.stencil = stencil
         return value
 
     @staticmethod
     def backward(ctx, value_bar):
-        inputs, (fields, whitened, root, weights) = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
-        if torch.is_grad_enabled() or not nothing_intervenes((value_bar,), (*inputs, whitened, root, weights)):
+        *inputs, whitened, system = ctx.saved_tensors
+        if torch.is_grad_enabled() or not nothing_intervenes((value_bar,), (*inputs, whitened, system)):
             return *_composed_gradients(ctx, value_bar, inputs), None
-        _, log_diag, off_diag, _ = inputs
-        backend, offsets, ndim = backend_of(whitened), ctx.stencil.offsets, ctx.stencil.ndim
-        samples, _, rank = weights.shape
-        scale = value_bar.double()
-        of_rest = (scale[..., None] * weights).permute(1, 2, 0)
-        of_factors = scale.sum(0)[:, None, None] * torch.cholesky_inverse(root)
-        whitened_bar = backend.combinations(torch.cat([-of_factors, of_rest], -1), whitened, samples)
-        torch.mul(whitened[rank:], -value_bar.reshape(*value_bar.shape, *[1] * ndim), out=whitened_bar[rank:])
-        needs_residual, needs_log_diag, needs_off_diag, needs_factors, _ = ctx.needs_input_grad
-        residual_bar = log_diag_bar = off_diag_bar = factors_bar = None
-        if needs_factors:
-            wanted = whitened_bar if needs_residual else whitened_bar[:rank]
-            fields_bar = backend.matvec(log_diag, off_diag, wanted, offsets, False, True)
-            factors_bar = fields_bar[:rank].movedim(0, 1)
-            # A copy: the view would keep the gradient of the factors, which is larger.
-            residual_bar = fields_bar[rank:].clone() if needs_residual else None
-        elif needs_residual:
-            residual_bar = backend.matvec(log_diag, off_diag, whitened_bar[rank:], offsets, False, True)
-        if needs_log_diag or needs_off_diag:
-            diag_bar, off_diag_bar = backend.outer(fields, whitened_bar, offsets, off_diag.dtype)
-            log_diag_bar = diag_bar * log_diag.exp() + value_bar.sum(0).reshape(-1, *[1] * ndim)
-        return residual_bar, log_diag_bar, off_diag_bar, factors_bar, None
+        gradients = backend_of(whitened).low_rank_gradients
+        return *gradients(value_bar, *inputs, whitened, system, ctx.stencil.offsets, ctx.needs_input_grad[:4]), None
+
+
+def _fused(
+    residual: Tensor, log_diag: Tensor, off_diag: Tensor, factors: Tensor, stencil: Stencil, keep: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Of residuals (S, B, *grid), coefficients (B, ...) and factors (B, R, *grid)."""
+    return backend_of(residual).low_rank_log_density(residual, log_diag, off_diag, factors, stencil.offsets, keep)
 
 
 # Not `_LogDensity.apply`, which looks up signatures at every call.

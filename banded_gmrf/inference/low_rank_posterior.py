@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from gmrf_kernels.checks import accumulate_dtype, check_vector
+from gmrf_kernels.low_rank import capacitance_root
 
 from ..analysis.marginals import VarianceEstimate
 from ..batched import expanded
@@ -23,7 +24,6 @@ from ..factors import (
     added_covariance,
     added_variance,
     capacitance_logdet,
-    capacitance_root,
     mixture,
     products,
     random_mixture,

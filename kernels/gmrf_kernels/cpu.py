@@ -1,59 +1,35 @@
 """CPU backend: Numba kernels with threads over images or rows, specialised to the stencil unless it has many offsets.
 
-`cpu_unrolled` and `cpu_solve`, or `cpu_loops` for many offsets, write the source of a kernel and say what it does, and
-`cpu_compile` compiles it; here it is called. Shapes are those of `reference`. `threads` runs a kernel in as many threads as
-`torch.get_num_threads` says; Numba's own pools survive neither concurrent callers nor a fork.
+`cpu_unrolled` and `cpu_solve`, or `cpu_loops` for many offsets, write the source of a kernel and say what it does,
+`cpu_compile` compiles it and `cpu_plan` prepares its calls; here it is called. Shapes are those of `reference`. `threads` runs
+a kernel in as many threads as `torch.get_num_threads` says; Numba's own pools survive neither concurrent callers nor a fork.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from . import cpu_loops, cpu_solve, cpu_unrolled, simd_fields, simd_normals
-from .checks import accumulate_dtype
-from .cpu_compile import compiled
-from .cpu_plan import Plan
+from . import simd_fields, simd_normals
+from .cpu_plan import dtype_name, field_plan, matvec_plan, normal_plan, outer_plan, solve_plan, unrolled
+from .low_rank import cotangent_weights
 from .memory import empty
 from .stencils import Offsets
-
-# Below this many coefficients a call is shorter than waking a thread.
-_SERIAL_COEFFICIENTS = 2**15
-
-# Rows in a band, at most: each plane of coefficients is then read in runs as long as the machine's own prefetching wants.
-_BAND_ROWS = 16
-
-# Coefficients in a band that several samples share, at most: they stay in a cache of the second level.
-_BAND_COEFFICIENTS = 2**17
-
-# Samples of a factor that a product computes together; fewer gain too little for a kernel of their own, which takes seconds to
-# compile.
-_TOGETHER = 4
-
-# Stencils of more offsets are looped over: the time to compile grows faster than their number.
-_MOST_UNROLLED_OFFSETS = 64
 
 # Larger gradients would not stay in the caches of the last level until they are read.
 _STREAMING_BYTES = 2**26
 
-# Kernels compare positions in a row as int32.
-_LONGEST_ROW = 2**31 - 2**10
-
-# Plans kept for each kind of operation, one for each layout of tensors that it met last.
-_KEPT_PLANS = 512
-
-# What writes the kernels that are specialised to a stencil.
-_UNROLLED = {"matvec": cpu_unrolled.matvec, "solve": cpu_solve.solve, "outer": cpu_unrolled.outer}
+# Of whitened fields that one thread works on, at most, unless an image has more: they stay in its caches.
+_CACHED_BYTES = 2**21
 
 
 def matvec(diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> Tensor:
     """L x, or Lᵀx with ``transpose``: (S, B, *grid); ``diag`` is the log-diagonal where ``log``."""
     diag, off_diag, x = _prepare(diag, off_diag, x)
     y = empty(x.shape, x.dtype)
-    strides = diag.stride(), off_diag.stride(), x.stride()
-    _matvec_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads())(diag, off_diag, x, y)
+    _matvec_into(y, diag, off_diag, x, offsets, transpose, log)
     return y
 
 
@@ -62,7 +38,7 @@ def solve(diag: Tensor, off_diag: Tensor, b: Tensor, offsets: Offsets, transpose
     diag, off_diag, b = _prepare(diag, off_diag, b)
     x = empty(b.shape, b.dtype)
     strides = diag.stride(), off_diag.stride(), b.stride()
-    _solve_plan(offsets, off_diag.dtype, transpose, log, b.shape, strides, torch.get_num_threads())(diag, off_diag, b, x)
+    solve_plan(offsets, off_diag.dtype, transpose, log, b.shape, strides, torch.get_num_threads())(diag, off_diag, b, x)
     return x
 
 
@@ -73,20 +49,20 @@ def solve_normal(
 
     Where a row is whole blocks of the stream, each thread draws the numbers of a row just before it solves the row.
     """
-    blocks = diag.dtype == off_diag.dtype and shape[-1] % simd_normals.block_size(_name(diag.dtype)) == 0
-    if not (blocks and _unrolled(offsets)):
+    blocks = diag.dtype == off_diag.dtype and shape[-1] % simd_normals.block_size(dtype_name(diag.dtype)) == 0
+    if not (blocks and unrolled(offsets)):
         return solve(diag, off_diag, standard_normal(shape, diag.dtype, key), offsets, transpose, log)
     diag, off_diag = _prepare(diag, off_diag, ndim=len(shape) - 2)
     x = empty(shape, diag.dtype)
     strides = diag.stride(), off_diag.stride(), (0, 0)
-    plan = _solve_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads(), True)
+    plan = solve_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads(), True)
     plan(diag, off_diag, key, x)
     return x
 
 
 def outer(a: Tensor, b: Tensor, offsets: Offsets, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """P(a bᵀ), summed over the S vectors: its diagonal (B, *grid) and off-diagonals (B, K-1, *grid) in ``dtype``."""
-    return _outer(a, b, torch.ones((), dtype=a.dtype).expand(a.shape[:2]), None, offsets, dtype)
+    return _outer(a, b, _ones(a), None, offsets, dtype)
 
 
 def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) -> tuple[Tensor, Tensor]:
@@ -95,8 +71,8 @@ def nll(residual: Tensor, log_diag: Tensor, off_diag: Tensor, offsets: Offsets) 
     shape, dtype = residual.shape, residual.dtype
     y = empty(shape, dtype)
     value = torch.empty(shape[0], shape[1], dtype=dtype)
-    strides = log_diag.stride(), off_diag.stride(), residual.stride()
-    plan = _matvec_plan(offsets, off_diag.dtype, True, True, shape, strides, torch.get_num_threads(), True)
+    strides = log_diag.stride(), off_diag.stride(), residual.stride(), y.stride()
+    plan = matvec_plan(offsets, off_diag.dtype, True, True, shape, strides, torch.get_num_threads(), True)
     plan(log_diag, off_diag, residual, y, value)
     return value, y
 
@@ -109,44 +85,82 @@ def nll_factor_grad(
     return _outer(residual, whitened, scale, log_diag, offsets, dtype)
 
 
-def inner_products(fields: Tensor, rows: int) -> Tensor:
-    """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
+def low_rank_log_density(
+    residual: Tensor, log_diag: Tensor, off_diag: Tensor, factors: Tensor, offsets: Offsets, keep: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """As `reference.low_rank_log_density`; without ``keep`` there are no whitened fields."""
+    log_diag, off_diag, residual = _prepare(log_diag, off_diag, residual)
+    (factors,) = _prepare(factors)
+    batch, rank, *grid = factors.shape
+    samples, dtype = len(residual), residual.dtype
+    at_once = min(batch, _images_at_once(rank + samples, grid, dtype))
+    whitened = empty((batch if keep else at_once, rank + samples, *grid), dtype).transpose(0, 1)
+    value = torch.empty(samples, batch, dtype=torch.float64)
+    system = torch.zeros(batch, rank, rank + samples, dtype=torch.float64)
+    for images in _parts(batch, at_once):
+        x, factor = images(residual, 1), (images(log_diag), images(off_diag))
+        fields = images(whitened, 1) if keep else whitened.narrow(1, 0, x.shape[1])
+        _matvec_into(fields[:rank], *factor, images(factors).transpose(0, 1), offsets, True, True)
+        _matvec_into(fields[rank:], *factor, x, offsets, True, True)
+        _regress(fields, factor[0], images(value, 1), images(system))
+    return value.to(dtype), whitened if keep else None, system
 
-    Entries above the diagonal may be missing: they are then 0.
-    """
-    (fields,) = _prepare(fields)
-    terms, batch, *grid = fields.shape
-    n = math.prod(grid)
-    spans = -(-n // simd_fields.SPAN)
-    of_spans = torch.zeros(batch, spans, terms, rows, dtype=torch.float64)
-    arguments = (None, *fields.stride()[:2], terms, rows, n, spans, None)
-    operations = batch * terms * rows * n
-    _field_plan("inner_products", fields.dtype, arguments, batch * spans, operations, torch.get_num_threads())(fields, of_spans)
-    return of_spans.sum(1)
 
-
-def combinations(weights: Tensor, fields: Tensor, room: int = 0) -> Tensor:
-    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid).
-
-    With ``room``, behind them are so many fields more, for the caller to fill.
-    """
-    (fields,), weights = _prepare(fields), weights.contiguous()
-    batch, rows, terms = weights.shape
-    result = empty((rows + room, *fields.shape[1:]), fields.dtype)
-    n = math.prod(fields.shape[2:])
-    spans = -(-n // simd_fields.SPAN)
-    arguments = (None, rows, terms, None, *fields.stride()[:2], n, spans, None, batch * n)
-    operations = batch * terms * rows * n
-    plan = _field_plan("combinations", fields.dtype, arguments, batch * spans, operations, torch.get_num_threads())
-    plan(weights, fields, result)
-    return result
+def low_rank_gradients(
+    value_bar: Tensor,
+    residual: Tensor,
+    log_diag: Tensor,
+    off_diag: Tensor,
+    factors: Tensor,
+    whitened: Tensor,
+    system: Tensor,
+    offsets: Offsets,
+    wanted: Sequence[bool],
+) -> list[Tensor | None]:
+    """As `reference.low_rank_gradients`."""
+    log_diag, off_diag, residual = _prepare(log_diag, off_diag, residual)
+    (factors,), (whitened,) = _prepare(factors), _prepare(whitened)
+    batch, rank, *grid = factors.shape
+    samples, dtype, places = len(residual), residual.dtype, [1] * len(grid)
+    at_once = min(batch, _images_at_once(rank + samples, grid, dtype))
+    weights = cotangent_weights(value_bar, system)
+    totals = value_bar.sum(0).reshape(-1, *places)
+    whitened_bars = empty((at_once, rank + samples, *grid), dtype).transpose(0, 1)
+    of_residual, of_log_diag, of_off_diag, of_factors = wanted
+    of_factor = of_log_diag or of_off_diag
+    residual_bar = empty(residual.shape, dtype) if of_residual else None
+    log_diag_bar = empty((batch, *grid), dtype) if of_factor else None
+    off_diag_bar = empty((batch, len(offsets), *grid), off_diag.dtype) if of_factor else None
+    factors_bar = empty(factors.shape, dtype) if of_factors else None
+    for images in _parts(batch, at_once):
+        fields, own_bar, factor = images(whitened, 1), images(value_bar, 1), (images(log_diag), images(off_diag))
+        whitened_bar = whitened_bars.narrow(1, 0, own_bar.shape[1])
+        torch.mul(fields[rank:], -own_bar.reshape(*own_bar.shape, *places), out=whitened_bar[rank:])
+        if of_factors or of_factor:
+            _combine_into(whitened_bar[:rank], images(weights), fields)
+        if of_factors:
+            _matvec_into(images(factors_bar).transpose(0, 1), *factor, whitened_bar[:rank], offsets, False, True)
+        if of_residual:
+            _matvec_into(images(residual_bar, 1), *factor, whitened_bar[rank:], offsets, False, True)
+        if of_factor:
+            own = torch.cat([images(factors), images(residual, 1).transpose(0, 1)], 1).transpose(0, 1)
+            diag_bar = images(log_diag_bar)
+            _outer_into(diag_bar, images(off_diag_bar), own, whitened_bar, _ones(own), None, offsets, off_diag_bar.nbytes)
+            torch.addcmul(images(totals), diag_bar, factor[0].exp(), out=diag_bar)
+    return [residual_bar, log_diag_bar if of_log_diag else None, off_diag_bar if of_off_diag else None, factors_bar]
 
 
 def standard_normal(shape: Sequence[int], dtype: torch.dtype, key: int) -> Tensor:
     """The first numbers, in C order, of the stream of float32 or float64 numbers that has this key of 63 bits."""
     result = empty(shape, dtype)
-    _normal_plan(dtype, result.numel(), torch.get_num_threads())(key, result)
+    normal_plan(dtype, result.numel(), torch.get_num_threads())(key, result)
     return result
+
+
+def _matvec_into(y: Tensor, diag: Tensor, off_diag: Tensor, x: Tensor, offsets: Offsets, transpose: bool, log: bool) -> None:
+    """`matvec` of tensors with contiguous grids, stored in ``y``."""
+    strides = diag.stride(), off_diag.stride(), x.stride(), y.stride()
+    matvec_plan(offsets, off_diag.dtype, transpose, log, x.shape, strides, torch.get_num_threads())(diag, off_diag, x, y)
 
 
 def _outer(
@@ -156,11 +170,67 @@ def _outer(
     batch, *grid = a.shape[1:]
     diag = empty((batch, *grid), a.dtype)
     off_diag = empty((batch, len(offsets), *grid), dtype)
-    streaming = off_diag.nbytes > _STREAMING_BYTES and grid[-1] * dtype.itemsize % 64 == 0 == off_diag.data_ptr() % 64
-    strides = a.stride(), b.stride(), scale.stride(), 0 if log_diag is None else log_diag.stride(0)
-    plan = _outer_plan(offsets, dtype, a.shape, strides, streaming, torch.get_num_threads())
-    plan(a, b, scale, 0 if log_diag is None else log_diag, diag, off_diag)
+    _outer_into(diag, off_diag, a, b, scale, log_diag, offsets, off_diag.nbytes)
     return diag, off_diag
+
+
+def _outer_into(
+    diag: Tensor, off_diag: Tensor, a: Tensor, b: Tensor, scale: Tensor, log_diag: Tensor | None, offsets: Offsets, size: int
+) -> None:
+    """``size`` is the number of bytes of all off-diagonals, of which these may be some."""
+    aligned = off_diag.shape[-1] * off_diag.itemsize % 64 == 0 == off_diag.data_ptr() % 64
+    strides = a.stride(), b.stride(), scale.stride(), 0 if log_diag is None else log_diag.stride(0)
+    streaming = size > _STREAMING_BYTES and aligned
+    plan = outer_plan(offsets, off_diag.dtype, a.shape, strides, streaming, torch.get_num_threads())
+    plan(a, b, scale, 0 if log_diag is None else log_diag, diag, off_diag)
+
+
+def _ones(a: Tensor) -> Tensor:
+    """A scale of 1 for vectors (S, B, *grid)."""
+    return torch.ones((), dtype=a.dtype).expand(a.shape[:2])
+
+
+def _regress(fields: Tensor, log_diag: Tensor, value: Tensor, system: Tensor) -> None:
+    """The kernels of `simd_fields` on whitened fields (R + S, B, *grid); see there for what they leave in the others."""
+    terms, batch, *grid = fields.shape
+    rank, n = system.shape[1], math.prod(grid)
+    spans = -(-n // simd_fields.SPAN)
+    items, threads = batch * spans, torch.get_num_threads()
+    layout = (None, *fields.stride()[:2], terms, rank, n, spans)
+    sums = empty((items, rank, terms), torch.float64)
+    operations = terms * rank * n * batch
+    plan = field_plan(simd_fields.ridge_regression, fields.dtype, (*layout, None, None), items, operations, threads, 8 * batch)
+    plan(fields, sums, system)
+    arguments = (*layout, batch, None, None, log_diag.stride(0), None, value.stride(0))
+    scratch = 8 * (batch + items * (terms - rank + 1))
+    plan = field_plan(simd_fields.log_density, fields.dtype, arguments, items, operations, threads, scratch)
+    plan(fields, system, log_diag, value)
+
+
+def _combine_into(result: Tensor, weights: Tensor, fields: Tensor) -> None:
+    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid)."""
+    batch, rows, terms = weights.shape
+    n = math.prod(fields.shape[2:])
+    spans = -(-n // simd_fields.SPAN)
+    arguments = (None, rows, terms, None, *fields.stride()[:2], n, spans, None, *result.stride()[:2])
+    operations, threads = batch * terms * rows * n, torch.get_num_threads()
+    plan = field_plan(simd_fields.combinations, fields.dtype, arguments, batch * spans, operations, threads)
+    plan(weights, fields, result)
+
+
+def _images_at_once(fields: int, grid: Sequence[int], dtype: torch.dtype) -> int:
+    """How many images' fields stay in the threads' caches between one kernel and the next."""
+    return max(1, _CACHED_BYTES * torch.get_num_threads() // (fields * math.prod(grid) * dtype.itemsize))
+
+
+def _parts(batch: int, at_once: int) -> Iterator[Callable[..., Tensor]]:
+    """What takes the images of a part out of a tensor whose batch is its first axis, or the one given beside it."""
+    if batch <= at_once:
+        yield lambda tensor, axis=0: tensor
+        return
+    for first in range(0, batch, at_once):
+        count = min(at_once, batch - first)
+        yield lambda tensor, axis=0, first=first, count=count: tensor.narrow(axis, first, count)
 
 
 def _prepare(*tensors: Tensor, ndim: int | None = None) -> Sequence[Tensor]:
@@ -174,7 +244,7 @@ def _prepare(*tensors: Tensor, ndim: int | None = None) -> Sequence[Tensor]:
     return [t if _contiguous_grid(t.shape, t.stride(), ndim) else t.contiguous() for t in tensors]
 
 
-@functools.lru_cache(_KEPT_PLANS)
+@functools.lru_cache(512)
 def _contiguous_grid(shape: torch.Size, strides: tuple[int, ...], ndim: int) -> bool:
     step = 1
     for size, stride in zip(reversed(shape[-ndim:]), reversed(strides[-ndim:]), strict=True):
@@ -182,138 +252,3 @@ def _contiguous_grid(shape: torch.Size, strides: tuple[int, ...], ndim: int) -> 
             return False
         step *= size
     return True
-
-
-@functools.lru_cache(_KEPT_PLANS)
-def _matvec_plan(
-    offsets: Offsets,
-    dtype: torch.dtype,
-    transpose: bool,
-    log: bool,
-    shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...],
-    threads: int,
-    likelihood: bool = False,
-) -> Plan:
-    options = {"likelihood": True} if likelihood else {}
-    if _unrolled(offsets) and shape[0] >= _TOGETHER:
-        options["together"] = _TOGETHER
-    kernel, stencil = _kernel("matvec", offsets, dtype, transpose=transpose, log=log, **options)
-    arguments = [*stencil, *_factor_and_vector(*strides), None, *([None] if likelihood else [])]
-    row_sums = 8 * math.prod(shape[:-1]) if likelihood else 0
-    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads, row_sums)
-
-
-@functools.lru_cache(_KEPT_PLANS)
-def _solve_plan(
-    offsets: Offsets,
-    dtype: torch.dtype,
-    transpose: bool,
-    log: bool,
-    shape: torch.Size,
-    strides: tuple[tuple[int, ...], ...],
-    threads: int,
-    normal: bool = False,
-) -> Plan:
-    samples, batch, *grid = shape
-    threads = min(_num_threads(batch * len(offsets) * math.prod(grid) * samples, threads), max(1, samples * batch))
-    if _unrolled(offsets):
-        in_step, shared = _solved_in_step(samples, batch, threads)
-        options = {"chains": in_step, **({"shared": True} if shared else {}), **({"normal": True} if normal else {})}
-        items, multiple = (batch * -(-samples // in_step), 1) if shared else (samples * batch, in_step)
-        scratch_size = cpu_solve.solve_scratch(offsets, _name(dtype), in_step, grid[-1], normal)
-    else:
-        options, scratch_size = {}, cpu_loops.solve_scratch()
-        items, multiple = samples * batch, min(samples, -(-samples * batch // threads))
-    kernel, stencil = _kernel("solve", offsets, dtype, transpose=transpose, log=log, **options)
-    arguments = [*stencil, *_factor_and_vector(*strides), None, *_sizes(shape)]
-    scratch = threads * scratch_size * accumulate_dtype(dtype).itemsize
-    return Plan(kernel, arguments, items, threads, multiple, scratch)
-
-
-@functools.lru_cache(_KEPT_PLANS)
-def _outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides: tuple, streaming: bool, threads: int) -> Plan:
-    a, b, scale, log_diag = strides
-    kernel, stencil = _kernel("outer", offsets, dtype, streaming=streaming)
-    arguments = [*stencil, None, *a[:2], None, *b[:2], None, *scale, None, log_diag, None, None]
-    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads)
-
-
-@functools.lru_cache(_KEPT_PLANS)
-def _field_plan(kernel: str, dtype: torch.dtype, arguments: tuple, items: int, operations: int, threads: int) -> Plan:
-    function = compiled(getattr(simd_fields, kernel), _name(dtype))
-    return Plan(function, arguments, items, _num_threads(operations, threads))
-
-
-@functools.lru_cache(_KEPT_PLANS)
-def _normal_plan(dtype: torch.dtype, size: int, threads: int) -> Plan:
-    kernel = compiled(simd_normals.source, _name(dtype))
-    items = -(-size // simd_normals.block_size(_name(dtype)))
-    return Plan(kernel, [None, None, size], items, _num_threads(size, threads))
-
-
-def forget_plans() -> None:
-    """Make plans anew from here on, because something that they are made of has changed."""
-    for plans in (_matvec_plan, _solve_plan, _outer_plan, _field_plan, _normal_plan):
-        plans.cache_clear()
-
-
-def _plan_of_bands(
-    kernel: Callable, arguments: list[Tensor | int | None], shape: torch.Size, terms: int, threads: int, scratch: int = 0
-) -> Plan:
-    """The plan of a kernel on bands of rows; their length and number are the last of its own arguments."""
-    samples, batch, *lines, width = shape
-    rows = math.prod(lines)
-    threads = _num_threads(batch * terms * rows * width, threads)
-    band = min(_BAND_ROWS, rows * batch // (4 * threads))
-    if samples > 1:
-        # The coefficients of a band are to stay in the cache from one sample to the next.
-        band = min(band, _BAND_COEFFICIENTS // (max(1, terms) * width))
-    band = max(1, band)
-    bands = -(-rows // band)
-    return Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
-
-
-def _factor_and_vector(diag: tuple[int, ...], off_diag: tuple[int, ...], x: tuple[int, ...]) -> list[int | None]:
-    """The arguments of a kernel for a factor and a vector with these strides: each tensor, and the strides before its grid."""
-    return [None, diag[0], None, *off_diag[:2], None, *x[:2]]
-
-
-def _sizes(shape: torch.Size) -> list[int]:
-    """The last arguments of most kernels: numbers of samples and images, and a grid of three axes."""
-    if shape[-1] > _LONGEST_ROW:
-        raise ValueError(f"the grid's last axis has {shape[-1]} sites, the CPU backend takes at most {_LONGEST_ROW}")
-    return [*shape[:2], *[1] * (5 - len(shape)), *shape[2:]]
-
-
-def _solved_in_step(samples: int, batch: int, threads: int) -> tuple[int, bool]:
-    """How many images a thread solves in step, and whether these are samples of one factor, which share its coefficients."""
-    for in_step in (4, 2):
-        if samples >= in_step and batch * -(-samples // in_step) >= threads:
-            return in_step, True
-    return (2 if samples * batch >= 2 * threads else 1), False
-
-
-def _num_threads(coefficients: int, threads: int) -> int:
-    return threads if coefficients > _SERIAL_COEFFICIENTS else 1
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _unrolled(offsets: Offsets) -> bool:
-    return len(offsets) <= _MOST_UNROLLED_OFFSETS
-
-
-def _kernel(operation: str, offsets: Offsets, dtype: torch.dtype, **options) -> tuple[Callable, list[Tensor | int]]:
-    """The kernel of an operation, and its first arguments, by which it knows the stencil unless that is compiled into it."""
-    if _unrolled(offsets):
-        return compiled(_UNROLLED[operation], _name(dtype), offsets=offsets, **options), []
-    return compiled(getattr(cpu_loops, operation), _name(dtype), **options), [_table(offsets), len(offsets)]
-
-
-@functools.cache
-def _table(offsets: Offsets) -> Tensor:
-    """The table of `cpu_loops`."""
-    return torch.tensor(cpu_loops.table(offsets), dtype=torch.int64)

@@ -117,8 +117,7 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
 
     def each_sample(body):
         rows = (
-            f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\n"
-            f"y_row = y + ((s * batch + b) * n + r * width) * {vector}\n"
+            f"x_row = x + (s * x_s + b * x_b + r * width) * {vector}\ny_row = y + (s * y_s + b * y_b + r * width) * {vector}\n"
         )
         return "for s in range(samples):\n" + inside(rows + body)
 
@@ -139,7 +138,7 @@ def matvec(dtype: str, transpose: bool, cache: bool, log: bool, likelihood: bool
         total = "store_double(scratch, (s * batch + b) * rows + r, 0.5 * total(sums))\n"
         sums = "sums = no_sums()\n" + row_blocks(lanes(dtype), "0", "width", add_to_sums) + total
         body += band_rows(d_row + each_sample(sums))
-    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y, y_s, y_b" + (", value" if likelihood else "")
     finish = SUM_OF_ROWS if likelihood else ""
     return band_kernel(dtype, cache, _STENCIL + arguments, "", body, finish=finish)
 

@@ -163,7 +163,7 @@ def matvec(
         for v in names:
             code += (
                 f"x_row{v} = x + (s{v} * x_s + b * x_b + r * width) * {vector}\n"
-                f"y_row{v} = y + ((s{v} * batch + b) * n + r * width) * {vector}\n"
+                f"y_row{v} = y + (s{v} * y_s + b * y_b + r * width) * {vector}\n"
             )
         code += "".join(f"sums{v} = no_sums()\n" for v in names if sums)
         code += terms.fold(passes[number], begin, finish, vectors=names)
@@ -176,7 +176,7 @@ def matvec(
     body = f"for first in range(0, samples, {together}):\n" + inside(
         group + "".join(row_pass(number) for number in range(len(passes)))
     )
-    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y" + (", value" if likelihood else "")
+    arguments = "diag, diag_b, off, off_b, off_k, x, x_s, x_b, y, y_s, y_b" + (", value" if likelihood else "")
     definitions = terms.folds("add_product", range(len(terms.groups)), together)
     finish = SUM_OF_ROWS if likelihood else ""
     return band_kernel(dtype, cache, arguments, terms.setup(), body, finish=finish, definitions=definitions)

@@ -10,10 +10,12 @@ This file is the definition of what every other backend computes. Shapes, in all
 """
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .low_rank import capacitance_root, cotangent_weights
 from .stencils import Offsets, overlap, wavefront_slopes
 
 
@@ -85,22 +87,75 @@ def nll_factor_grad(
     return diag * log_diag.exp() - scale.sum(0).reshape(-1, *[1] * (log_diag.ndim - 1)), off_diag
 
 
-def inner_products(fields: Tensor, rows: int) -> Tensor:
-    """Inner products of fields (T, B, *grid) with the first ``rows`` of them: (B, T, rows) in float64.
+def low_rank_log_density(
+    residual: Tensor,
+    log_diag: Tensor,
+    off_diag: Tensor,
+    factors: Tensor,
+    offsets: Offsets,
+    keep: bool = True,
+    matvec: Callable[..., Tensor] = matvec,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log densities of residuals under N(0, Λ⁻¹ + F Fᵀ) with factors F, in nats.
 
-    Entries above the diagonal may be missing: they are then 0. (Here they are not.)
+    Args:
+        residual: (S, B, *grid).
+        log_diag, off_diag: the factor L of Λ.
+        factors: F, (B, R, *grid), with R > 0.
+        offsets: the stencil's.
+        keep: whether the gradient will be asked for; the backend may then leave out what it needs.
+        matvec: that of the backend.
+
+    Returns:
+        The log densities (S, B); the whitened factors V and the rests y - V a, (R + S, B, *grid); and in float64 (B, R, R + S),
+        Cᵀ and beside it the weights a, where C Cᵀ = I + VᵀV.
     """
-    flat = fields.flatten(2).double()
-    return torch.einsum("tbn,rbn->btr", flat, flat[:rows])
+    rank = factors.shape[1]
+    whitened = matvec(log_diag, off_diag, torch.cat([factors.movedim(1, 0), residual]), offsets, True, True)
+    fields = whitened.flatten(2).movedim(0, 1).double()
+    inner = fields[:, :rank] @ fields.mT
+    root = capacitance_root(inner[..., :rank])
+    weights = torch.cholesky_solve(inner[..., rank:], root)
+    rests = fields[:, rank:] - weights.mT @ fields[:, :rank]
+    whitened[rank:] = rests.movedim(0, 1).unflatten(-1, residual.shape[2:])
+    squares = rests.square().sum(-1) + weights.square().sum(-2)
+    logdet = log_diag.flatten(1).sum(1, dtype=root.dtype) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    constant = 0.5 * fields.shape[-1] * math.log(2 * math.pi)
+    value = (logdet[:, None] - 0.5 * squares - constant).T
+    return value.to(residual.dtype), whitened, torch.cat([root.mT, weights], -1)
 
 
-def combinations(weights: Tensor, fields: Tensor, room: int = 0) -> Tensor:
-    """Σ_u weights[:, t, u] fields[u], of weights (B, T, U) in float64 and fields (U, B, *grid): (T, B, *grid).
+def low_rank_gradients(
+    value_bar: Tensor,
+    residual: Tensor,
+    log_diag: Tensor,
+    off_diag: Tensor,
+    factors: Tensor,
+    whitened: Tensor,
+    system: Tensor,
+    offsets: Offsets,
+    wanted: Sequence[bool],
+    matvec: Callable[..., Tensor] = matvec,
+    outer: Callable[..., tuple[Tensor, Tensor]] = outer,
+) -> list[Tensor | None]:
+    """Gradients of ``(value_bar * value).sum()`` of `low_rank_log_density`, for its first four arguments where ``wanted``.
 
-    With ``room``, behind them are so many fields more, for the caller to fill.
+    The weights a are constants in it, because the density is greatest there:
+
+        ȳ = -(y - V a),   V̄ = (y - V a) aᵀ - V (C Cᵀ)⁻¹
     """
-    rows = weights.shape[1]
-    result = fields.new_empty(rows + room, *fields.shape[1:])
-    combined = torch.einsum("btu,ubn->tbn", weights, fields.flatten(2).double())
-    result[:rows] = combined.unflatten(-1, fields.shape[2:])
-    return result
+    rank, grid = factors.shape[1], residual.shape[2:]
+    of_residual, of_log_diag, of_off_diag, of_factors = wanted
+    combined = torch.einsum("btu,ubn->tbn", cotangent_weights(value_bar, system), whitened.flatten(2).double())
+    rests = -value_bar.reshape(*value_bar.shape, *[1] * len(grid)) * whitened[rank:]
+    whitened_bar = torch.cat([combined.to(rests.dtype).unflatten(-1, grid), rests])
+    residual_bar = log_diag_bar = off_diag_bar = factors_bar = None
+    if of_residual:
+        residual_bar = matvec(log_diag, off_diag, whitened_bar[rank:], offsets, False, True)
+    if of_factors:
+        factors_bar = matvec(log_diag, off_diag, whitened_bar[:rank], offsets, False, True).movedim(0, 1)
+    if of_log_diag or of_off_diag:
+        fields = torch.cat([factors.movedim(1, 0), residual])
+        diag_bar, off_diag_bar = outer(fields, whitened_bar, offsets, off_diag.dtype)
+        log_diag_bar = diag_bar * log_diag.exp() + value_bar.sum(0).reshape(-1, *[1] * len(grid))
+    return [residual_bar, log_diag_bar if of_log_diag else None, off_diag_bar if of_off_diag else None, factors_bar]

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import gmrf_kernels
-from gmrf_kernels import cpu, cpu_compile
+from gmrf_kernels import cpu_compile, cpu_plan
 from tests import emulation
 
 # Each backend, and the device of the tensors that it is tested on: a new one inherits the suite by a line here. In a process
@@ -30,9 +30,9 @@ def device(backend):
 @pytest.fixture(autouse=True)
 def new_plans():
     """Nothing that a test changes about the CPU backend is in the plans of another test, nor the other way round."""
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     yield
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
 
 
 @pytest.fixture
@@ -48,5 +48,5 @@ def poisoned_memory():
 @pytest.fixture
 def nothing_compiled(monkeypatch):
     """As in a new process: kernels come from the disk cache or are compiled."""
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     monkeypatch.setattr(cpu_compile, "_compiled", functools.cache(cpu_compile._compiled.__wrapped__))

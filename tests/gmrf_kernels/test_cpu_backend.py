@@ -58,7 +58,7 @@ def either_kernel(request):
 def large(name, dtype=torch.float64, samples=2):
     """Arguments large enough for threads; an odd number of images, that no number of threads divides."""
     args = arguments(name, OFFSETS["5x5"], (20, 33), samples, 7, dtype, nan_outside=False)
-    assert cpu._SERIAL_COEFFICIENTS < 7 * 12 * 20 * 33
+    assert cpu_plan._SERIAL_COEFFICIENTS < 7 * 12 * 20 * 33
     return args
 
 
@@ -359,7 +359,7 @@ def test_gradients_written_past_the_caches_are_the_same(name, dtype, either_kern
     args = arguments(name, OFFSETS["5x5"], (5, 64), dtype=dtype)
     expected = call(name, args)
     monkeypatch.setattr(cpu, "_STREAMING_BYTES", 0)
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     assert_same_bits(call(name, args), expected)
 
 
@@ -444,35 +444,104 @@ def test_a_sample_is_multiplied_alike_alone_and_among_others(transpose, dtype):
     ],
 )
 def test_samples_share_coefficients_unless_that_leaves_threads_without_work(samples, batch, threads, expected):
-    assert cpu._solved_in_step(samples, batch, threads) == expected
+    assert cpu_plan._solved_in_step(samples, batch, threads) == expected
 
 
 # --- several fields ---
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize(
-    ("grid", "batch", "fields", "rows"),
-    [((1,), 1, 1, 1), ((3, 5), 2, 5, 4), ((33, 40), 3, 7, 6), ((4, 2, 3), 2, 21, 16), ((65, 64), 2, 17, 16), ((3, 3), 0, 5, 4)],
-)
-def test_products_and_combinations_of_fields(grid, batch, fields, rows, dtype):
-    """Tiles and spans that do not come out even, in float64 whatever the fields are."""
-    fields = torch.randn(fields, batch, *grid, dtype=dtype) + 1
-    weights = torch.randn(batch, rows, len(fields), dtype=torch.float64)
-    turned = fields.movedim(0, 1).contiguous().movedim(1, 0)
-    # Sums of fewer than 10⁴ products, each of them rounded, of numbers below 10.
-    sums, inner = {"rtol": 1e-13, "atol": 1e-12}, torch.tril(torch.ones(len(fields), rows, dtype=torch.float64))
-    once = torch.finfo(dtype).eps
+LOW_RANK = [
+    ((1,), 1, 1, 1),
+    ((3, 5), 2, 4, 1),
+    ((33, 40), 3, 6, 2),
+    ((4, 2, 3), 2, 16, 5),
+    ((65, 64), 2, 16, 1),
+    ((1100,), 5, 3, 9),
+    ((2, 3), 0, 2, 1),
+    ((2, 3), 2, 2, 0),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("grid", "batch", "rank", "samples"), LOW_RANK)
+def test_densities_with_a_low_rank_part_equal_the_reference(grid, batch, rank, samples, dtype, monkeypatch, poisoned_memory):
+    """Tiles, spans and parts of the batch that do not come out even; whatever the layout and the number of threads."""
+    offsets = ((0,) * (len(grid) - 1) + (1,), (1, *[0] * (len(grid) - 1)))[: len(grid)]
+    vector = torch.float64 if dtype == torch.float64 else torch.float32
+    residual, log_diag, off_diag, factors, value_bar = (
+        scale * torch.randn(shape, dtype=vector)
+        for scale, shape in (
+            (1.0, (samples, batch, *grid)),
+            (0.1, (batch, *grid)),
+            (0.1, (batch, len(offsets), *grid)),
+            (1.0, (batch, rank, *grid)),
+            (1.0, (samples, batch)),
+        )
+    )
+    arguments = residual, log_diag, off_diag.to(dtype), factors
+    expected = reference.low_rank_log_density(*arguments, offsets)
+    of_expected = reference.low_rank_gradients(value_bar, *arguments, *expected[1:], offsets, [True] * 4)
+    close = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
     results = []
-    for count in (1, 2):
+    for count, cached in ((1, cpu._CACHED_BYTES), (2, 1), (1, 1)):
         torch.set_num_threads(count)
-        for t in (fields, turned):
-            products, combined = cpu.inner_products(t, rows), cpu.combinations(weights, t)
-            torch.testing.assert_close(products * inner, reference.inner_products(t, rows) * inner, **sums)
-            torch.testing.assert_close(combined, reference.combinations(weights, t), rtol=once, atol=1e-13 + once / 8)
-            results.append((products, combined))
+        monkeypatch.setattr(cpu, "_CACHED_BYTES", cached)
+        actual = cpu.low_rank_log_density(*arguments, offsets)
+        for one, other in zip(actual, expected, strict=True):
+            torch.testing.assert_close(one, other, **close)
+        value, nothing, system = cpu.low_rank_log_density(*arguments, offsets, keep=False)
+        assert nothing is None
+        assert_same_bits((value, system), actual[::2])
+        gradients = cpu.low_rank_gradients(value_bar, *arguments, *actual[1:], offsets, [True] * 4)
+        for one, other in zip(gradients, of_expected, strict=True):
+            assert one.dtype == other.dtype
+            torch.testing.assert_close(
+                one, other, rtol=max(close["rtol"], 2 * torch.finfo(other.dtype).eps), atol=close["atol"]
+            )
+        for i in range(4):
+            alone = cpu.low_rank_gradients(value_bar, *arguments, *actual[1:], offsets, [i == j for j in range(4)])
+            assert [g is None for g in alone] == [i != j for j in range(4)]
+            assert_same_bits((alone[i],), (gradients[i],))
+        results.append((*actual, *gradients))
     for result in results:
         assert_same_bits(result, results[0])
+
+
+def test_layouts_of_a_low_rank_part():
+    offsets, grid = OFFSETS["3x3"], (5, 7)
+    residual, factors = torch.randn(3, 4, *grid).transpose(0, 1), torch.randn(2, 3, *grid, 3).permute(1, 0, 4, 2, 3)[:, 0]
+    log_diag, off_diag = 0.1 * torch.randn(1, *grid).expand(3, *grid), 0.1 * torch.randn(1, 4, *grid).expand(3, 4, *grid)
+    given = residual, log_diag, off_diag, factors
+    contiguous = [t.contiguous() for t in given]
+    value_bar = torch.ones(()).expand(4, 3)
+    actual, expected = (cpu.low_rank_log_density(*tensors, offsets) for tensors in (given, contiguous))
+    assert_same_bits(actual, expected)
+    assert_same_bits(
+        cpu.low_rank_gradients(value_bar, *given, *actual[1:], offsets, [True] * 4),
+        cpu.low_rank_gradients(value_bar.contiguous(), *contiguous, *expected[1:], offsets, [True] * 4),
+    )
+
+
+@pytest.mark.parametrize("backend", [cpu, reference])
+def test_systems_that_have_no_root_are_nan_and_leave_other_images_alone(backend):
+    """A factor with NaN, one that overflows, and equal ones so large that I is lost beside their squares."""
+    grid, offsets = (3, 5), ((0, 1),)
+    residual, factors = torch.randn(2, 4, *grid), torch.randn(4, 3, *grid)
+    log_diag, off_diag = torch.zeros(4, *grid), torch.zeros(4, 1, *grid)
+    log_diag[1] = 10
+    alone = backend.low_rank_log_density(residual[:, 3:], log_diag[3:], off_diag[3:], factors[3:], offsets)
+    factors[0, 1, 0, 0] = torch.nan
+    factors[1, 2] = 1e38
+    factors[2] = 1e30
+    value, whitened, system = backend.low_rank_log_density(residual, log_diag, off_diag, factors, offsets)
+    assert value[:, :3].isnan().all()
+    assert whitened[3:, :3].isnan().all()
+    gradients = backend.low_rank_gradients(
+        torch.ones(2, 4), residual, log_diag, off_diag, factors, whitened, system, offsets, [True] * 4
+    )
+    assert gradients[3][:3].isnan().all()
+    assert gradients[3][3].isfinite().all()
+    torch.testing.assert_close(value[:, 3:], alone[0])
 
 
 # --- stencils of many offsets ---
@@ -489,7 +558,7 @@ MANY = {
 @pytest.mark.parametrize("stencil", MANY)
 def test_stencils_of_many_offsets_equal_dense_linear_algebra(name, stencil, poisoned_memory):
     offsets, grid = MANY[stencil]
-    assert not cpu._unrolled(offsets)
+    assert not cpu_plan.unrolled(offsets)
     for samples, batch in [(1, 1), (3, 2)]:
         assert_dense(name, offsets, grid, samples, batch)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numba
 import pytest
 
-from gmrf_kernels import cpu, cpu_compile
+from gmrf_kernels import cpu_compile, cpu_plan
 from tests.gmrf_kernels.cpu_backend import assert_same_bits, run_python
 from tests.gmrf_kernels.operators import OFFSETS, arguments, call
 
@@ -47,7 +47,7 @@ def test_an_unusable_cache_only_costs_the_compile(tmp_path, monkeypatch, nothing
     regular_file.write_text("")
     monkeypatch.setenv("BANDED_GMRF_CACHE", str(regular_file / "cache"))
     cpu_compile._compiled.cache_clear()
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     with pytest.warns(UserWarning, match="compiled kernels are not kept"):
         actual = call("matvec", args)
     assert_same_bits(actual, expected)
@@ -85,7 +85,7 @@ def test_damaged_files_are_replaced(suffix, content, tmp_path, monkeypatch, noth
     intact = file.stat().st_size
     file.write_bytes(file.read_bytes()[: intact // 2] if content is None else content)
     cpu_compile._compiled.cache_clear()
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same_bits(call("matvec", args), expected)
@@ -93,7 +93,7 @@ def test_damaged_files_are_replaced(suffix, content, tmp_path, monkeypatch, noth
     assert abs(file.stat().st_size - intact) < 16  # the index has the time of the source file
     # The next process finds everything in order.
     cpu_compile._compiled.cache_clear()
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     monkeypatch.setattr(numba.core.compiler.CompilerBase, "compile_extra", None)
     assert_same_bits(call("matvec", args), expected)
 

@@ -10,7 +10,7 @@ import scipy.stats
 import torch
 
 import banded_gmrf as bg
-from gmrf_kernels import cpu, cpu_compile, cpu_solve, simd_normals, standard_normal, use_backend
+from gmrf_kernels import cpu, cpu_compile, cpu_plan, cpu_solve, simd_normals, standard_normal, use_backend
 from gmrf_kernels.cpu_plan import Plan
 
 DTYPES = [torch.float32, torch.float64]
@@ -343,11 +343,11 @@ def drawn_inside(monkeypatch):
         written.append(normal)
         return cpu_solve.solve(*args, normal=normal, **options)
 
-    monkeypatch.setitem(cpu._UNROLLED, "solve", solve)
+    monkeypatch.setitem(cpu_plan._UNROLLED, "solve", solve)
     monkeypatch.setattr(cpu_compile, "_compiled", cpu_compile._compiled.__wrapped__)
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
     yield written
-    cpu.forget_plans()
+    cpu_plan.forget_plans()
 
 
 def sample_and_solution(q, shape):
