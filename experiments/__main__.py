@@ -4,7 +4,7 @@ import typer
 
 from programs.commands import interruptible
 
-from .commands.images import denoising, factors, image_experiment, reach
+from .commands.images import denoising, factors, image_experiment, reach, seeds
 from .commands.showcases import demo, gallery
 from .commands.synthetic import calibrate, known_covariance, report
 
@@ -35,6 +35,7 @@ app.command(
 app.command("cifar10", help="The same as faces for gray images of 32 x 32 pixels.")(interruptible(image_experiment("cifar10")))
 app.command("denoising")(interruptible(denoising))
 app.command("reach")(interruptible(reach))
+app.command("seeds")(interruptible(seeds))
 app.command("factors")(interruptible(factors))
 app.command("report")(interruptible(report))
 app.command("calibrate")(interruptible(calibrate))

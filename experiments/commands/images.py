@@ -62,7 +62,8 @@ _Validation = Annotated[
     typer.Option(help="Share of the training images that no network is trained on.", show_default="the preset's"),
 ]
 _Models = Annotated[
-    str | None, typer.Option(help="The only base models to train, of AE,VAE,β-VAE.", show_default="the preset's")
+    str | None,
+    typer.Option(help="The only base models to train, of AE,VAE,β-VAE,AE-L1,AE-gradient.", show_default="the preset's"),
 ]
 _Stencils = Annotated[
     str | None,
@@ -281,6 +282,25 @@ def factors(
         check_same_data(config, found)
     save_factors(config, faces, found, base, images, out)
     finish(out, what="Factors")
+
+
+def seeds(
+    runs: Annotated[list[Path], typer.Argument(help="Results of finished runs of faces, of any base models and seeds.")],
+    out: options.Out = None,
+) -> None:
+    """One table of several runs of faces that differ in base models and seeds: means and standard deviations over seeds."""
+    from rich.console import Console
+
+    from programs.files import new_folder
+
+    from ..faces.seeds import runs_of, write_table
+
+    with errors_of("RUNS"):
+        runs_of(runs)
+    with errors_of("--out"):
+        folder = new_folder("seeds", out)
+    write_table(runs, folder, Console())
+    finish(folder)
 
 
 def _load_images(data: str | None, size: int, levels: str | None, note: str | None = None, console=None):

@@ -45,7 +45,7 @@ def keep_the_number_of_threads():
 @pytest.fixture
 def looped(monkeypatch):
     """Every stencil has too many offsets to be unrolled."""
-    monkeypatch.setattr(cpu, "_MOST_UNROLLED_OFFSETS", -1)
+    monkeypatch.setattr(cpu_plan, "_MOST_UNROLLED_OFFSETS", -1)
 
 
 @pytest.fixture(params=["unrolled", "looped"])

@@ -1,0 +1,139 @@
+"""One table of several runs of faces or cifar10: means over runs that differ in their seeds, base models beside each other."""
+
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from programs.tables import markdown_table
+
+from ..results import differences, environment, finished_results, where_text, write_results
+from .presets import PRESETS, Covariance
+
+# What the runs of one table may differ in.
+_FREE = ("seed", "covariances", "bfloat16", "compiled", "note", "device", "bound_images", "samples", "pairs_at_once")
+
+# By the names under which a row has them, and whether they are a mean over images.
+_NUMBERS = {
+    "nats": True,
+    "nats_gain_per_pixel": False,
+    "whitened_variance": False,
+    "whitened_autocorrelation": False,
+    "whitened_kurtosis": False,
+}
+
+
+def runs_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """The results of finished runs.
+
+    Raises:
+        ValueError: a folder without a finished run of faces or cifar10, with another configuration than the first one's apart
+            from seed and networks, or with networks that one before it has, too.
+    """
+    runs, found = [], {}
+    for folder in folders:
+        run = finished_results(folder)
+        config = run["config"]
+        if config.get("experiment") not in PRESETS:
+            raise ValueError(f"{folder} holds a run of {config.get('experiment')}, expected one of {' or '.join(PRESETS)}")
+        there, here = ({k: v for k, v in c.items() if k not in _FREE} for c in ((runs or [run])[0]["config"], config))
+        differing = [f"{name} is {old!r} there, {new!r} here" for name, old, new in differences("", there, here)]
+        if differing:
+            raise ValueError(f"the run in {folder} is another than that in {folders[0]}: {'; '.join(differing[:4])}")
+        for covariance in config["covariances"]:
+            key = Covariance(**covariance).name, config["seed"]
+            if key in found:
+                raise ValueError(f"{folder} and {found[key]} both have {key[0]} of seed {key[1]}")
+            found[key] = folder
+        runs.append(run)
+    return runs
+
+
+def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each covariance network its values by seed, their means and standard deviations over seeds.
+
+    "difference" is that of -log p(x | z) from the network of the first base model which is its like, over the seeds that both
+    have, in which the test images are the same: the mean and its standard error over seeds.
+    """
+    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    for run in runs:
+        for covariance in run["config"]["covariances"]:
+            row = run["rows"][Covariance(**covariance).name]
+            values = {name: row[name]["mean"] if of_images else row.get(name) for name, of_images in _NUMBERS.items()}
+            values["residual_rms"] = run["residual_rms"][covariance["base"]]["test"]
+            kind = Covariance(**covariance).name.removeprefix(f"{covariance['base']}, ")
+            found.setdefault((covariance["base"], kind), {})[run["config"]["seed"]] = values
+    first = next(iter(found))[0]
+    rows = []
+    for (base, kind), seeds in found.items():
+        row: dict[str, Any] = {"base": base, "network": kind, "seeds": {str(s): seeds[s] for s in sorted(seeds)}}
+        for name in next(iter(seeds.values())):
+            values = [of_seed[name] for of_seed in seeds.values() if of_seed[name] is not None]
+            row[name] = _mean(values) if values else None
+        others = found.get((first, kind), {})
+        if base != first and (both := sorted(seeds.keys() & others.keys())):
+            row["difference"] = _mean([seeds[s]["nats"] - others[s]["nats"] for s in both])
+        rows.append(row)
+    return rows
+
+
+def write_table(folders: Sequence[Path], out: Path, console: Console) -> None:
+    """Write results.json and results.md of the runs in ``folders`` into the folder ``out``, and show the table.
+
+    Raises:
+        ValueError: as `runs_of`.
+    """
+    runs = runs_of(folders)
+    results = {
+        "definition": "nats is -log p(x | z), z the mean of the encoder, in nats per image; stddev is over seeds, of networks, "
+        "order and choice of images; standard_error is stddev by the root of the number of seeds",
+        "rows": summarise(runs),
+        "config": runs[0]["config"],
+        "runs": [{key: run[key] for key in ("command", "commit", "seconds")} | {"where": where_text(run)} for run in runs],
+        **environment("cpu"),
+    }
+    write_results(out, results, markdown_report(results), console)
+
+
+def markdown_report(results: dict[str, Any]) -> str:
+    """The table, and what is needed to read it."""
+    header = ["", "seeds", "residuals", "-log p(x given z)", "less the first", "gain", "variance", "lag-1", "kurtosis"]
+    table = [
+        [
+            f"{row['base']}, {row['network']}",
+            str(len(row["seeds"])),
+            _text(row["residual_rms"], 4),
+            _text(row["nats"], 0),
+            _text(row.get("difference"), 0, "standard_error"),
+            *(_text(row[name], digits) for name, digits in zip(list(_NUMBERS)[1:], (3, 3, 3, 2), strict=True)),
+        ]
+        for row in results["rows"]
+    ]
+    config = results["config"]
+    runs = "".join(
+        f"* `{run['command']}`, training {run['seconds']['training']:.0f} s on {run['where']}\n" for run in results["runs"]
+    )
+    return (
+        f"# Base models and seeds on {config['data']}, {config['size']} x {config['size']} pixels\n\n"
+        + markdown_table(header, table)
+        + "\nMean ± standard deviation over seeds, each of which has its own networks, order and choice of "
+        f"{config['test']:,} test images; of the differences, which are seed by seed on the same images, ± standard error. "
+        "Residuals: their root mean square. -log p(x given z) in nats per image, lower is better, z the mean of the encoder. "
+        "Gains are nats per pixel over the diagonal network, of a VAE over its own diagonal likelihood. Variance, lag-1 and "
+        "kurtosis are the variance, the correlation of neighbouring pixels and the excess kurtosis of whitened residuals of "
+        f"test images (1, 0 and 0 for a perfect model).\n\n{runs}\nTable: `{results['command']}`.\n"
+    )
+
+
+def _mean(values: Sequence[float]) -> dict[str, float]:
+    stddev = statistics.stdev(values) if len(values) > 1 else math.nan
+    return {"mean": statistics.fmean(values), "stddev": stddev, "standard_error": stddev / math.sqrt(len(values))}
+
+
+def _text(value: dict[str, float] | None, digits: int, spread: str = "stddev") -> str:
+    if value is None:
+        return ""
+    return f"{value['mean']:.{digits}f}" + ("" if math.isnan(value[spread]) else f" ± {value[spread]:.{digits}f}")
