@@ -52,17 +52,6 @@ def products(factors: Tensor, fields: Tensor, ndim: int) -> Tensor:
     return torch.einsum("...n,...rn->...r", fields.double().flatten(-ndim), factors.double().flatten(-ndim))
 
 
-def capacitance_logdet(root: Tensor) -> Tensor:
-    """log |C|, half of log |C Cᵀ|: (*batch)."""
-    return root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-
-
-def solve_capacitance(root: Tensor, b: Tensor) -> Tensor:
-    """(C Cᵀ)⁻¹b of vectors (*sample, *batch, R)."""
-    half = torch.linalg.solve_triangular(root, b.unsqueeze(-1), upper=False)
-    return torch.linalg.solve_triangular(root.mT, half, upper=True).squeeze(-1)
-
-
 def added_variance(factors: Tensor, ndim: int) -> Tensor:
     """The variances of the low-rank part, (*batch, *grid)."""
     return factors.square().sum(-ndim - 1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gmrf_kernels.checks import accumulate_dtype, check_vector
+from gmrf_kernels.low_rank import capacitance_logdet
 
 from .analysis.marginals import VarianceEstimate
 from .batched import Batched, expanded, register_pytree
@@ -15,7 +16,6 @@ from .cholesky import StencilCholesky
 from .factors import (
     added_covariance,
     added_variance,
-    capacitance_logdet,
     mixture,
     products,
     random_mixture,

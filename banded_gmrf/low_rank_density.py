@@ -1,15 +1,8 @@
 """The log density of a field with a low-rank part, composed of the formulas of `factors`, or fused where nothing intervenes.
 
-Fused, the R factors and the S residuals of an image are whitened together, and their inner products taken in one pass. With
-whitened factors V, a whitened residual y and the weights a that make q least,
-
-    log p = log |L| - log |C| - ½ q + const,   C Cᵀ = I + VᵀV,   q = |y - V a|² + |a|²
-
-and the gradient, for which a is a constant because q is least there, has combinations of V and the rest y - V a alone:
-
-    ȳ = -(y - V a),   V̄ = (y - V a) aᵀ - V (C Cᵀ)⁻¹
-
-Transformations of torch, its compiler and its profiler see the composed density, whose last bits may differ.
+Fused, it is one operation of a backend with a gradient of its own: see `low_rank_log_density` and `low_rank_gradients` in
+``kernels/gmrf_kernels/reference.py``. Transformations of torch, its compiler and its profiler see the composed density, whose
+last bits may differ.
 """
 
 import math
@@ -19,17 +12,15 @@ from torch import Tensor
 
 from gmrf_kernels.backends import backend_of
 from gmrf_kernels.checks import accumulate_dtype
-from gmrf_kernels.low_rank import capacitance_root
+from gmrf_kernels.low_rank import capacitance_logdet, capacitance_root, solve_capacitance
 from gmrf_kernels.registration import nothing_intervenes, requires_grad
 
 from .cholesky import StencilCholesky
 from .factors import (
-    capacitance_logdet,
     mixture,
     products,
     rank_first,
     rank_last,
-    solve_capacitance,
 )
 from .stencil import Stencil
 

@@ -16,20 +16,18 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from gmrf_kernels.checks import accumulate_dtype, check_vector
-from gmrf_kernels.low_rank import capacitance_root
+from gmrf_kernels.low_rank import capacitance_logdet, capacitance_root, solve_capacitance
 
 from ..analysis.marginals import VarianceEstimate
 from ..batched import expanded
 from ..factors import (
     added_covariance,
     added_variance,
-    capacitance_logdet,
     mixture,
     products,
     random_mixture,
     rank_first,
     rank_last,
-    solve_capacitance,
 )
 from ..operators.base import LinearOperator
 from ..validation import broadcast_fields

@@ -296,10 +296,10 @@ def seeds(
     from ..faces.seeds import runs_of, write_table
 
     with errors_of("RUNS"):
-        runs_of(runs)
+        found = runs_of(runs)
     with errors_of("--out"):
         folder = new_folder("seeds", out)
-    write_table(runs, folder, Console())
+    write_table(found, folder, Console())
     finish(folder)
 
 

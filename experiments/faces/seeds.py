@@ -13,7 +13,7 @@ from programs.tables import markdown_table
 from ..results import differences, environment, finished_results, where_text, write_results
 from .presets import PRESETS, Covariance
 
-# What the runs of one table may differ in.
+# What the runs of one table may differ in: what each network has of its own, and what none of these numbers depends on.
 _FREE = ("seed", "covariances", "bfloat16", "compiled", "note", "device", "bound_images", "samples", "pairs_at_once")
 
 # By the names under which a row has them, and whether they are a mean over images.
@@ -26,29 +26,38 @@ _NUMBERS = {
 }
 
 
+def comparable(config: dict[str, Any]) -> dict[str, Any]:
+    """What all runs of a table have in common, of the configuration of one."""
+    return {name: value for name, value in config.items() if name not in _FREE} | {
+        "given_bases": bool(config.get("given_bases"))
+    }
+
+
 def runs_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
     """The results of finished runs.
 
     Raises:
-        ValueError: a folder without a finished run of faces or cifar10, with another configuration than the first one's apart
-            from seed and networks, or with networks that one before it has, too.
+        ValueError: a folder without a finished run of faces or cifar10; with other images, sizes or schedules than those of the
+            first one; with networks that one before it has, too, or has trained in another precision.
     """
-    runs, found = [], {}
+    runs, found, precision = [], {}, {}
     for folder in folders:
         run = finished_results(folder)
         config = run["config"]
         if config.get("experiment") not in PRESETS:
             raise ValueError(f"{folder} holds a run of {config.get('experiment')}, expected one of {' or '.join(PRESETS)}")
-        there, here = ({k: v for k, v in c.items() if k not in _FREE} for c in ((runs or [run])[0]["config"], config))
-        differing = [f"{name} is {old!r} there, {new!r} here" for name, old, new in differences("", there, here)]
-        if differing:
-            raise ValueError(f"the run in {folder} is another than that in {folders[0]}: {'; '.join(differing[:4])}")
-        for covariance in config["covariances"]:
-            key = Covariance(**covariance).name, config["seed"]
-            if key in found:
-                raise ValueError(f"{folder} and {found[key]} both have {key[0]} of seed {key[1]}")
-            found[key] = folder
         runs.append(run)
+        differing = differences("", comparable(runs[0]["config"]), comparable(config))
+        texts = [f"{name} is {old!r} there, {new!r} here" for name, old, new in differing]
+        if texts:
+            raise ValueError(f"the run in {folder} is another than that in {folders[0]}: {'; '.join(texts[:4])}")
+        for covariance in config["covariances"]:
+            name, seed = Covariance(**covariance).name, config["seed"]
+            if (name, seed) in found:
+                raise ValueError(f"{folder} and {found[name, seed]} both have {name} of seed {seed}")
+            if precision.setdefault(name, config["bfloat16"]) != config["bfloat16"]:
+                raise ValueError(f"{folder} has {name} with bfloat16 {config['bfloat16']}, a run before it has another")
+            found[name, seed] = folder
     return runs
 
 
@@ -58,7 +67,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     "difference" is that of -log p(x | z) from the network of the first base model which is its like, over the seeds that both
     have, in which the test images are the same: the mean and its standard error over seeds.
     """
-    found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+    found: dict[tuple[str, str], dict[int, dict[str, float | None]]] = {}
     for run in runs:
         for covariance in run["config"]["covariances"]:
             row = run["rows"][Covariance(**covariance).name]
@@ -80,18 +89,13 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def write_table(folders: Sequence[Path], out: Path, console: Console) -> None:
-    """Write results.json and results.md of the runs in ``folders`` into the folder ``out``, and show the table.
-
-    Raises:
-        ValueError: as `runs_of`.
-    """
-    runs = runs_of(folders)
+def write_table(runs: Sequence[dict[str, Any]], out: Path, console: Console) -> None:
+    """Write results.json and results.md of what `runs_of` found into the folder ``out``, and show the table."""
     results = {
-        "definition": "nats is -log p(x | z), z the mean of the encoder, in nats per image; stddev is over seeds, of networks, "
-        "order and choice of images; standard_error is stddev by the root of the number of seeds",
+        "definition": "nats is -log p(x | z), z the mean of the encoder, in nats per image; stddev is over seeds; "
+        "standard_error is stddev by the root of their number",
         "rows": summarise(runs),
-        "config": runs[0]["config"],
+        "config": comparable(runs[0]["config"]) | {"experiment": "seeds"},
         "runs": [{key: run[key] for key in ("command", "commit", "seconds")} | {"where": where_text(run)} for run in runs],
         **environment("cpu"),
     }
@@ -119,8 +123,9 @@ def markdown_report(results: dict[str, Any]) -> str:
     return (
         f"# Base models and seeds on {config['data']}, {config['size']} x {config['size']} pixels\n\n"
         + markdown_table(header, table)
-        + "\nMean ± standard deviation over seeds, each of which has its own networks, order and choice of "
-        f"{config['test']:,} test images; of the differences, which are seed by seed on the same images, ± standard error. "
+        + "\nMean ± standard deviation over seeds, each of which has its own networks, order of training and, where not all "
+        f"are taken, choice of {config['test']:,} test images; of the differences, which are seed by seed on the same images, "
+        "± standard error. "
         "Residuals: their root mean square. -log p(x given z) in nats per image, lower is better, z the mean of the encoder. "
         "Gains are nats per pixel over the diagonal network, of a VAE over its own diagonal likelihood. Variance, lag-1 and "
         "kurtosis are the variance, the correlation of neighbouring pixels and the excess kurtosis of whitened residuals of "
@@ -128,12 +133,13 @@ def markdown_report(results: dict[str, Any]) -> str:
     )
 
 
-def _mean(values: Sequence[float]) -> dict[str, float]:
-    stddev = statistics.stdev(values) if len(values) > 1 else math.nan
-    return {"mean": statistics.fmean(values), "stddev": stddev, "standard_error": stddev / math.sqrt(len(values))}
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    stddev = statistics.stdev(values) if len(values) > 1 else None
+    standard_error = None if stddev is None else stddev / math.sqrt(len(values))
+    return {"mean": statistics.fmean(values), "stddev": stddev, "standard_error": standard_error}
 
 
-def _text(value: dict[str, float] | None, digits: int, spread: str = "stddev") -> str:
+def _text(value: dict[str, float | None] | None, digits: int, spread: str = "stddev") -> str:
     if value is None:
         return ""
-    return f"{value['mean']:.{digits}f}" + ("" if math.isnan(value[spread]) else f" ± {value[spread]:.{digits}f}")
+    return f"{value['mean']:.{digits}f}" + ("" if value[spread] is None else f" ± {value[spread]:.{digits}f}")

@@ -93,7 +93,7 @@ def low_rank_log_density(
     (factors,) = _prepare(factors)
     batch, rank, *grid = factors.shape
     samples, dtype = len(residual), residual.dtype
-    at_once = min(batch, _images_at_once(rank + samples, grid, dtype))
+    at_once = _images_at_once(batch, rank + samples, grid, dtype)
     whitened = empty((batch if keep else at_once, rank + samples, *grid), dtype).transpose(0, 1)
     value = torch.empty(samples, batch, dtype=torch.float64)
     system = torch.zeros(batch, rank, rank + samples, dtype=torch.float64)
@@ -122,12 +122,14 @@ def low_rank_gradients(
     (factors,), (whitened,) = _prepare(factors), _prepare(whitened)
     batch, rank, *grid = factors.shape
     samples, dtype, places = len(residual), residual.dtype, [1] * len(grid)
-    at_once = min(batch, _images_at_once(rank + samples, grid, dtype))
-    weights = cotangent_weights(value_bar, system)
-    totals = value_bar.sum(0).reshape(-1, *places)
-    whitened_bars = empty((at_once, rank + samples, *grid), dtype).transpose(0, 1)
+    at_once = _images_at_once(batch, rank + samples, grid, dtype)
     of_residual, of_log_diag, of_off_diag, of_factors = wanted
     of_factor = of_log_diag or of_off_diag
+    weights = cotangent_weights(value_bar, system) if of_factors or of_factor else None
+    combined = 0 if weights is None else rank
+    # Those of V, unless only the residuals' are wanted, and of the residuals.
+    whitened_bars = empty((at_once, combined + samples, *grid), dtype).transpose(0, 1)
+    totals = value_bar.sum(0).reshape(-1, *places)
     residual_bar = empty(residual.shape, dtype) if of_residual else None
     log_diag_bar = empty((batch, *grid), dtype) if of_factor else None
     off_diag_bar = empty((batch, len(offsets), *grid), off_diag.dtype) if of_factor else None
@@ -135,13 +137,13 @@ def low_rank_gradients(
     for images in _parts(batch, at_once):
         fields, own_bar, factor = images(whitened, 1), images(value_bar, 1), (images(log_diag), images(off_diag))
         whitened_bar = whitened_bars.narrow(1, 0, own_bar.shape[1])
-        torch.mul(fields[rank:], -own_bar.reshape(*own_bar.shape, *places), out=whitened_bar[rank:])
-        if of_factors or of_factor:
+        torch.mul(fields[rank:], -own_bar.reshape(*own_bar.shape, *places), out=whitened_bar[combined:])
+        if weights is not None:
             _combine_into(whitened_bar[:rank], images(weights), fields)
         if of_factors:
             _matvec_into(images(factors_bar).transpose(0, 1), *factor, whitened_bar[:rank], offsets, False, True)
         if of_residual:
-            _matvec_into(images(residual_bar, 1), *factor, whitened_bar[rank:], offsets, False, True)
+            _matvec_into(images(residual_bar, 1), *factor, whitened_bar[combined:], offsets, False, True)
         if of_factor:
             own = torch.cat([images(factors), images(residual, 1).transpose(0, 1)], 1).transpose(0, 1)
             diag_bar = images(log_diag_bar)
@@ -191,7 +193,7 @@ def _ones(a: Tensor) -> Tensor:
 
 
 def _regress(fields: Tensor, log_diag: Tensor, value: Tensor, system: Tensor) -> None:
-    """The kernels of `simd_fields` on whitened fields (R + S, B, *grid); see there for what they leave in the others."""
+    """Leave the rests in place of the whitened residuals in fields (R + S, B, *grid), and store ``value`` and ``system``."""
     terms, batch, *grid = fields.shape
     rank, n = system.shape[1], math.prod(grid)
     spans = -(-n // simd_fields.SPAN)
@@ -199,10 +201,11 @@ def _regress(fields: Tensor, log_diag: Tensor, value: Tensor, system: Tensor) ->
     layout = (None, *fields.stride()[:2], terms, rank, n, spans)
     sums = empty((items, rank, terms), torch.float64)
     operations = terms * rank * n * batch
-    plan = field_plan(simd_fields.ridge_regression, fields.dtype, (*layout, None, None), items, operations, threads, 8 * batch)
+    arguments, scratch = (*layout, None, None), simd_fields.regression_scratch(batch)
+    plan = field_plan(simd_fields.ridge_regression, fields.dtype, arguments, items, operations, threads, scratch)
     plan(fields, sums, system)
     arguments = (*layout, batch, None, None, log_diag.stride(0), None, value.stride(0))
-    scratch = 8 * (batch + items * (terms - rank + 1))
+    scratch = simd_fields.density_scratch(batch, spans, terms - rank)
     plan = field_plan(simd_fields.log_density, fields.dtype, arguments, items, operations, threads, scratch)
     plan(fields, system, log_diag, value)
 
@@ -218,9 +221,12 @@ def _combine_into(result: Tensor, weights: Tensor, fields: Tensor) -> None:
     plan(weights, fields, result)
 
 
-def _images_at_once(fields: int, grid: Sequence[int], dtype: torch.dtype) -> int:
-    """How many images' fields stay in the threads' caches between one kernel and the next."""
-    return max(1, _CACHED_BYTES * torch.get_num_threads() // (fields * math.prod(grid) * dtype.itemsize))
+def _images_at_once(batch: int, fields: int, grid: Sequence[int], dtype: torch.dtype) -> int:
+    """How many images' fields stay in the threads' caches between one kernel and the next; as many in every part, or nearly."""
+    n, threads = math.prod(grid), torch.get_num_threads()
+    # Images of one span need a thread each.
+    most = max(1 if n > simd_fields.SPAN else threads, _CACHED_BYTES * threads // (fields * n * dtype.itemsize))
+    return batch if batch <= most else -(-batch // -(-batch // most))
 
 
 def _parts(batch: int, at_once: int) -> Iterator[Callable[..., Tensor]]:

@@ -21,7 +21,8 @@ _SERIAL_COEFFICIENTS = 2**15
 # Rows in a band, at most: each plane of coefficients is then read in runs as long as the machine's own prefetching wants.
 _BAND_ROWS = 16
 
-# Numbers in a band that several samples share, at most, coefficients and vectors: they stay in a cache of the second level.
+# Numbers in a band that several samples share, at most, coefficients and the vectors that go together: they stay in a cache of
+# the second level.
 _CACHED_NUMBERS = 2**17
 
 # Samples of a factor that a product computes together; fewer gain too little for a kernel of their own, which takes seconds to
@@ -173,7 +174,7 @@ def _plan_of_bands(
     """The plan of a kernel on bands of rows; their length and number are the last of its own arguments."""
     samples, batch, *lines, width = shape
     rows = math.prod(lines)
-    threads = _num_threads(batch * terms * rows * width, threads)
+    threads = _num_threads(samples * batch * terms * rows * width, threads)
     # The coefficients of a band are to stay in the cache from one sample to the next.
     band = _BAND_ROWS if samples == 1 else _CACHED_NUMBERS // ((terms + 2 * _TOGETHER) * width)
     band = max(1, min(band, rows, rows * batch // (4 * threads) if threads > 1 else rows))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .low_rank import capacitance_root, cotangent_weights
+from .low_rank import capacitance_logdet, capacitance_root, cotangent_weights
 from .stencils import Offsets, overlap, wavefront_slopes
 
 
@@ -95,7 +95,7 @@ def low_rank_log_density(
     offsets: Offsets,
     keep: bool = True,
     matvec: Callable[..., Tensor] = matvec,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor]:
     """The log densities of residuals under N(0, Λ⁻¹ + F Fᵀ) with factors F, in nats.
 
     Args:
@@ -103,7 +103,7 @@ def low_rank_log_density(
         log_diag, off_diag: the factor L of Λ.
         factors: F, (B, R, *grid), with R > 0.
         offsets: the stencil's.
-        keep: whether the gradient will be asked for; the backend may then leave out what it needs.
+        keep: whether the gradient will be asked for. If not, a backend may return None for the whitened fields.
         matvec: that of the backend.
 
     Returns:
@@ -119,7 +119,7 @@ def low_rank_log_density(
     rests = fields[:, rank:] - weights.mT @ fields[:, :rank]
     whitened[rank:] = rests.movedim(0, 1).unflatten(-1, residual.shape[2:])
     squares = rests.square().sum(-1) + weights.square().sum(-2)
-    logdet = log_diag.flatten(1).sum(1, dtype=root.dtype) - root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    logdet = log_diag.flatten(1).sum(1, dtype=root.dtype) - capacitance_logdet(root)
     constant = 0.5 * fields.shape[-1] * math.log(2 * math.pi)
     value = (logdet[:, None] - 0.5 * squares - constant).T
     return value.to(residual.dtype), whitened, torch.cat([root.mT, weights], -1)
@@ -140,7 +140,7 @@ def low_rank_gradients(
 ) -> list[Tensor | None]:
     """Gradients of ``(value_bar * value).sum()`` of `low_rank_log_density`, for its first four arguments where ``wanted``.
 
-    The weights a are constants in it, because the density is greatest there:
+    In them the weights a are constants, because the density is greatest there. Of one residual,
 
         ȳ = -(y - V a),   V̄ = (y - V a) aᵀ - V (C Cᵀ)⁻¹
     """

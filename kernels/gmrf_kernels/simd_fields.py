@@ -1,7 +1,8 @@
 """Fields beside each other: their inner products, combinations and a regression on them, and the CPU kernels made of these.
 
 All is computed in float64. Fields lie ``_s`` elements apart, those of the next image ``_b``, and each has its sites side by
-side. A tile of them is taken at once: a vector that is loaded and converted to float64 serves several products.
+side. A tile of them is taken at once: a vector that is loaded and converted to float64 serves several products. In what
+`reference.low_rank_log_density` says, ``rows`` is R, ``terms`` is R + S, and U is Cᵀ.
 """
 
 import math
@@ -95,8 +96,8 @@ def ridge_regression(dtype: str, cache: bool) -> str:
     """The source of a kernel that regresses fields on the first ``rows`` of them, V, with unit penalty.
 
     Of the ``terms`` fields of each image it stores U, where UᵀU = I + VᵀV, and beside it the weights (I + VᵀV)⁻¹Vᵀy of all
-    others y, as (rows, terms) in float64. Below the diagonal of U nothing is stored. Scratch counts the spans done of each
-    image; the last one to be done finds the sums of all in ``sums``.
+    others y, as (rows, terms) in float64. Below the diagonal of U nothing is stored. Scratch, as long as `regression_scratch`
+    says, counts the spans done of each image; the last one to be done finds the sums of all in ``sums``.
     """
     vector, _ = element_bytes(dtype)
     body = (
@@ -120,8 +121,8 @@ def ridge_regression(dtype: str, cache: bool) -> str:
 def log_density(dtype: str, cache: bool) -> str:
     """The source of a kernel that leaves the rests y - V a of fields y that `ridge_regression` has regressed in their place.
 
-    It stores the log densities of `banded_gmrf/low_rank_density.py`, too; scratch has, behind the number of spans done of each
-    image, the squares of each field's rests in each span, and the sum of the log-diagonal there.
+    It stores the log densities, too. Scratch, as long as `density_scratch` says, has behind the number of spans done of each
+    image the squares of each field's rests in each span, and the sum of the log-diagonal there.
     """
     vector, _ = element_bytes(dtype)
     body = (
@@ -139,6 +140,16 @@ def log_density(dtype: str, cache: bool) -> str:
     body += inside(_LOG_DENSITY)
     arguments = "fields, fields_s, fields_b, terms, rows, n, spans, images, system, log_diag, log_diag_b, value, value_s"
     return _items(dtype, cache, arguments, body)
+
+
+def regression_scratch(images: int) -> int:
+    """Bytes of scratch of `ridge_regression`."""
+    return 8 * images
+
+
+def density_scratch(images: int, spans: int, residuals: int) -> int:
+    """Bytes of scratch of `log_density`, for so many spans of each image."""
+    return 8 * images * (1 + spans * (residuals + 1))
 
 
 def combinations(dtype: str, cache: bool) -> str:
@@ -167,7 +178,7 @@ def operations(dtype: str) -> dict:
     # A sum waits four cycles for its last product, and eight sums, or four, keep the machine busy meanwhile.
     for name, size, vectors in (("tile_of_rests", _TILE, 2), ("row_of_rests", 1, 4)):
         fields.add_rests(name, size, vectors)
-    fields.add_combinations("tile_of_combinations", _TILE, 4)
+    fields.add_combinations()
     fields.add_sum()
     return {**fields.computing, **fields.table}
 
@@ -206,10 +217,14 @@ class _Fields:
     def add_to(self, builder, total, a, b, operation: str = "add_product") -> None:
         builder.store(self.emit[operation](builder, builder.load(total), a, b), total)
 
-    def fold(self, builder, operation: str, sums: list[list], weight_of: Callable, count, fields, stride, load: Callable):
-        """Add to sums[t][v], or subtract, the weight of term u in row t times field u at the sites ``load`` takes for v."""
-        with cgutils.for_range(builder, count) as term:
-            values = load(self.address_of(builder, fields, term.index, stride))
+    def load(self, builder, field, sites, ending: str, mask) -> list:
+        """The vectors of a field in a block."""
+        return [self.emit[f"load_c{ending}"](builder, field, w, *mask) for w in sites]
+
+    def fold(self, builder, operation: str, sums: list[list], weight_of: Callable, number, fields, stride, block: tuple):
+        """Add to sums[t][v], or subtract, the weight in row t of each of ``number`` fields times its v-th vector in a block."""
+        with cgutils.for_range(builder, number) as term:
+            values = self.load(builder, self.address_of(builder, fields, term.index, stride), *block)
             for t, row in enumerate(sums):
                 weight = weight_of(t, term.index)
                 for total, value in zip(row, values, strict=True):
@@ -224,8 +239,7 @@ class _Fields:
             sums = [[self.sum(builder) for _ in right] for _ in left]
 
             def block(sites, ending, *mask):
-                load = self.emit[f"load_c{ending}"]
-                a, b = ([load(builder, field, *sites, *mask) for _, field in side] for side in (left, right))
+                a, b = ([self.load(builder, field, sites, ending, mask)[0] for _, field in side] for side in (left, right))
                 for value, row in zip(a, sums, strict=True):
                     for other, total in zip(b, row, strict=True):
                         self.add_to(builder, total, value, other)
@@ -248,11 +262,9 @@ class _Fields:
                 return self.emit["load_splat"](builder, weights, builder.add(builder.mul(term, terms), targets[t][0]))
 
             def block(sites, ending, *mask):
-                def load(field):
-                    return [self.emit[f"load_c{ending}"](builder, field, w, *mask) for w in sites]
-
-                left = [[cgutils.alloca_once_value(builder, y) for y in load(target)] for _, target in targets]
-                self.fold(builder, "subtract_product", left, weight_of, rows, fields, stride, load)
+                block = sites, ending, mask
+                left = [[cgutils.alloca_once_value(builder, y) for y in self.load(builder, t, *block)] for _, t in targets]
+                self.fold(builder, "subtract_product", left, weight_of, rows, fields, stride, block)
                 for (_, target), row, total in zip(targets, left, totals, strict=True):
                     for w, memory in zip(sites, row, strict=True):
                         value = builder.load(memory)
@@ -264,27 +276,25 @@ class _Fields:
                 index = builder.sub(field, rows)
                 self.emit["store_double"](builder, squares, index, self.emit["total"](builder, builder.load(total)))
 
-    def add_combinations(self, name: str, size: int, vectors: int) -> None:
-        """Fields from t on of a result: combinations of all ``terms`` fields."""
+    def add_combinations(self) -> None:
+        """A tile from t on of a result: combinations of all ``terms`` fields."""
 
-        @self.table.add(types.void, *[types.int64] * 9, name=name)
-        def combinations(builder, weights, t, rows, terms, fields, stride, result, result_stride, count):
-            targets = self.tile(builder, result, t, size, rows, result_stride)
+        @self.table.add(types.void, *[types.int64] * 9)
+        def tile_of_combinations(builder, weights, t, rows, terms, fields, stride, result, result_stride, count):
+            targets = self.tile(builder, result, t, _TILE, rows, result_stride)
 
             def weight_of(t, term):
                 return self.emit["load_splat"](builder, weights, builder.add(builder.mul(targets[t][0], terms), term))
 
             def block(sites, ending, *mask):
-                def load(field):
-                    return [self.emit[f"load_c{ending}"](builder, field, w, *mask) for w in sites]
-
                 sums = [[self.sum(builder) for _ in sites] for _ in targets]
-                self.fold(builder, "add_product", sums, weight_of, terms, fields, stride, load)
+                self.fold(builder, "add_product", sums, weight_of, terms, fields, stride, (sites, ending, mask))
                 for (_, target), row in zip(targets, sums, strict=True):
                     for w, total in zip(sites, row, strict=True):
                         self.emit[f"store_c{ending}"](builder, target, w, builder.load(total), *mask)
 
-            self.each_block(builder, count, vectors, block)
+            # As many vectors as fields: each loaded weight, too, serves four products.
+            self.each_block(builder, count, _TILE, block)
 
     def add_sum(self) -> None:
         """Sums of single fields."""
@@ -294,7 +304,7 @@ class _Fields:
             total = self.sum(builder)
 
             def block(sites, ending, *mask):
-                value = self.emit[f"load_c{ending}"](builder, field, *sites, *mask)
+                (value,) = self.load(builder, field, sites, ending, mask)
                 self.add_to(builder, total, value, self.computing.constant(1.0))
 
             self.each_block(builder, count, 1, block)

@@ -66,15 +66,17 @@ def test_means_and_differences_are_those_of_seeds(folders):
 def test_the_table_says_how_many_seeds_it_is_of(folders, tmp_path):
     out = tmp_path / "table"
     out.mkdir()
-    write_table(folders, out, Console(quiet=True))
+    write_table(runs_of(folders), out, Console(quiet=True))
     report = (out / "results.md").read_text()
     assert "| AE, f = 3 from z | 3 | 0.2000 ± 0.0000 | -4 ± 2 |  | 0.250 ± 0.000 | 2.000 ± 1.000 |" in report
     assert "| AE-L1, f = 3 from z | 2 | 0.2000 ± 0.0000 | -4 ± 1 | 1 ± 2 |" in report
     results = json.loads((out / "results.json").read_text())
     assert len(results["runs"]) == len(folders)
+    with pytest.raises(ValueError, match="holds a run of seeds"):
+        runs_of([out])
     one = tmp_path / "one"
     one.mkdir()
-    write_table(folders[:1], one, Console(quiet=True))
+    write_table(runs_of(folders[:1]), one, Console(quiet=True))
     assert "| AE, f = 3 from z | 1 | 0.2000 | -4 |  | 0.250 | 1.000 |" in (one / "results.md").read_text()
 
 
@@ -85,6 +87,9 @@ def test_runs_that_are_no_seeds_of_each_other_are_refused(folders, tmp_path):
     run = json.loads(path.read_text())
     path.write_text(json.dumps(run | {"config": run["config"] | {"base_epochs": 9}}))
     with pytest.raises(ValueError, match="base_epochs is 1 there, 9 here"):
+        runs_of(folders)
+    path.write_text(json.dumps(run | {"config": run["config"] | {"bfloat16": True}}))
+    with pytest.raises(ValueError, match="AE, diagonal from z with bfloat16 True, a run before it has another"):
         runs_of(folders)
     path.write_text(json.dumps(run | {"config": {"experiment": "reach"}}))
     with pytest.raises(ValueError, match="holds a run of reach, expected one of faces or cifar10"):

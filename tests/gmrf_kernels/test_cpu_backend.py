@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import math
 import multiprocessing
 import signal
 import sys
@@ -13,6 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import banded_gmrf as bg
 from gmrf_kernels import cpu, cpu_compile, cpu_plan, memory, reference, threads
@@ -453,7 +456,7 @@ def test_samples_share_coefficients_unless_that_leaves_threads_without_work(samp
 LOW_RANK = [
     ((1,), 1, 1, 1),
     ((3, 5), 2, 4, 1),
-    ((33, 40), 3, 6, 2),
+    ((33, 40), 5, 6, 2),
     ((4, 2, 3), 2, 16, 5),
     ((65, 64), 2, 16, 1),
     ((1100,), 5, 3, 9),
@@ -462,7 +465,7 @@ LOW_RANK = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("grid", "batch", "rank", "samples"), LOW_RANK)
 def test_densities_with_a_low_rank_part_equal_the_reference(grid, batch, rank, samples, dtype, monkeypatch, poisoned_memory):
     """Tiles, spans and parts of the batch that do not come out even; whatever the layout and the number of threads."""
@@ -478,28 +481,38 @@ def test_densities_with_a_low_rank_part_equal_the_reference(grid, batch, rank, s
             (1.0, (samples, batch)),
         )
     )
-    arguments = residual, log_diag, off_diag.to(dtype), factors
-    expected = reference.low_rank_log_density(*arguments, offsets)
-    of_expected = reference.low_rank_gradients(value_bar, *arguments, *expected[1:], offsets, [True] * 4)
-    close = dict(rtol=1e-9, atol=1e-9) if dtype == torch.float64 else dict(rtol=1e-4, atol=1e-4)
+    given = residual, log_diag, off_diag.to(dtype), factors
+    expected = reference.low_rank_log_density(*given, offsets)
+    of_expected = reference.low_rank_gradients(value_bar, *given, *expected[1:], offsets, [True] * 4)
+    tolerance = 1e-9 if dtype == torch.float64 else 1e-4  # thousands of sums of numbers that were rounded once
+    close = {"rtol": tolerance, "atol": tolerance}
+    two_images = 2 * (rank + samples) * math.prod(grid) * residual.itemsize
     results = []
-    for count, cached in ((1, cpu._CACHED_BYTES), (2, 1), (1, 1)):
+    for count, cached in (
+        (1, cpu._CACHED_BYTES),
+        (2, cpu._CACHED_BYTES),
+        (1, two_images),
+        (2, two_images // 2),
+        (2, 1),
+        (1, 1),
+    ):
         torch.set_num_threads(count)
         monkeypatch.setattr(cpu, "_CACHED_BYTES", cached)
-        actual = cpu.low_rank_log_density(*arguments, offsets)
+        # Threads however little there is to do.
+        monkeypatch.setattr(cpu_plan, "_SERIAL_COEFFICIENTS", -1)
+        cpu_plan.forget_plans()
+        actual = cpu.low_rank_log_density(*given, offsets)
         for one, other in zip(actual, expected, strict=True):
             torch.testing.assert_close(one, other, **close)
-        value, nothing, system = cpu.low_rank_log_density(*arguments, offsets, keep=False)
+        value, nothing, system = cpu.low_rank_log_density(*given, offsets, keep=False)
         assert nothing is None
         assert_same_bits((value, system), actual[::2])
-        gradients = cpu.low_rank_gradients(value_bar, *arguments, *actual[1:], offsets, [True] * 4)
+        gradients = cpu.low_rank_gradients(value_bar, *given, *actual[1:], offsets, [True] * 4)
         for one, other in zip(gradients, of_expected, strict=True):
             assert one.dtype == other.dtype
-            torch.testing.assert_close(
-                one, other, rtol=max(close["rtol"], 2 * torch.finfo(other.dtype).eps), atol=close["atol"]
-            )
+            torch.testing.assert_close(one, other, rtol=max(tolerance, 2 * torch.finfo(other.dtype).eps), atol=tolerance)
         for i in range(4):
-            alone = cpu.low_rank_gradients(value_bar, *arguments, *actual[1:], offsets, [i == j for j in range(4)])
+            alone = cpu.low_rank_gradients(value_bar, *given, *actual[1:], offsets, [i == j for j in range(4)])
             assert [g is None for g in alone] == [i != j for j in range(4)]
             assert_same_bits((alone[i],), (gradients[i],))
         results.append((*actual, *gradients))
@@ -522,6 +535,24 @@ def test_layouts_of_a_low_rank_part():
     )
 
 
+def test_a_low_rank_part_takes_memory_in_proportion_to_the_samples():
+    class Largest(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            sizes = [t.untyped_storage().nbytes() // t.itemsize for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+            self.largest = max(self.largest, *sizes, 0)
+            return result
+
+    samples, rank, grid = 300, 2, (3, 4)
+    given = torch.randn(samples, 1, *grid), torch.zeros(1, *grid), torch.zeros(1, 1, *grid), torch.randn(1, rank, *grid)
+    with Largest() as mode:
+        value, whitened, system = cpu.low_rank_log_density(*given, ((0, 1),))
+        cpu.low_rank_gradients(torch.ones_like(value), *given, whitened, system, ((0, 1),), [True] * 4)
+    assert (samples + rank) * 12 <= mode.largest < 4 * (samples + rank) * 12
+
+
 @pytest.mark.parametrize("backend", [cpu, reference])
 def test_systems_that_have_no_root_are_nan_and_leave_other_images_alone(backend):
     """A factor with NaN, one that overflows, and equal ones so large that I is lost beside their squares."""
@@ -534,6 +565,9 @@ def test_systems_that_have_no_root_are_nan_and_leave_other_images_alone(backend)
     factors[1, 2] = 1e38
     factors[2] = 1e30
     value, whitened, system = backend.low_rank_log_density(residual, log_diag, off_diag, factors, offsets)
+    infinite = torch.full((1, 1, *grid), 1e170, dtype=torch.float64)
+    one = residual[:, :1].double(), log_diag[:1].double(), off_diag[:1].double(), infinite
+    assert backend.low_rank_log_density(*one, offsets)[0].isnan().all()
     assert value[:, :3].isnan().all()
     assert whitened[3:, :3].isnan().all()
     gradients = backend.low_rank_gradients(
