@@ -15,6 +15,7 @@ from torch import Tensor
 _CURVES = mpl.cycler(color=mpl.color_sequences["tab10"]) + mpl.cycler(
     linestyle=["-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)), (0, (1, 1))] * 2
 )
+_INCHES_OF_LETTER = 0.07
 _STYLE = {"font.size": 9, "axes.titlesize": 9, "savefig.dpi": 150, "lines.linewidth": 1.2}
 
 
@@ -115,7 +116,9 @@ def loss_figure(path: Path, panels: Sequence[tuple[str, dict[str, Sequence[float
     with mpl.rc_context(_STYLE):
         across = min(2, len(panels))  # more in a row cannot be read on a page
         down = -(-len(panels) // across)
-        fig = Figure(figsize=(5.2 * across, 2.6 * down), layout="constrained")
+        longest = max((len(name) for _, curves in panels for name in curves), default=0)
+        width = 4.0 + _INCHES_OF_LETTER * longest  # of the axes, and of the legend beside them
+        fig = Figure(figsize=(width * across, 2.6 * down), layout="constrained")
         axes = fig.subplots(down, across, squeeze=False).ravel()
         for ax in axes[len(panels) :]:
             ax.set_axis_off()
