@@ -16,12 +16,7 @@ from gmrf_kernels.low_rank import capacitance_logdet, capacitance_root, solve_ca
 from gmrf_kernels.registration import nothing_intervenes, requires_grad
 
 from .cholesky import StencilCholesky
-from .factors import (
-    mixture,
-    products,
-    rank_first,
-    rank_last,
-)
+from .factors import mixture, products, rank_first, rank_last
 from .stencil import Stencil
 
 
