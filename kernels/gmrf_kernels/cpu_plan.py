@@ -21,8 +21,7 @@ _SERIAL_COEFFICIENTS = 2**15
 # Rows in a band, at most: each plane of coefficients is then read in runs as long as the machine's own prefetching wants.
 _BAND_ROWS = 16
 
-# Numbers in a band that several samples share, at most, coefficients and the vectors that go together: they stay in a cache of
-# the second level.
+# Numbers in a band that several samples share, at most, coefficients and vectors: they stay in a cache of the second level.
 _CACHED_NUMBERS = 2**17
 
 # Samples of a factor that a product computes together; fewer gain too little for a kernel of their own, which takes seconds to
@@ -109,7 +108,7 @@ def matvec_plan(
     factor_and_vector, (y_s, y_b) = _factor_and_vector(*strides[:3]), strides[3][:2]
     arguments = [*stencil, *factor_and_vector, None, y_s, y_b, *([None] if likelihood else [])]
     row_sums = 8 * math.prod(shape[:-1]) if likelihood else 0
-    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads, row_sums)
+    return _plan_of_bands(kernel, arguments, shape, len(offsets), 2 * _TOGETHER, threads, row_sums)
 
 
 @functools.lru_cache(_KEPT_PLANS)
@@ -144,7 +143,7 @@ def outer_plan(offsets: Offsets, dtype: torch.dtype, shape: torch.Size, strides:
     a, b, scale, log_diag = strides
     kernel, stencil = _kernel("outer", offsets, dtype, streaming=streaming)
     arguments = [*stencil, None, *a[:2], None, *b[:2], None, *scale, None, log_diag, None, None]
-    return _plan_of_bands(kernel, arguments, shape, len(offsets), threads)
+    return _plan_of_bands(kernel, arguments, shape, len(offsets), 2 * shape[0], threads)
 
 
 @functools.lru_cache(_KEPT_PLANS)
@@ -169,14 +168,22 @@ def forget_plans() -> None:
 
 
 def _plan_of_bands(
-    kernel: Callable, arguments: list[Tensor | int | None], shape: torch.Size, terms: int, threads: int, scratch: int = 0
+    kernel: Callable,
+    arguments: list[Tensor | int | None],
+    shape: torch.Size,
+    terms: int,
+    vectors: int,
+    threads: int,
+    scratch: int = 0,
 ) -> Plan:
-    """The plan of a kernel on bands of rows; their length and number are the last of its own arguments."""
+    """The plan of a kernel on bands of rows; their length and number are the last of its own arguments.
+
+    Several samples walk a band one after the other, so many ``vectors`` at a time, and meet its coefficients in the cache.
+    """
     samples, batch, *lines, width = shape
     rows = math.prod(lines)
     threads = _num_threads(samples * batch * terms * rows * width, threads)
-    # The coefficients of a band are to stay in the cache from one sample to the next.
-    band = _BAND_ROWS if samples == 1 else _CACHED_NUMBERS // ((terms + 2 * _TOGETHER) * width)
+    band = _BAND_ROWS if samples == 1 else _CACHED_NUMBERS // ((terms + vectors) * width)
     band = max(1, min(band, rows, rows * batch // (4 * threads) if threads > 1 else rows))
     bands = -(-rows // band)
     return Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
