@@ -183,7 +183,7 @@ def _plan_of_bands(
     samples, batch, *lines, width = shape
     rows = math.prod(lines)
     threads = _num_threads(samples * batch * terms * rows * width, threads)
-    band = _BAND_ROWS if samples == 1 else _CACHED_NUMBERS // ((terms + vectors) * width)
+    band = _BAND_ROWS if samples == 1 else _CACHED_NUMBERS // (max(1, terms + vectors) * width)
     band = max(1, min(band, rows, rows * batch // (4 * threads) if threads > 1 else rows))
     bands = -(-rows // band)
     return Plan(kernel, [*arguments, band, bands, *_sizes(shape)], batch * bands, threads, scratch=scratch)
