@@ -16,14 +16,8 @@ from .presets import PRESETS, Covariance
 # What the runs of one table may differ in: what each network has of its own, and what none of these numbers depends on.
 _FREE = ("seed", "covariances", "bfloat16", "compiled", "note", "device", "bound_images", "samples", "pairs_at_once")
 
-# By the names under which a row has them, and whether they are a mean over images.
-_NUMBERS = {
-    "nats": True,
-    "nats_gain_per_pixel": False,
-    "whitened_variance": False,
-    "whitened_autocorrelation": False,
-    "whitened_kurtosis": False,
-}
+# Of a row, beside -log p(x | z), with their digits in the table; a diagonal network may have no gain.
+_DIGITS = {"nats_gain_per_pixel": 3, "whitened_variance": 3, "whitened_autocorrelation": 3, "whitened_kurtosis": 2}
 
 
 def comparable(config: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +65,7 @@ def summarise(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for run in runs:
         for covariance in run["config"]["covariances"]:
             row = run["rows"][Covariance(**covariance).name]
-            values = {name: row[name]["mean"] if of_images else row.get(name) for name, of_images in _NUMBERS.items()}
+            values = {"nats": row["nats"]["mean"], **{name: row.get(name) for name in _DIGITS}}
             values["residual_rms"] = run["residual_rms"][covariance["base"]]["test"]
             kind = Covariance(**covariance).name.removeprefix(f"{covariance['base']}, ")
             found.setdefault((covariance["base"], kind), {})[run["config"]["seed"]] = values
@@ -112,7 +106,7 @@ def markdown_report(results: dict[str, Any]) -> str:
             _text(row["residual_rms"], 4),
             _text(row["nats"], 0),
             _text(row.get("difference"), 0, "standard_error"),
-            *(_text(row[name], digits) for name, digits in zip(list(_NUMBERS)[1:], (3, 3, 3, 2), strict=True)),
+            *(_text(row[name], digits) for name, digits in _DIGITS.items()),
         ]
         for row in results["rows"]
     ]
